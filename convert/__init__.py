@@ -1,0 +1,58 @@
+"""PyTorch checkpoints into Flax models, without PyTorch."""
+
+import re
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from flax import nnx
+from ouromamba_jax.convert.keymap import ConversionError, Rule, fill
+from ouromamba_jax.convert.torch_file import CheckpointError, load_tensors, read_torch
+from ouromamba_jax.convert.unpickle import shown
+from ouromamba_jax.convert.vim import VIM_RULES
+
+from ouromamba_jax.models import create_model
+
+__all__ = ["CheckpointError", "ConversionError", "from_torch", "load_tensors", "read_torch"]
+
+_RULES: dict[str, tuple[Rule, ...]] = {"vim": VIM_RULES}
+# A key that only this family's checkpoints have.
+_SIGNATURES = {
+    "vim": r"layers\.\d+\.mixer\..+",
+    "vmamba": r"layers\.\d+\.blocks\.\d+\..+",
+    "mambavision": r"levels\.\d+\..+",
+}
+
+
+def from_torch(
+    name: str, source: str | PathLike[str] | Mapping[str, Any], *, entry: str | None = None, **overrides: Any
+) -> nnx.Module:
+    """The named model with the weights of a PyTorch checkpoint.
+
+    Nothing in the file is executed. Every tensor of the checkpoint and every parameter of the model is accounted for.
+
+    Args:
+      name: one of `list_models()`.
+      source: path of a `.pth`, `.pth.tar` or `.safetensors` file, or {key: array} with the original names.
+      entry: entry of a training file that holds the model, e.g. "model_ema"; by default "model", then "state_dict".
+      **overrides: config fields, `dtype` and `param_dtype`, as `create_model` takes them.
+
+    Raises:
+      CheckpointError: the file cannot be read; the message says why.
+      ConversionError: the tensors do not fit the model; the message names each of them.
+      ValueError: for an unknown name or config field.
+    """
+    model: Any = nnx.eval_shape(lambda: create_model(name, **overrides))
+    tensors = load_tensors(source, entry=entry)
+    _check_family(name, model.family, tensors)
+    return fill(model, tensors, _RULES[model.family])
+
+
+def _check_family(name: str, family: str, tensors: Mapping[str, Any]) -> None:
+    found = {other: key for other, sign in _SIGNATURES.items() for key in tensors if re.fullmatch(sign, key)}
+    if found and family not in found:
+        other, key = next(iter(found.items()))
+        raise ConversionError(
+            f"the checkpoint is of the {other} family (it has {shown(key)}), but {name} is a {family} model; "
+            f"pass the name of a {other} model."
+        )

@@ -1,0 +1,40 @@
+"""Data-free quantisation of vision Mamba models (OuroMamba) in JAX: convert, generate, quantise."""
+
+from ouromamba_jax.attention import implicit_attention
+from ouromamba_jax.checkpoint import load, save
+from ouromamba_jax.convert import from_torch
+from ouromamba_jax.gen import GenConfig, Generated, generate_images
+from ouromamba_jax.matmul import outlier_matmul
+from ouromamba_jax.models import Trace, create_model, list_models, pure
+from ouromamba_jax.outliers import OutlierConfig, OutlierSplit, split_outliers
+from ouromamba_jax.qtensor import QTensor, quantize_array
+from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantReport, QuantRule, memory_report, quantize
+from ouromamba_jax.scan import ScanOutput, selective_scan
+
+__all__ = [
+    "GenConfig",
+    "Generated",
+    "MemoryReport",
+    "OutlierConfig",
+    "OutlierSplit",
+    "QTensor",
+    "QuantConfig",
+    "QuantReport",
+    "QuantRule",
+    "ScanOutput",
+    "Trace",
+    "create_model",
+    "from_torch",
+    "generate_images",
+    "implicit_attention",
+    "list_models",
+    "load",
+    "memory_report",
+    "outlier_matmul",
+    "pure",
+    "quantize",
+    "quantize_array",
+    "save",
+    "selective_scan",
+    "split_outliers",
+]

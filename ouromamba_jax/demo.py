@@ -1,0 +1,134 @@
+"""The whole pipeline on the embedded model: generate, quantise, compare, draw. Offline, minutes on two CPU cores."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ouromamba_jax.attention import implicit_attention
+from ouromamba_jax.checkpoint import load
+from ouromamba_jax.data import load_images, to_pixels
+from ouromamba_jax.evaluate import Score, predict, score
+from ouromamba_jax.gen import GenConfig, generate_images
+from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantLinear, memory_report, quantize
+from ouromamba_jax.report import attention_maps, image_grid, line_chart, outlier_map
+
+BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
+HEADERS = ("calibration", "bits", "top-1 %", "agreement %", "SQNR dB", "sites dB", "outliers %", "memory", "vs FP16")
+ROUND_TO_NEAREST = dict(detection="none", scale_search="max", tune_epochs=0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One quantised model of the comparison."""
+
+    calibration: str
+    bits: str
+    score: Score
+    mean_sqnr_db: float
+    outlier_rate: float
+    memory: MemoryReport
+
+    def row(self) -> list[str]:
+        """Cells under `HEADERS`."""
+        return [
+            self.calibration,
+            self.bits,
+            f"{100 * self.score.top1:.1f}",
+            f"{100 * self.score.agreement:.1f}",
+            f"{self.score.sqnr_db:.1f}",
+            f"{self.mean_sqnr_db:.1f}",
+            f"{100 * self.outlier_rate:.2f}",
+            f"{self.memory.total / 1e6:.3f} MB",
+            f"{self.memory.compression:.2f}x",
+        ]
+
+
+def run_demo(
+    folder: Path,
+    *,
+    model_name: str = "vim_micro",
+    num_images: int = 64,
+    iterations: int = 200,
+    tune_epochs: int = 3,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+    progress: Any = None,
+) -> tuple[list[Run], float]:
+    """Generates images from the model, quantises it with them and with others, and draws what happened.
+
+    Writes generated.png, outliers.png, attention.png and sqnr.png into `folder`.
+
+    Returns:
+      (one `Run` per calibration source and bit width, top-1 of the float model) on the digits' test split.
+    """
+    model = load(model_name)
+    config = model.config
+    train = load_images("digits", "train", config.img_size, config.preprocessing)
+    test = load_images("digits", "test", config.img_size, config.preprocessing)
+    reference = predict(model, test.images)
+    float_score = score(reference, reference, test.labels)
+    say(f"float {model_name}: top-1 {100 * float_score.top1:.1f} % on {len(test.images)} held-out digits")
+
+    say(f"generating {num_images} images from the weights alone, {iterations} iterations")
+    settings = GenConfig(num_images=num_images, iterations=iterations, batch_size=num_images)
+    generated = generate_images(model, settings, jax.random.key(seed), progress=progress)
+    pixels = to_pixels(generated.images, config.preprocessing)
+    titles = [str(int(target)) for target in generated.targets]
+    image_grid(folder / "generated.png", pixels, titles, heading="Synthetic images and the class each was made for")
+
+    picked = np.random.default_rng(seed).permutation(len(train.images))[:num_images]
+    noise = jnp.clip(jax.random.normal(jax.random.key(seed + 1), generated.images.shape), -1, 1)
+    sources = {
+        "synthetic": (generated.images, dict(tune_epochs=tune_epochs)),
+        "real": (train.images[picked], dict(tune_epochs=tune_epochs)),
+        "noise": (noise, dict(tune_epochs=tune_epochs)),
+        "synthetic, round-to-nearest": (generated.images, ROUND_TO_NEAREST),
+    }
+    runs, low = [], {}
+    for bits in BITS:
+        for source, (images, settings) in sources.items():
+            say(f"quantising to {bits}, calibrated by {source}")
+            quantised, report = quantize(model, images, QuantConfig.preset(bits, **settings))
+            scored = score(predict(quantised, test.images), reference, test.labels)
+            runs.append(
+                Run(source, bits, scored, report.mean_sqnr_db, report.outlier_rate, memory_report(quantised))
+            )
+            low[source, bits] = quantised
+
+    outlier_figure(folder / "outliers.png", low["synthetic", "w4a4"], test.images[:1])
+    attention_figure(folder / "attention.png", model, test.images[:3])
+    series = {name: [r.score.sqnr_db for r in runs if r.calibration == name] for name in sources}
+    line_chart(folder / "sqnr.png", series, BITS, ylabel="SQNR of the logits, dB", heading=f"{model_name} on digits")
+    return runs, float_score.top1
+
+
+def outlier_figure(path: Path, model: nnx.Module, images: np.ndarray) -> None:
+    """Channel x token map of the outliers at the first matmul of the middle block, for one image."""
+    middle = len(model.blocks) // 2
+    _, trace = model.trace(jnp.asarray(images))
+    block = model.blocks[middle]
+    name, site = next(
+        (".".join(map(str, p)), m) for p, m in nnx.iter_modules(block) if isinstance(m, QuantLinear) and p[-1] == "in_proj"
+    )
+    mask = site.act.split(trace.layers[middle].mixer_in).mask[0]
+    heading = f"Outlier channels found by blocks.{middle}.{name}, one image"
+    outlier_map(path, np.asarray(mask), n_refresh=site.spec.config.n_refresh, heading=heading)
+
+
+def attention_figure(path: Path, model: nnx.Module, images: np.ndarray) -> None:
+    """How much attention every token receives in the middle block, without and with the patched hidden state."""
+    _, trace = model.trace(jnp.asarray(images))
+    layer = trace.layers[len(model.blocks) // 2]
+    order = layer.scans[0].order
+    plain, patched = (
+        np.asarray(jnp.mean(jnp.abs(implicit_attention(layer, neighbourhood=p)), axis=1)) for p in (None, 5)
+    )
+    grid = (-1, order.height, order.width)
+    pixels = to_pixels(images, model.config.preprocessing)
+    attention_maps(path, pixels, plain.reshape(grid), patched.reshape(grid), heading="Implicit attention received")

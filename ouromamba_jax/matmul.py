@@ -1,0 +1,198 @@
+"""`outlier_matmul`: the product of a split activation with a quantised weight, in integers, and its backends.
+
+    Y[t, o] = s_w[o] * (S[t] * sum_c I[t, c] W[c, o] + s_O[t] * sum_c O[t, c] W[c, o])
+
+int8 operands, int32 accumulation. The integers are exact, so every backend returns the same ones; only the float
+epilogue rounds. A sample's result never depends on its batch mates.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
+
+from ouromamba_jax.outliers import OutlierSplit, merge
+from ouromamba_jax.qtensor import QTensor, divide
+
+OUTLIER_CAPACITY = 4
+"""16-bit outliers of a sample are compacted if they lie in at most 1/4 of the channels."""
+
+
+def _dot(levels: Int8[Array, "*rows K"], weight: Int8[Array, "K O"]) -> Int32[Array, "*rows O"]:
+    contraction = (((levels.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(levels, weight, contraction, preferred_element_type=jnp.int32)
+
+
+def _sum_groups(product: Callable[[Array, Array, Array], Array], levels: Array, weight: QTensor) -> Array:
+    """Sum over weight groups of product(levels (..., size), weight values (size, O), weight scale (O,))."""
+    if weight.scale.shape[0] == 1:
+        return product(levels, weight.values, weight.scale[0])
+    groups, O = weight.scale.shape
+    levels = jnp.moveaxis(levels.reshape(*levels.shape[:-1], groups, -1), -2, 0)
+    values = weight.values.reshape(groups, -1, O)
+    first = product(levels[0], values[0], weight.scale[0])
+    rest = (levels[1:], values[1:], weight.scale[1:])
+    return lax.scan(lambda total, group: (total + product(*group), None), first, rest)[0]
+
+
+class IntegerProducts(NamedTuple):
+    """Exact accumulators, int32 (groups, B, L, O): `near` counts in units of S[t], `far` in units of s_O[t]."""
+
+    near: Int32[Array, "groups B L O"]
+    far: Int32[Array, "groups B L O"]
+
+
+def _near_and_far(split: OutlierSplit) -> tuple[Int8[Array, "B L C"], Int8[Array, "B L C"]]:
+    """int8 matrices in units of S[t] and of s_O[t].
+
+    With pow2 scales a token at j = 0 has one step for everything: its outliers go into the first matrix.
+    """
+    if not split.pow2:
+        return split.inlier_q, split.outlier_q
+    zero = jnp.zeros((), jnp.int8)
+    combined = split.inlier_q + split.outlier_q
+    far_places = split.mask & _shifted(split)[:, :, None]
+    return jnp.where(far_places, zero, combined), jnp.where(far_places, combined, zero)
+
+
+def _shifted(split: OutlierSplit) -> Bool[Array, "B L"]:
+    """Tokens at j > 0 (or with a NaN scale)."""
+    return split.outlier_scale != split.inlier_scale[None]
+
+
+@jax.jit
+def integer_products(split: OutlierSplit, weight: QTensor) -> IntegerProducts:
+    """The exact integers behind `outlier_matmul`, for tests of backends: Y = sum_g s_w[g] * (S * near + s_O * far).
+
+    "free": near = I.W and far = O.W. "pow2": tokens at j = 0 have their outliers in `near` and nothing in `far`.
+
+    Raises:
+      ValueError: for 16-bit outliers, which are floats.
+    """
+    if split.outlier_q.dtype != jnp.int8:
+        raise ValueError("16-bit outliers are floats and have no integer products: split with outlier_bits <= 8")
+    groups, O = weight.scale.shape
+    values = weight.values.reshape(groups, -1, O)
+
+    def products(levels):
+        parts = jnp.moveaxis(levels.reshape(*levels.shape[:-1], groups, -1), -2, 0)
+        return jnp.stack([_dot(part, value) for part, value in zip(parts, values, strict=True)])
+
+    return IntegerProducts(*map(products, _near_and_far(split)))
+
+
+def _one_product(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
+    """All levels on the inliers' step: one int8 product, a row scale and a column scale."""
+    rows = split.inlier_scale[None, :, None]
+
+    def product(levels, values, scale):
+        return rows * _dot(levels, values).astype(jnp.float32) * scale[None, None]
+
+    return _sum_groups(product, split.inlier_q + split.outlier_q, weight)
+
+
+def _two_products(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
+    """Inliers and outliers on steps of their own, added in units of the outliers' step.
+
+    With pow2 scales S / s_O is 2^-j, so the only rounding is that of the sum: a fused multiply-add changes no bit, and
+    tokens at j = 0 get the bits of `_one_product`.
+    """
+    outlier_scale = split.outlier_scale[:, :, None]
+    ratio = divide(jnp.broadcast_to(split.inlier_scale[None, :, None], outlier_scale.shape), outlier_scale)
+    near, far = _near_and_far(split)
+
+    def product(both, values, scale):
+        products = _dot(both, values).astype(jnp.float32)
+        return outlier_scale * (products[0] * ratio + products[1]) * scale[None, None]
+
+    return _sum_groups(product, jnp.stack([near, far]), weight)
+
+
+def _float_outliers(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
+    """16-bit outliers: an int8 product of the inliers plus a float product of the outliers, sample by sample.
+
+    The float product takes only the channels that the sample lists, up to a fixed capacity; a sample that lists more
+    takes one dense float product instead, equal up to rounding.
+    """
+    K = split.inlier_q.shape[-1]
+    capacity = -(-K // OUTLIER_CAPACITY)
+    float_dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    size = K // weight.scale.shape[0]
+    rows = split.inlier_scale[:, None]
+
+    def compact(sample: OutlierSplit):
+        listed = jnp.any(sample.mask[0], axis=0)
+        index = jnp.nonzero(listed, size=capacity, fill_value=K)[0]
+        outliers = jnp.take(sample.outlier_q[0], index, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
+        levels = jnp.take(weight.values, index, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+        weights = levels * jnp.take(weight.scale, index // size, axis=0, mode="clip")
+
+        def product(levels, values, scale):
+            return rows * _dot(levels, values).astype(jnp.float32) * scale[None]
+
+        inliers = _sum_groups(product, sample.inlier_q[0], weight)
+        return inliers + sample.outlier_scale[0][:, None] * float_dot(outliers, weights)
+
+    def dense(sample: OutlierSplit):
+        return float_dot(merge(sample)[0], weight.dequantize())
+
+    def one_sample(arrays):
+        inlier_q, outlier_q, outlier_scale, mask = (a[None] for a in arrays)
+        sample = OutlierSplit(inlier_q, outlier_q, outlier_scale, mask, split.inlier_scale, split.pow2)
+        fits = jnp.sum(jnp.any(mask[0], axis=0)) <= capacity
+        return lax.cond(fits, compact, dense, sample)
+
+    return lax.map(one_sample, (split.inlier_q, split.outlier_q, split.outlier_scale, split.mask))
+
+
+@jax.jit
+def _xla(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
+    if split.outlier_q.dtype != jnp.int8:
+        return _float_outliers(split, weight)
+    if not split.pow2:
+        return _two_products(split, weight)
+    return lax.cond(jnp.any(_shifted(split)), _two_products, _one_product, split, weight)
+
+
+class Backend(NamedTuple):
+    """`supports` returns why a call cannot run here, from static facts, or None."""
+
+    supports: Callable[[OutlierSplit, QTensor], str | None]
+    run: Callable[[OutlierSplit, QTensor], Float[Array, "B L O"]]
+
+
+BACKENDS: dict[str, Backend] = {"xla": Backend(lambda split, weight: None, _xla)}
+"""In order of preference; "xla" is the reference, supports everything and stays last."""
+
+
+def outlier_matmul(
+    split: OutlierSplit, weight: QTensor, *, implementation: str | None = None
+) -> Float32[Array, "B L O"]:
+    """Multiply a split activation (B, L, C) by a quantised weight (C, O).
+
+    Args:
+      split: from `split_outliers`.
+      weight: levels (C, O), with or without groups along C.
+      implementation: a backend's name; None takes the first that supports the call.
+
+    Raises:
+      ValueError: inputs that do not agree in C, an unknown implementation, or a named one that refuses the call.
+    """
+    if split.inlier_q.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"the activation has {split.inlier_q.shape[-1]} channels but the weight {weight.shape[0]} inputs: "
+            "pass a (C, O) weight (transpose a PyTorch one)"
+        )
+    if implementation is None:
+        implementation = next(name for name, backend in BACKENDS.items() if backend.supports(split, weight) is None)
+    elif implementation not in BACKENDS:
+        raise ValueError(f"no implementation {implementation!r}: choose one of {', '.join(BACKENDS)}, or None")
+    elif reason := BACKENDS[implementation].supports(split, weight):
+        raise ValueError(
+            f"implementation {implementation!r} cannot run this call: {reason}; pass None to choose another"
+        )
+    return BACKENDS[implementation].run(split, weight)

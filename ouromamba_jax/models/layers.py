@@ -1,0 +1,184 @@
+"""Building blocks shared by the model families."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from ouromamba_jax.models.trace import ScanOrder, ScanTrace
+from ouromamba_jax.scan import ScanOutput, selective_scan
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, dtype: DTypeLike, param_dtype: DTypeLike):
+        self.eps = eps
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * broadcast_last(self.scale[...].astype(jnp.float32), x)).astype(self.dtype)
+
+
+class DepthwiseConv1d(nnx.Module):
+    """Depthwise convolution along the tokens, kernel (width, C): causal, or centred ("same")."""
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        *,
+        causal: bool = True,
+        use_bias: bool = True,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.width = width
+        self.causal = causal
+        self.dtype = dtype
+        bound = 1 / math.sqrt(width)
+        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (width, dim), param_dtype, -bound, bound))
+        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        x = x.astype(self.dtype)
+        left = self.width - 1 if self.causal else (self.width - 1) // 2
+        length = x.shape[1]
+        padded = jnp.pad(x, ((0, 0), (left, self.width - 1 - left), (0, 0)))
+        kernel = self.kernel[...].astype(self.dtype)
+        # A few shifted multiply-adds fuse into one pass over x; a grouped convolution does not, on any backend.
+        y = sum(padded[:, k : k + length] * kernel[k][None, None] for k in range(self.width))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None]
+
+
+class SelectiveScan(nnx.Module):
+    """The scan of one mixer with its parameters, all directions at once as groups of channels.
+
+    u and delta are (B, L, G, E), B and C (B, L, G, N), each direction in its own scan order; delta comes without
+    bias and before softplus. A = -exp(A_log). `operands` is where a quantised model steps in.
+    """
+
+    def __init__(
+        self,
+        directions: int,
+        channels: int,
+        d_state: int,
+        *,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.directions = directions
+        self.dtype = dtype
+        total = directions * channels
+        a = jnp.log(jnp.arange(1, d_state + 1, dtype=param_dtype))
+        self.A_log = nnx.Param(jnp.tile(a[None], (total, 1)))
+        self.D = nnx.Param(jnp.ones((total,), param_dtype))
+        span = math.log(dt_max) - math.log(dt_min)
+        dt = jnp.exp(jax.random.uniform(rngs.params(), (total,), param_dtype) * span + math.log(dt_min))
+        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # inverse of softplus
+
+    def operands(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
+        """(u, delta, A, B, C, D) as the scan uses them; grouped as given."""
+        A = -jnp.exp(self.A_log[...].astype(jnp.float32))
+        return u, delta, A, B, C, self.D[...].astype(jnp.float32)
+
+    def __call__(
+        self,
+        u: Float[Array, "B L G E"],
+        delta: Float[Array, "B L G E"],
+        B: Float[Array, "B L G N"],
+        C: Float[Array, "B L G N"],
+        *,
+        collect: Callable[[Array], Any] | None = None,
+    ) -> ScanOutput:
+        return self.scan(*self.operands(u, delta, B, C), collect=collect)
+
+    def scan(self, u, delta, A, B, C, D, *, collect=None, state_transform=None) -> ScanOutput:
+        """Runs the scan on ready operands; y comes back as (B, L, G, E)."""
+        out = selective_scan(
+            merge_groups(u),
+            merge_groups(delta),
+            A,
+            B,
+            C,
+            D,
+            delta_bias=self.dt_bias[...].astype(jnp.float32),
+            delta_softplus=True,
+            collect=collect,
+            state_transform=state_transform,
+        )
+        return out._replace(y=out.y.reshape(u.shape))
+
+    def trace(
+        self, u: Array, delta: Array, B: Array, C: Array, orders: tuple[ScanOrder, ...], *, collect=None
+    ) -> tuple[ScanOutput, tuple[ScanTrace, ...]]:
+        """As `__call__`, and one ScanTrace per direction. `collect` sees one direction's h (B, E, N) at a time."""
+        u, delta, A, B, C, D = self.operands(u, delta, B, C)
+        groups, channels = u.shape[2], u.shape[3]
+
+        def collect_groups(h: Array) -> Any:
+            return tuple(collect(h[:, g * channels : (g + 1) * channels]) for g in range(groups))
+
+        out = self.scan(u, delta, A, B, C, D, collect=None if collect is None else collect_groups)
+        bias = self.dt_bias[...].astype(jnp.float32).reshape(groups, channels)
+        delta = jax.nn.softplus(delta.astype(jnp.float32) + bias[None, None])
+        A, D = A.reshape(groups, channels, -1), D.reshape(groups, channels)
+        scans = tuple(
+            ScanTrace(
+                u=u[:, :, g],
+                delta=delta[:, :, g],
+                A=A[g],
+                B=B[:, :, g],
+                C=C[:, :, g],
+                D=D[g],
+                y=out.y[:, :, g],
+                states=None if out.states is None else out.states[g],
+                order=order,
+            )
+            for g, order in enumerate(orders)
+        )
+        return out, scans
+
+
+class QuantPoint(nnx.Module):
+    """Marks a tensor that a quantised model may round; computes nothing."""
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        return x
+
+
+def merge_groups(x: Float[Array, "B L G E"]) -> Float[Array, "B L GE"]:
+    """Channels of all directions side by side, group-major, as `selective_scan` takes them."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def broadcast_last(vector: Float[Array, " C"], like: Array) -> Array:
+    """`vector` with leading axes added until its rank is that of `like`."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def extract_patches(
+    images: Float[Array, "B H W 3"], size: int, stride: int
+) -> tuple[Float[Array, "B M P"], tuple[int, int]]:
+    """Row-major patches, each flattened as (row, column, channel), and the (height, width) of their grid."""
+    height = (images.shape[1] - size) // stride + 1
+    width = (images.shape[2] - size) // stride + 1
+    if size == stride:
+        cropped = images[:, : height * size, : width * size]
+        grid = cropped.reshape(images.shape[0], height, size, width, size, 3).swapaxes(2, 3)
+        return grid.reshape(images.shape[0], height * width, size * size * 3), (height, width)
+    rows = jnp.arange(height)[:, None] * stride + jnp.arange(size)[None]
+    columns = jnp.arange(width)[:, None] * stride + jnp.arange(size)[None]
+    grid = images[:, rows[:, None, :, None], columns[None, :, None, :]]  # (B, height, width, size, size, 3)
+    return grid.reshape(images.shape[0], height * width, size * size * 3), (height, width)

@@ -1,0 +1,83 @@
+"""What a forward pass exposes: the operands of every selective scan, and where its tokens lie in the image."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@dataclass(frozen=True)
+class ScanOrder:
+    """Where the tokens of a scan come from.
+
+    A row-major (height, width) grid of patches, read column by column if `transpose`, with a class token inserted
+    at `class_index` if there is one, and then read from the end if `reverse`.
+    """
+
+    height: int
+    width: int
+    class_index: int | None = None
+    transpose: bool = False
+    reverse: bool = False
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the scan, the class token included."""
+        return self.height * self.width + (self.class_index is not None)
+
+    def to_image(self, x: Array, axis: int = 1) -> Array:
+        """Brings `axis` of x from scan order to row-major image order, without the class token."""
+        axis %= x.ndim
+        if x.shape[axis] != self.length:
+            raise ValueError(f"axis {axis} of x has {x.shape[axis]} tokens, but this scan has {self.length}.")
+        if self.reverse:
+            x = jnp.flip(x, axis)
+        if self.class_index is not None:
+            before, rest = jnp.split(x, [self.class_index], axis)
+            x = jnp.concatenate([before, jax.lax.slice_in_dim(rest, 1, None, axis=axis)], axis)
+        if self.transpose:
+            grid = x.reshape(*x.shape[:axis], self.width, self.height, *x.shape[axis + 1 :])
+            x = jnp.swapaxes(grid, axis, axis + 1).reshape(x.shape)
+        return x
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ScanTrace:
+    """One selective scan in one direction; every array with L is in scan order.
+
+    `delta` is after bias and softplus, `y` before any gate: y = <C, h> + D * u. `states` is what `collect` returned
+    for h(t), stacked on axis 1, or None.
+    """
+
+    u: Float[Array, "B L D"]
+    delta: Float[Array, "B L D"]
+    A: Float[Array, "D N"]
+    B: Float[Array, "B L N"]
+    C: Float[Array, "B L N"]
+    D: Float[Array, " D"]
+    y: Float[Array, "B L D"]
+    states: Any
+    order: ScanOrder = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerTrace:
+    """One block: its scans (one entry per direction) and the update that it adds to the token stream."""
+
+    scans: tuple[ScanTrace, ...]
+    mixer_in: Float[Array, "B L C"]
+    mixer_out: Float[Array, "B L C"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Trace:
+    """A whole forward pass: tokens entering the first block, one LayerTrace per block, and the head's input."""
+
+    tokens: Float[Array, "B L C"]
+    layers: tuple[LayerTrace, ...]
+    features: Float[Array, "B C"]

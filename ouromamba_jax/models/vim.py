@@ -1,0 +1,255 @@
+"""Vision Mamba (Vim, Zhu et al. 2024): bidirectional selective scans over patches, class token in the middle."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from ouromamba_jax.models.config import Preprocessing, height_width
+from ouromamba_jax.models.layers import DepthwiseConv1d, QuantPoint, RMSNorm, SelectiveScan, extract_patches
+from ouromamba_jax.models.trace import LayerTrace, ScanOrder, Trace
+
+
+@dataclass(frozen=True)
+class VimConfig:
+    """Widths, depth and input of a Vim; defaults are Vim-Tiny's.
+
+    `img_size` is an int or (height, width) in pixels. With stride < patch_size the patches overlap.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    stride: int = 16
+    embed_dim: int = 192
+    depth: int = 24
+    d_state: int = 16
+    num_classes: int = 1000
+    d_conv: int = 4
+    expand: int = 2
+    preprocessing: Preprocessing = Preprocessing()
+
+    def __post_init__(self):
+        if min(self.grid) < 1:
+            raise ValueError(
+                f"img_size {self.img_size} is smaller than one patch of {self.patch_size} pixels; use a larger img_size."
+            )
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.embed_dim
+
+    @property
+    def dt_rank(self) -> int:
+        return math.ceil(self.embed_dim / 16)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per (column, row)."""
+        height, width = height_width(self.img_size)
+        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
+
+    @property
+    def class_index(self) -> int:
+        """Position of the class token among the tokens: the middle."""
+        return self.grid[0] * self.grid[1] // 2
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1] + 1
+
+
+VIM_PRESETS = {
+    "vim_tiny": VimConfig(),
+    "vim_small": VimConfig(embed_dim=384),
+    "vim_base": VimConfig(embed_dim=768),
+    "vim_tiny_stride8": VimConfig(stride=8),
+    "vim_small_stride8": VimConfig(stride=8, embed_dim=384),
+    "vim_micro": VimConfig(
+        img_size=32,
+        patch_size=4,
+        stride=4,
+        embed_dim=64,
+        depth=4,
+        num_classes=10,
+        preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0),
+    ),
+}
+
+
+class VimStem(nnx.Module):
+    """Patches to tokens: linear projection, class token in the middle, learned positions."""
+
+    def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config = config
+        self.proj = nnx.Linear(
+            config.patch_size**2 * 3, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        init = nnx.initializers.truncated_normal(0.02)
+        self.class_token = nnx.Param(init(rngs.params(), (config.embed_dim,), param_dtype))
+        self.positions = nnx.Param(init(rngs.params(), (config.num_tokens, config.embed_dim), param_dtype))
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B L C"]:
+        config = self.config
+        if images.ndim != 4 or images.shape[1:] != (*height_width(config.img_size), 3):
+            raise ValueError(
+                f"images have shape {images.shape}, but this model takes (batch, {height_width(config.img_size)[0]}, "
+                f"{height_width(config.img_size)[1]}, 3); resize them or build the model with another img_size."
+            )
+        patches, _ = extract_patches(images, config.patch_size, config.stride)
+        x = self.proj(patches).astype(jnp.float32)
+        class_token = jnp.broadcast_to(self.class_token[...].astype(jnp.float32), (x.shape[0], 1, config.embed_dim))
+        p = config.class_index
+        x = jnp.concatenate([x[:, :p], class_token, x[:, p:]], axis=1)
+        return x + self.positions[...].astype(jnp.float32)[None]
+
+
+class VimDirection(nnx.Module):
+    """What one scan direction owns: convolution and the projections that make delta, B and C."""
+
+    def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.splits = (config.dt_rank, config.dt_rank + config.d_state)
+        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width = config.d_inner
+        self.conv = DepthwiseConv1d(width, config.d_conv, **types)
+        self.x_proj = nnx.Linear(width, config.dt_rank + 2 * config.d_state, use_bias=False, **types)
+        self.dt_proj = nnx.Linear(
+            config.dt_rank, width, use_bias=False, kernel_init=uniform(config.dt_rank**-0.5), **types
+        )
+
+    def __call__(self, x: Float[Array, "B L E"]) -> tuple[Array, Array, Array, Array]:
+        """(u, delta before bias and softplus, B, C) for tokens in this direction's scan order."""
+        u = jax.nn.silu(self.conv(x))
+        dt, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
+        return u, self.dt_proj(dt), B, C
+
+
+class VimMixer(nnx.Module):
+    """Bidirectional Mamba block ("bimamba v2", divided by two): one projection in and out, two scans between."""
+
+    def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config = config
+        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width = config.d_inner
+        self.in_proj = nnx.Linear(config.embed_dim, 2 * width, use_bias=False, **types)
+        self.directions = nnx.List([VimDirection(config, **types) for _ in range(2)])
+        self.scan = SelectiveScan(2, width, config.d_state, **types)
+        self.z = QuantPoint()
+        self.out_proj = nnx.Linear(width, config.embed_dim, use_bias=False, **types)
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        operands, z = self._operands(x)
+        return self._merge(self.scan(*operands).y, z)
+
+    def trace(self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None):
+        """(output, one ScanTrace per direction: forward, backward)."""
+        operands, z = self._operands(x)
+        height, width = self.config.grid
+        orders = tuple(ScanOrder(height, width, self.config.class_index, reverse=r) for r in (False, True))
+        out, scans = self.scan.trace(*operands, orders, collect=collect)
+        return self._merge(out.y, z), scans
+
+    def _operands(self, x: Array) -> tuple[tuple[Array, Array, Array, Array], Array]:
+        x, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        z = self.z(z)
+        forward = self.directions[0](x)
+        backward = self.directions[1](jnp.flip(x, axis=1))  # the convolution, too, is causal in reversed time
+        u, delta, B, C = (jnp.stack(pair, axis=2) for pair in zip(forward, backward, strict=True))
+        return (u, delta, B, C), z
+
+    def _merge(self, y: Float[Array, "B L 2 E"], z: Float[Array, "B L E"]) -> Float[Array, "B L C"]:
+        # Both directions are gated by the same silu(z), so the gate follows the mean.
+        y = (y[:, :, 0] + jnp.flip(y[:, :, 1], axis=1)) * 0.5
+        return self.out_proj(y * jax.nn.silu(z))
+
+
+class VimBlock(nnx.Module):
+    """x + mixer(RMSNorm(x)); x is the float32 residual stream."""
+
+    def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = RMSNorm(config.embed_dim, dtype=dtype, param_dtype=param_dtype)
+        self.mixer = VimMixer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        return x + self.mixer(self.norm(x)).astype(jnp.float32)
+
+    def trace(self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None):
+        """(output, LayerTrace)."""
+        mixer_in = self.norm(x)
+        mixer_out, scans = self.mixer.trace(mixer_in, collect=collect)
+        return x + mixer_out.astype(jnp.float32), LayerTrace(scans=scans, mixer_in=mixer_in, mixer_out=mixer_out)
+
+
+class VimHead(nnx.Module):
+    """Class token, normalised, to logits."""
+
+    def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.class_index = config.class_index
+        self.norm = RMSNorm(config.embed_dim, dtype=dtype, param_dtype=param_dtype)
+        self.proj = nnx.Linear(config.embed_dim, config.num_classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def features(self, x: Float[Array, "B L C"]) -> Float[Array, "B C"]:
+        """The vector that the linear head sees."""
+        return self.norm(x[:, self.class_index])
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B classes"]:
+        return self.proj(self.features(x)).astype(jnp.float32)
+
+
+class Vim(nnx.Module):
+    """Vision Mamba classifier. `stages` applied in order are the whole network."""
+
+    family = "vim"
+
+    def __init__(
+        self,
+        config: VimConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        self.config = config
+        self.dtype = dtype
+        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.stem = VimStem(config, **types)
+        self.blocks = nnx.List([VimBlock(config, **types) for _ in range(config.depth)])
+        self.head = VimHead(config, **types)
+
+    @property
+    def stages(self) -> tuple[tuple[str, nnx.Module], ...]:
+        """(path, module) in the order of the forward pass; each maps one array to the next."""
+        blocks = tuple((f"blocks.{i}", block) for i, block in enumerate(self.blocks))
+        return (("stem", self.stem), *blocks, ("head", self.head))
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B classes"]:
+        """Normalised images to float32 logits."""
+        x = images
+        for _, stage in self.stages:
+            x = stage(x)
+        return x
+
+    def trace(
+        self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "B classes"], Trace]:
+        """Logits and every scan's operands; `collect` reduces the hidden state h (B, D, N) inside the scan step."""
+        x = tokens = self.stem(images)
+        layers = []
+        for block in self.blocks:
+            x, layer = block.trace(x, collect=collect)
+            layers.append(layer)
+        return self.head(x), Trace(tokens=tokens, layers=tuple(layers), features=self.head.features(x))
+
+
+def uniform(bound: float):
+    """Initialiser: uniform in [-bound, bound]."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, out_sharding: Any = None) -> Array:
+        del out_sharding
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

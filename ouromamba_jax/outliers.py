@@ -1,0 +1,395 @@
+"""Algorithm 2 of OuroMamba: inliers on a static grid, outlier channels found while the tokens pass.
+
+Tokens are walked in windows of `n_refresh`. A window starts with an empty list of outlier channels; a token that does
+not fit its static scale adds the channels above a threshold, and a listed channel stays listed until the window ends.
+Windows and samples are independent, so the code walks the tokens of all windows together.
+
+Every sum is an explicit pairwise tree and no product feeds a sum without a guard: the compiler can then neither
+reorder nor contract them, and the result of a sample has the same bits in any batch and in any surrounding program.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int8
+
+from ouromamba_jax.qtensor import FULL_RANGE_FRACTIONS, MIN_SCALE, divide, max_level, search_scale
+
+Threshold = Literal["online", "offline"]
+Detection = Literal["dynamic", "static", "none"]
+OutlierScale = Literal["pow2", "free"]
+Spec = Literal["paper", "released"]
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class OutlierConfig:
+    """How activations are split (see `split_outliers`).
+
+    Attributes:
+      act_bits: bits of inliers, 2..8.
+      outlier_bits: bits of outliers, act_bits..8; 16 leaves outliers in the activation's own float type.
+      n_refresh: tokens per window.
+      sigma: standard deviations above the mean magnitude at which a channel is an outlier.
+      threshold: "online" takes that statistic from the token itself, "offline" from calibration.
+      detection: "dynamic" is Algorithm 2; "static" a fixed list of channels; "none" clips everything.
+      outlier_scale: "pow2" takes the inlier scale times a power of two, "free" the token's own maximum.
+      spec: "released" reproduces the published code, whose trigger is shared by the whole batch.
+    """
+
+    act_bits: int = 4
+    outlier_bits: int = 8
+    n_refresh: int = 10
+    sigma: float = 3.0
+    threshold: Threshold = "online"
+    detection: Detection = "dynamic"
+    outlier_scale: OutlierScale = "pow2"
+    spec: Spec = "paper"
+
+    def __post_init__(self):
+        if not 2 <= self.act_bits <= 8:
+            raise ValueError(f"act_bits must lie in 2..8, not {self.act_bits} (bits, not a number of levels)")
+        if self.outlier_bits != 16 and not self.act_bits <= self.outlier_bits <= 8:
+            raise ValueError(f"outlier_bits must be 16 or lie in act_bits..8, not {self.outlier_bits}")
+        if self.n_refresh < 1:
+            raise ValueError(f"n_refresh must be at least 1 token, not {self.n_refresh}")
+        if not self.sigma > 0:
+            raise ValueError(f"sigma must be positive, not {self.sigma}")
+        choices = (("threshold", Threshold), ("detection", Detection), ("outlier_scale", OutlierScale), ("spec", Spec))
+        for name, kind in choices:
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        published = (self.threshold, self.detection, self.outlier_scale) == ("online", "dynamic", "free")
+        if self.spec == "released" and not published:
+            raise ValueError(
+                'spec="released" is what the published code does: it needs threshold="online", detection="dynamic" '
+                'and outlier_scale="free"'
+            )
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inlier_q", "outlier_q", "outlier_scale", "mask", "inlier_scale"],
+    meta_fields=["pow2"],
+)
+@dataclass(frozen=True)
+class OutlierSplit:
+    """An activation as inlier levels plus outliers; each is zero at the other's places.
+
+    Attributes:
+      inlier_q: int8 (B, L, C), levels within the inlier bits.
+      outlier_q: int8 (B, L, C) levels, or with 16-bit outliers the float activations themselves.
+      outlier_scale: float32 (B, L); 1 with 16-bit outliers; NaN for a token that holds a NaN or an infinity, so
+        that its results are NaN, not a silent clip.
+      mask: bool (B, L, C), true at outliers.
+      inlier_scale: float32 (L,).
+      pow2: outlier_scale is inlier_scale times 2^j, j >= 0 (a static fact, for the integer products).
+    """
+
+    inlier_q: Int8[Array, "B L C"]
+    outlier_q: Array
+    outlier_scale: Float32[Array, "B L"]
+    mask: Bool[Array, "B L C"]
+    inlier_scale: Float32[Array, " L"]
+    pow2: bool
+
+
+def _tree_sum(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
+    """Sum over the last axis in a fixed order: halves are added until one column is left."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 64)])
+    while (n := x.shape[-1]) > 1:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n % 2)])
+        x = x[..., : (n + 1) // 2] + x[..., (n + 1) // 2 :]
+    return x
+
+
+def _mean_and_std(magnitude: Float32[Array, "*rows C"]) -> tuple[Float32[Array, "*rows 1"], Float32[Array, "*rows 1"]]:
+    """Mean and ddof=1 standard deviation over the last axis, with the same bits in every program."""
+    count = magnitude.shape[-1]
+    mean = divide(_tree_sum(magnitude), count)
+    deviation = magnitude - mean
+    # The minimum keeps the compiler from contracting square and sum into a fused multiply-add here but not there.
+    square = jnp.minimum(deviation * deviation, _FLOAT32_MAX)
+    return mean, jnp.sqrt(divide(_tree_sum(square), max(count - 1, 1)))
+
+
+def _windows(x: Array, n_refresh: int, fill: float) -> Array:
+    """(B, L, ...) -> (B, windows, n_refresh, ...), the last window padded with `fill`."""
+    B, L = x.shape[:2]
+    windows = -(-L // n_refresh)
+    pad = [(0, 0), (0, windows * n_refresh - L)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, pad, constant_values=fill).reshape(B, windows, n_refresh, *x.shape[2:])
+
+
+def _walk_windows(
+    x: Float32[Array, "B L C"], n_refresh: int, grow: Callable[[Array, Array, Array], tuple[Array, Array]], extra: Array
+) -> tuple[Bool[Array, "B L C"], Array]:
+    """Walk all windows token by token; `grow(x_t, listed, extra_t) -> (listed, per-row output)`.
+
+    `extra` is (1, L, ...) and is padded with ones. Returns the lists (B, L, C) and the outputs (B, L).
+    """
+    B, L, C = x.shape
+    n = min(n_refresh, L)
+    x_w, extra_w = _windows(x, n, 0), _windows(extra, n, 1)
+    windows = x_w.shape[1]
+
+    def step(i, carry):
+        listed, mask, rows = carry
+        x_t = lax.dynamic_index_in_dim(x_w, i, 2, keepdims=False)
+        extra_t = lax.dynamic_index_in_dim(extra_w, i, 2, keepdims=False)
+        listed, row = grow(x_t, listed, extra_t)
+        mask = lax.dynamic_update_index_in_dim(mask, listed, i, 2)
+        return listed, mask, lax.dynamic_update_index_in_dim(rows, row, i, 2)
+
+    start = (
+        jnp.zeros((B, windows, C), bool),
+        jnp.zeros((B, windows, n, C), bool),
+        jnp.zeros((B, windows, n), jnp.float32),
+    )
+    _, mask, rows = lax.fori_loop(0, n, step, start)
+    return mask.reshape(B, -1, C)[:, :L], rows.reshape(B, -1)[:, :L]
+
+
+def _detect(x: Float32[Array, "B L C"], scale: Float32[Array, " L"], config: OutlierConfig, theta) -> Array:
+    """The channel lists of Algorithm 2, as a mask (B, L, C)."""
+    q = max_level(config.act_bits)
+    online = config.threshold == "online"
+    extra = jnp.stack([scale, scale if online else theta], axis=-1)[None]
+
+    def grow(x_t, listed, extra_t):
+        free = jnp.where(listed, 0.0, jnp.abs(x_t))
+        overflows = divide(jnp.max(free, axis=-1, keepdims=True), q) > extra_t[..., :1]
+        if config.spec == "released":
+            overflows = jnp.any(overflows)[None, None, None]
+        if online:
+            mean, std = _mean_and_std(free)
+            reach, limit = free - mean, config.sigma * std
+        else:
+            reach, limit = free, extra_t[..., 1:]
+        above = reach > limit if config.spec == "released" else reach >= limit
+        return listed | (overflows & above), jnp.zeros(x_t.shape[:2], jnp.float32)
+
+    return _walk_windows(x, config.n_refresh, grow, extra)[0]
+
+
+def _mask(x, scale, config, theta, channels) -> Bool[Array, "B L C"]:
+    if config.detection == "none":
+        return jnp.isnan(x)  # none; a constant would send XLA folding reductions over it for minutes
+    if config.detection == "static":
+        return jnp.broadcast_to(channels[None, None, :], x.shape)
+    return _detect(x, scale, config, theta)
+
+
+def _outlier_scale(x, scale, mask, config: OutlierConfig) -> Float32[Array, "B L"]:
+    """Scale of each token's outliers; differentiable in x ("free") and scale ("pow2")."""
+    magnitude = jnp.abs(x)
+    finite = jnp.isfinite(jnp.max(magnitude, axis=-1))
+    largest = jnp.max(jnp.where(mask, magnitude, 0.0), axis=-1)
+    if config.outlier_bits == 16:
+        own = jnp.ones(largest.shape, jnp.float32)
+    elif config.outlier_scale == "free":
+        own = divide(jnp.maximum(largest, MIN_SCALE), max_level(config.outlier_bits))
+    else:
+        ratio = jnp.where(finite, jnp.minimum(divide(largest, scale[None]), 2.0**126), 0.0)
+        own = scale[None] * _power_that_fits(lax.stop_gradient(ratio), config.outlier_bits)
+    return jnp.where(finite, own, jnp.nan)
+
+
+def _power_that_fits(ratio: Float32[Array, "..."], bits: int) -> Float32[Array, "..."]:
+    """Smallest 2^j, j >= 0, for which round(ratio / 2^j) fits `bits`; exact, since no logarithm is taken."""
+    _, exponent = jnp.frexp(ratio)  # ratio in [2^(exponent-1), 2^exponent)
+    shift = jnp.maximum(exponent - (bits - 1), 0)
+    rounds_up = jnp.round(jnp.ldexp(ratio, -shift)) > max_level(bits)
+    return jnp.ldexp(jnp.ones_like(ratio), shift + rounds_up.astype(shift.dtype))
+
+
+def _check_arguments(x, scale, config: OutlierConfig, theta, channels) -> None:
+    if x.ndim != 3 or scale.shape != (x.shape[1],):
+        raise ValueError(
+            f"x must be (B, L, C) and scale (L,), not {x.shape} and {scale.shape}: a quantised model is tied to the "
+            "token count it was calibrated at"
+        )
+    if (
+        config.detection == "dynamic"
+        and config.threshold == "offline"
+        and (theta is None or theta.shape != scale.shape)
+    ):
+        raise ValueError('threshold="offline" needs theta of shape (L,): pass the result of calibrate_theta')
+    if config.detection == "static" and (channels is None or channels.shape != x.shape[2:]):
+        raise ValueError('detection="static" needs channels of shape (C,): pass the result of calibrate_channels')
+
+
+@partial(jax.jit, static_argnames="config")
+def split_outliers(
+    x: Float[Array, "B L C"],
+    scale: Float32[Array, " L"],
+    config: OutlierConfig,
+    *,
+    theta: Float32[Array, " L"] | None = None,
+    channels: Bool[Array, " C"] | None = None,
+) -> OutlierSplit:
+    """Algorithm 2: split an activation into inlier levels and outliers, each sample on its own.
+
+    A token whose largest unlisted magnitude exceeds q * scale[t] adds to its window's list every unlisted channel
+    that reaches the threshold: mean + sigma * std (ddof=1) over all channels, listed ones counted as zero ("online"),
+    or theta[t] ("offline"). Inliers are rounded half to even onto scale[t] and clipped; outliers take
+
+      "pow2"  scale[t] * 2^j with the smallest j >= 0 at which no level is clipped (at most 126, j = 0 without outliers)
+      "free"  max|outlier| / q_O, at least 1e-8 / q_O, which a token without outliers gets
+
+    Args:
+      x: (B, L, C) float, tokens in their own scan order.
+      scale: (L,) positive inlier scales, from `search_token_scales`.
+      theta: (L,) thresholds for threshold="offline".
+      channels: (C,) outlier channels for detection="static".
+
+    Raises:
+      ValueError: shapes that do not agree, or theta or channels missing where the config needs them.
+    """
+    _check_arguments(x, scale, config, theta, channels)
+    x32 = x.astype(jnp.float32)
+    mask = _mask(x32, scale, config, theta, channels)
+    outlier_scale = _outlier_scale(x32, scale, mask, config)
+    inlier = _levels(divide(x32, scale[None, :, None]), config.act_bits)
+    if config.outlier_bits == 16:
+        outlier_q = jnp.where(mask, x, jnp.zeros((), x.dtype))
+    else:
+        outlier = _levels(divide(x32, outlier_scale[:, :, None]), config.outlier_bits)
+        outlier_q = jnp.where(mask, outlier, 0.0).astype(jnp.int8)
+    inlier_q = jnp.where(mask, 0.0, inlier).astype(jnp.int8)
+    pow2 = config.outlier_bits != 16 and config.outlier_scale == "pow2"
+    return OutlierSplit(inlier_q, outlier_q, outlier_scale, mask, scale, pow2)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _levels(ratio: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
+    """Round half to even and clip to [-q, q]; straight-through derivative 1 where nothing is clipped, else 0."""
+    q = max_level(bits)
+    return jnp.clip(jnp.round(ratio), -q, q)
+
+
+@_levels.defjvp
+def _levels_jvp(bits, primals, tangents):
+    (ratio,), (tangent,) = primals, tangents
+    inside = jnp.abs(jnp.round(ratio)) <= max_level(bits)
+    return _levels(ratio, bits), jnp.where(inside, tangent, jnp.zeros_like(tangent))
+
+
+@jax.jit
+def merge(split: OutlierSplit) -> Float32[Array, "B L C"]:
+    """The activation that a split stands for, in float32."""
+    outlier_scale = split.outlier_scale[:, :, None]
+    # A NaN outlier scale marks a token with non-finite values: it spoils the whole token.
+    scale = jnp.where(split.mask | jnp.isnan(outlier_scale), outlier_scale, split.inlier_scale[None, :, None])
+    value = jnp.where(split.mask, split.outlier_q.astype(jnp.float32), split.inlier_q.astype(jnp.float32))
+    return scale * value
+
+
+@partial(jax.jit, static_argnames="config")
+def fake_quant(
+    x: Float[Array, "B L C"],
+    scale: Float32[Array, " L"],
+    config: OutlierConfig,
+    *,
+    theta: Float32[Array, " L"] | None = None,
+    channels: Bool[Array, " C"] | None = None,
+) -> Float32[Array, "B L C"]:
+    """`merge(split_outliers(...))`, bit for bit, with straight-through gradients to x and to every scale.
+
+    Inliers follow LSQ: d/dx is 1 where nothing is clipped, else 0; d/dscale is round(x/s) - x/s there, else +-q.
+    Outliers: 1 to x; "pow2" reaches scale through scale * 2^j with j held, "free" reaches x through the maximum.
+    Which entries are outliers, and j, are held fixed.
+    """
+    _check_arguments(x, scale, config, theta, channels)
+    x32 = x.astype(jnp.float32)
+    mask = _mask(lax.stop_gradient(x32), lax.stop_gradient(scale), config, theta, channels)
+    outlier_scale = _outlier_scale(x32, scale, mask, config)[:, :, None]
+    step = jnp.where(mask | jnp.isnan(outlier_scale), outlier_scale, scale[None, :, None])
+    inlier = _levels(divide(x32, scale[None, :, None]), config.act_bits)
+    outlier = x32 if config.outlier_bits == 16 else _levels(divide(x32, outlier_scale), config.outlier_bits)
+    return step * jnp.where(mask, outlier, inlier)
+
+
+def _calibration_mask(x: Float32[Array, "B L C"], config: OutlierConfig, channels) -> Bool[Array, "B L C"]:
+    """Outliers before any scale exists: magnitudes above mean + sigma*std over all channels, kept for the window."""
+    if config.detection == "none":
+        return jnp.zeros(x.shape, bool)
+    if config.detection == "static":
+        return jnp.broadcast_to(channels[None, None, :], x.shape)
+    magnitude = jnp.abs(x)
+    mean, std = _mean_and_std(magnitude)
+    above = _windows((magnitude - mean > config.sigma * std).astype(jnp.int8), config.n_refresh, 0)
+    return (lax.cummax(above, axis=2) > 0).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
+
+
+@partial(jax.jit, static_argnames="config")
+def search_token_scales(
+    x: Float[Array, "B L C"], config: OutlierConfig, *, channels: Bool[Array, " C"] | None = None
+) -> Float32[Array, " L"]:
+    """Static inlier scale of every token position, from calibration samples.
+
+    Outliers are set to zero and the 100-step search of the 2.4 norm runs over samples and channels of a position.
+    spec="paper" tries 1 % .. 100 % of the inlier range; "released" 99 % .. 0 %, so never the full range.
+
+    Args:
+      x: (B, L, C) calibration activations, tokens in scan order.
+      channels: (C,) outlier channels, needed by detection="static".
+    """
+    if config.detection == "static" and (channels is None or channels.shape != x.shape[2:]):
+        raise ValueError('detection="static" needs channels of shape (C,): pass the result of calibrate_channels')
+    x = x.astype(jnp.float32)
+    inliers = jnp.where(_calibration_mask(x, config, channels), 0.0, x)
+    released = tuple(1 - i / 100 for i in range(1, 101))
+    fractions = released if config.spec == "released" else FULL_RANGE_FRACTIONS
+    return search_scale(inliers, config.act_bits, axes=(0, 2), fractions=fractions)[0, :, 0]
+
+
+@partial(jax.jit, static_argnames="config")
+def calibrate_theta(x: Float[Array, "B L C"], config: OutlierConfig) -> Float32[Array, " L"]:
+    """Thresholds for threshold="offline": the online statistic of each position, averaged over samples.
+
+    No scale exists yet, so every token counts as overflowing (with searched scales 95-100 % do).
+    """
+
+    def grow(x_t, listed, _):
+        free = jnp.where(listed, 0.0, jnp.abs(x_t))
+        mean, std = _mean_and_std(free)
+        # Compared as in `_detect`; the strict sign keeps an all-zero token from listing everything.
+        return listed | (free - mean > config.sigma * std), (mean + config.sigma * std)[..., 0]
+
+    x = x.astype(jnp.float32)
+    _, thetas = _walk_windows(x, config.n_refresh, grow, jnp.ones((1, x.shape[1]), jnp.float32))
+    return jnp.mean(thetas, axis=0)
+
+
+@partial(jax.jit, static_argnames="config")
+def calibrate_channels(x: Float[Array, "B L C"], config: OutlierConfig) -> Bool[Array, " C"]:
+    """Channels for detection="static": mean magnitude above mean + sigma*std over channels.
+
+    The statistic is taken over all samples and tokens, as the published list generator does (there sigma is 4).
+    """
+    magnitude = jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(0, 1))
+    mean, std = _mean_and_std(magnitude)
+    return magnitude - mean > config.sigma * std
+
+
+@dataclass(frozen=True)
+class OutlierStats:
+    """Share of entries that are outliers, and of tokens whose outliers need a larger step than the inliers."""
+
+    rate: float
+    shifted_rows: float
+
+
+def outlier_statistics(split: OutlierSplit) -> OutlierStats:
+    """Outlier rate and share of tokens with j > 0 ("pow2"; always 0 for 16-bit outliers, which have no step)."""
+    integer = split.outlier_q.dtype == jnp.int8
+    shifted = (split.outlier_scale > split.inlier_scale[None]) & jnp.any(split.mask, axis=-1)
+    return OutlierStats(float(jnp.mean(split.mask)), float(jnp.mean(shifted)) if integer else 0.0)

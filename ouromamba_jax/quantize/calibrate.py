@@ -1,0 +1,140 @@
+"""Calibration: what every site sees, and the static scales that follow from it."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.outliers import calibrate_channels, calibrate_theta, search_token_scales
+from ouromamba_jax.qtensor import search_weight_scale
+from ouromamba_jax.quantize.config import QuantConfig
+from ouromamba_jax.quantize.fake import Scales, scan_parameter, search_parameter_scale
+from ouromamba_jax.quantize.modules import ACTIVATION_OPERANDS, SiteSpec, as_tokens, iter_sites, set_module
+from ouromamba_jax.scan import ScanOutput
+
+Captured = dict[str, dict[str, Array]]
+"""{site: {name: activation}}: "act" (B, L, C) of a linear layer or marked tensor, (B, L, G, C) per scan operand."""
+
+
+class _Recorder:
+    """Calls the site it stands for and keeps what went in."""
+
+    def __init__(self, site: Any, seen: dict[str, Array], with_states: bool):
+        self.site, self.seen, self.with_states = site, seen, with_states
+
+    def __call__(self, *args: Array, **kwargs: Any) -> Any:
+        if not isinstance(self.site, SelectiveScan):
+            self.seen["act"] = as_tokens(args[0])
+            return self.site(*args, **kwargs)
+        self.seen.update(zip(("u", "delta", "B", "C"), args, strict=True))
+        groups = self.site.directions
+
+        def largest(h: Array) -> Array:  # (B, G): what a scale per direction and step must cover
+            return jnp.max(jnp.abs(h.reshape(h.shape[0], groups, -1)), axis=-1)
+
+        out: ScanOutput = self.site(*args, collect=largest if self.with_states else None)
+        self.seen["y"] = out.y
+        if self.with_states:
+            self.seen["h"] = out.states
+        return out
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _capture_batch(graphdef: Any, sites: tuple[tuple[str, bool], ...], state: nnx.State, x: Array):
+    stage = nnx.merge(graphdef, state)
+    modules = dict(iter_sites(stage))
+    captured: Captured = {path: {} for path, _ in sites}
+    for path, with_states in sites:
+        set_module(stage, path, _Recorder(modules[path], captured[path], with_states))
+    return stage(x), captured
+
+
+def capture(stage: nnx.Module, x: Array, configs: dict[str, QuantConfig], batch_size: int) -> tuple[Array, Captured]:
+    """The stage's output on x (N, ...), and what entered every site of `configs`, in batches."""
+    graphdef, state = nnx.split(stage)
+    sites = tuple((path, "h" in config.operands) for path, config in configs.items())
+    parts = [_capture_batch(graphdef, sites, state, x[i : i + batch_size]) for i in range(0, len(x), batch_size)]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def find_scales(
+    site: Any, seen: dict[str, Array], config: QuantConfig
+) -> tuple[SiteSpec, dict[str, Array], dict[str, Any]]:
+    """(spec, scales, fixed) of one site: static scales, and thresholds or channel lists where the config asks for them."""
+    if not isinstance(site, SelectiveScan):
+        x = seen["act"]
+        spec = SiteSpec(config, tokens=x.shape[1], channels=x.shape[2])
+        scale, fixed = _activation_scale(x, config)
+        scales = {"act": scale}
+        if isinstance(site, nnx.Linear):
+            kernel = site.kernel[...].astype(jnp.float32)
+            scales["weight"] = search_weight_scale(
+                kernel, config.weight_bits, group=config.weight_group, search=config.scale_search == "norm"
+            )
+        return spec, scales, {"act": fixed}
+    spec = SiteSpec(config, tokens=seen["u"].shape[1], channels=seen["u"].shape[3])
+    scales, fixed_by_operand = {}, {}
+    for name in ACTIVATION_OPERANDS:
+        if name in config.operands:
+            x = seen[name]
+            found = [_activation_scale(x[:, :, g], spec.operand_config(name)) for g in range(site.directions)]
+            scales[name] = jnp.stack([scale for scale, _ in found])
+            fixed_by_operand[name] = [fixed for _, fixed in found]
+    for name in ("A", "D"):
+        if name in config.operands:
+            scales[name] = search_parameter_scale(scan_parameter(site, name), site.directions, config)
+    if "h" in config.operands:
+        scales["h"] = jnp.max(seen["h"], axis=0).T / 127
+    return spec, scales, fixed_by_operand
+
+
+def _activation_scale(x: Array, config: QuantConfig) -> tuple[Array, dict[str, Array]]:
+    fixed = {}
+    if config.detection == "static":
+        fixed["channels"] = calibrate_channels(x, config)
+    if config.detection == "dynamic" and config.threshold == "offline":
+        fixed["theta"] = calibrate_theta(x, config)
+    return search_token_scales(x, config, channels=fixed.get("channels")), fixed
+
+
+def check_coverage(stage: nnx.Module, x: Any, name: str) -> None:
+    """Raises if the stage multiplies matrices anywhere but at its sites, so that no matmul is left out unseen.
+
+    `x` may be a ShapeDtypeStruct: the stage is traced with every site replaced by zeros.
+    """
+    graphdef, state = nnx.split(stage)
+
+    def without_sites(state: nnx.State, x: Array) -> Array:
+        stripped = nnx.merge(graphdef, state)
+        for path, site in list(iter_sites(stripped)):
+            set_module(stripped, path, partial(_zeros_like_output, site))
+        return stripped(x)
+
+    left = _matmuls(jax.make_jaxpr(without_sites)(state, x).jaxpr)
+    if left:
+        raise ValueError(
+            f"{name} has {len(left)} matrix products outside of its linear layers and scans ({left[0]}); "
+            "make them nnx.Linear layers, so that they can be quantised or named by a rule."
+        )
+
+
+def _zeros_like_output(site: Any, *args: Array, **kwargs: Any) -> Any:
+    shapes = jax.eval_shape(partial(site, **kwargs), *args)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _matmuls(jaxpr: Any) -> list[str]:
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            shapes = " x ".join(str(v.aval.shape) for v in equation.invars)
+            found.append(f"{equation.primitive.name} {shapes}")
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += _matmuls(inner)
+    return found

@@ -1,0 +1,117 @@
+"""What to quantise, and how: the frozen configuration of a quantisation run."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ouromamba_jax.outliers import OutlierConfig
+
+OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z")
+"""Tensors in and around a selective scan that can be quantised."""
+
+
+@dataclass(frozen=True)
+class QuantRule:
+    """Settings for the sites whose path matches.
+
+    Matches: `pattern`, a regular expression searched in the dotted path, e.g. r"blocks\\.0\\..*out_proj".
+    Sets: any of the other fields; None keeps the config's value. `skip=True` leaves the site in float.
+    The first rule that matches a site decides.
+    """
+
+    pattern: str
+    weight_bits: int | None = None
+    act_bits: int | None = None
+    outlier_bits: int | None = None
+    weight_group: int | None = None
+    operands: tuple[str, ...] | None = None
+    skip: bool = False
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"the rule pattern {self.pattern!r} is not a regular expression: {error}.") from error
+        if self.skip and self.settings():
+            raise ValueError(f"the rule {self.pattern!r} both skips its sites and sets {', '.join(self.settings())}.")
+        if not self.skip and not self.settings():
+            raise ValueError(f"the rule {self.pattern!r} sets nothing; give it bits, operands or skip=True.")
+
+    def settings(self) -> dict[str, Any]:
+        """The config fields that this rule sets."""
+        names = ("weight_bits", "act_bits", "outlier_bits", "weight_group", "operands")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def matches(self, path: str) -> bool:
+        return re.search(self.pattern, path) is not None
+
+
+@dataclass(frozen=True)
+class QuantConfig(OutlierConfig):
+    """How to quantise a model; the fields of `OutlierConfig` say how activations are split.
+
+    Args:
+      weight_bits: 2 to 8; symmetric, one scale per output channel.
+      weight_group: input channels that share a weight scale; None: all of them.
+      operands: which tensors of each selective scan are quantised. A and D are parameters: rounded once, to int8 levels.
+      scale_search: "norm" minimises the 2.4 norm of the rounding error over 100 candidates, "max" takes the range.
+      tune_epochs: passes over the calibration set in which each block's scales are tuned; 0 leaves them as found.
+      tune_learning_rate: AdamW's, for the logarithm of every scale.
+      float_dtype: type in which parameters that stay float are kept.
+      batch_size: images per step of calibration and tuning.
+      rules: exceptions by path, first match wins.
+    """
+
+    weight_bits: int = 4
+    weight_group: int | None = None
+    operands: tuple[str, ...] = ("delta", "B", "C", "A", "D")
+    scale_search: Literal["norm", "max"] = "norm"
+    tune_epochs: int = 10
+    tune_learning_rate: float = 5e-3
+    float_dtype: str = "float16"
+    batch_size: int = 16
+    rules: tuple[QuantRule, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 2 <= self.weight_bits <= 8:
+            raise ValueError(f"weight_bits must be 2 to 8, not {self.weight_bits}.")
+        if self.weight_group is not None and self.weight_group < 1:
+            raise ValueError(f"weight_group must be a positive number of channels, not {self.weight_group}.")
+        unknown = sorted(set(self.operands) - set(OPERANDS))
+        if unknown:
+            raise ValueError(f"operands {', '.join(unknown)} do not exist; choose among {', '.join(OPERANDS)}.")
+        if self.scale_search not in ("norm", "max"):
+            raise ValueError(f"scale_search must be 'norm' or 'max', not {self.scale_search!r}.")
+        if self.tune_epochs < 0 or self.batch_size < 1 or self.tune_learning_rate <= 0:
+            raise ValueError("tune_epochs must be at least 0, batch_size at least 1 and tune_learning_rate positive.")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "QuantConfig":
+        """ "w4a4", "w4a8", "w6a6" or "w8a8", as in the paper: 8-bit outliers beside 4- and 6-bit inliers, 16-bit beside 8.
+
+        The first and the last layer (stem and head) stay at 8 bits.
+
+        Raises:
+          ValueError: for another name.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"there is no preset {name!r}; choose among {', '.join(_PRESETS)}.")
+        return cls(**{**_PRESETS[name], "rules": _EDGES, **overrides})
+
+    def resolve(self, path: str) -> "QuantConfig | None":
+        """The settings of the site at `path`, rules applied; None if a rule leaves it in float."""
+        for rule in self.rules:
+            if rule.matches(path):
+                return None if rule.skip else dataclasses.replace(self, rules=(), **rule.settings())
+        return dataclasses.replace(self, rules=())
+
+
+_EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8, outlier_bits=16),)
+_PRESETS = {
+    "w4a4": dict(weight_bits=4, act_bits=4, outlier_bits=8),
+    "w4a8": dict(weight_bits=4, act_bits=8, outlier_bits=16),
+    "w6a6": dict(weight_bits=6, act_bits=6, outlier_bits=8),
+    "w8a8": dict(weight_bits=8, act_bits=8, outlier_bits=16),
+}

@@ -1,0 +1,310 @@
+"""What replaces a model's matmuls, scans and marked tensors once it is quantised."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ouromamba_jax.matmul import outlier_matmul
+from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
+from ouromamba_jax.outliers import OutlierSplit, merge, split_outliers
+from ouromamba_jax.qtensor import QTensor
+from ouromamba_jax.quantize.config import QuantConfig, QuantRule
+from ouromamba_jax.scan import ScanOutput
+
+Site = nnx.Linear | SelectiveScan | QuantPoint
+ACTIVATION_OPERANDS = ("u", "delta", "B", "C", "y")
+PARAMETER_OPERANDS = ("A", "D")
+
+
+class Levels(nnx.Variable):
+    """Integer levels (rows, columns) of a weight or scan parameter; its metadata `bits` is what they need at rest."""
+
+
+class Scale(nnx.Variable):
+    """A scale, threshold or channel list found in calibration."""
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """Static facts of one quantised site: its settings, and the tokens and channels of what it was calibrated on."""
+
+    config: QuantConfig
+    tokens: int
+    channels: int
+
+    def operand_config(self, operand: str) -> QuantConfig:
+        """Settings of one scan operand: delta's outliers lie one standard deviation further out (released code)."""
+        if operand == "delta":
+            return dataclasses.replace(self.config, sigma=self.config.sigma + 1)
+        return self.config
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ActScales:
+    """What calibration found for one activation (B, L, C).
+
+    scale (L,) > 0; theta (L,) for the offline threshold; channels (C,) bool for static detection; else None.
+    """
+
+    scale: Array
+    theta: Array | None = None
+    channels: Array | None = None
+
+    @classmethod
+    def zeros(cls, config: QuantConfig, tokens: int, channels: int) -> "ActScales":
+        """Placeholders of the right shapes."""
+        return cls(
+            scale=jnp.zeros((tokens,)),
+            theta=jnp.zeros((tokens,)) if config.threshold == "offline" else None,
+            channels=jnp.zeros((channels,), bool) if config.detection == "static" else None,
+        )
+
+
+class ActQuantizer(nnx.Module):
+    """Algorithm 2 with the static scales of one activation."""
+
+    def __init__(self, scales: ActScales, config: QuantConfig):
+        self.config = config
+        self.scale = Scale(scales.scale)
+        self.theta = None if scales.theta is None else Scale(scales.theta)
+        self.channels = None if scales.channels is None else Scale(scales.channels)
+
+    def split(self, x: Float[Array, "B L C"]) -> OutlierSplit:
+        """Inliers, outliers and their scales.
+
+        Raises:
+          ValueError: if x has another number of tokens than the calibration had.
+        """
+        if x.shape[1] != self.scale.shape[0]:
+            raise ValueError(
+                f"this model was calibrated at {self.scale.shape[0]} tokens per sample and got {x.shape[1]}; "
+                "quantise it again at this input size."
+            )
+        theta = None if self.theta is None else self.theta[...]
+        channels = None if self.channels is None else self.channels[...]
+        return split_outliers(x, self.scale[...], self.config, theta=theta, channels=channels)
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        """x after rounding, in float32."""
+        return merge(self.split(x))
+
+
+class QuantLinear(nnx.Module):
+    """A linear layer in integers: outliers split off at run time, int8 products, one float epilogue."""
+
+    def __init__(
+        self, weight: QTensor, bias: Array | None, scales: ActScales, spec: SiteSpec, dtype: Any = jnp.float32
+    ):
+        self.spec = spec
+        self.dtype = dtype
+        self.levels = Levels(weight.values, bits=weight.bits)
+        self.weight_scale = Scale(weight.scale)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.act = ActQuantizer(scales, spec.config)
+
+    @property
+    def weight(self) -> QTensor:
+        config = self.spec.config
+        return QTensor(self.levels[...], self.weight_scale[...], bits=config.weight_bits, group=config.weight_group)
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
+        y = outlier_matmul(self.act.split(as_tokens(x)), self.weight)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)[None, None]
+        return y.reshape(*x.shape[:-1], -1).astype(self.dtype)
+
+
+class RoundedOperands:
+    """How a scan runs on rounded operands; the quantised scan and its trainable stand-in share it.
+
+    They supply `_round(name, x (B, L, G, C))`, `_parameter(name) -> (D, N)` or None, and `_state_transform(u)`.
+    """
+
+    def operands(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
+        u, delta = self._round("u", u), self._round("delta", delta)
+        B, C = self._round("B", B), self._round("C", C)
+        A, D = self._parameter("A"), self._parameter("D")
+        A = -jnp.exp(self.A_log[...].astype(jnp.float32)) if A is None else A
+        D = self.D[...].astype(jnp.float32) if D is None else D[:, 0]
+        return u, delta, A, B, C, D
+
+    def scan(self, u, delta, A, B, C, D, *, collect=None) -> ScanOutput:
+        transform = self._state_transform(u)
+        out = SelectiveScan.scan(self, u, delta, A, B, C, D, collect=collect, state_transform=transform)
+        return out._replace(y=self._round("y", out.y))
+
+
+class QuantSelectiveScan(RoundedOperands, SelectiveScan):
+    """A selective scan whose operands are rounded: activations by Algorithm 2 per direction, A and D once."""
+
+    def __init__(
+        self,
+        scan: SelectiveScan,
+        activations: dict[str, list[ActScales]],
+        parameters: dict[str, QTensor],
+        state_scale: Array | None,
+        spec: SiteSpec,
+    ):
+        self.spec = spec
+        self.directions = scan.directions
+        self.dtype = scan.dtype
+        self.dt_bias = scan.dt_bias
+        self.A_log = None if "A" in parameters else scan.A_log
+        self.D = None if "D" in parameters else scan.D
+        self.state_scale = None if state_scale is None else Scale(state_scale)
+        self.act = nnx.Dict(
+            {
+                name: nnx.List([ActQuantizer(scales, spec.operand_config(name)) for scales in groups])
+                for name, groups in activations.items()
+            }
+        )
+        self.parameter_levels = nnx.Dict({name: Levels(q.values, bits=q.bits) for name, q in parameters.items()})
+        self.parameter_scale = nnx.Dict({name: Scale(q.scale) for name, q in parameters.items()})
+
+    def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array:
+        if name not in self.act:
+            return x
+        return jnp.stack([q(x[:, :, g]) for g, q in enumerate(self.act[name])], axis=2).astype(x.dtype)
+
+    def _parameter(self, name: str) -> Array | None:
+        if name not in self.parameter_levels:
+            return None
+        levels, scale = self.parameter_levels[name][...], self.parameter_scale[name][...]
+        return QTensor(levels, scale, bits=8, group=levels.shape[0] // self.directions).dequantize()
+
+    def _state_transform(self, u: Array):
+        return None if self.state_scale is None else round_states(self.state_scale[...], u.shape[3])
+
+
+class QuantizedPoint(QuantPoint):
+    """A marked tensor, rounded by Algorithm 2."""
+
+    def __init__(self, scales: ActScales, spec: SiteSpec):
+        self.spec = spec
+        self.act = ActQuantizer(scales, spec.config)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        return self.act(as_tokens(x)).reshape(x.shape).astype(x.dtype)
+
+
+def as_tokens(x: Float[Array, "... C"]) -> Float[Array, "B L C"]:
+    """Samples on the first axis, channels on the last, everything between as tokens; a vector per sample is one token."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+@jax.custom_jvp
+def straight_through_round(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Rounds half to even; its derivative is taken as 1."""
+    return jnp.round(x)
+
+
+@straight_through_round.defjvp
+def _straight_through_round_jvp(primals, tangents):
+    return straight_through_round(*primals), tangents[0]
+
+
+def round_states(scale: Float[Array, "G L"], channels: int) -> Callable[[Array, Array], Array]:
+    """Rounds h (B, D, N) after step t to 8 bits, one scale per direction and time step; straight-through gradients."""
+    per_channel = jnp.repeat(scale, channels, axis=0)  # (D, L)
+
+    def transform(h: Float[Array, "B D N"], t: Array) -> Array:
+        s = jax.lax.dynamic_index_in_dim(per_channel, t, axis=1)[None]  # (1, D, 1)
+        return s * jnp.clip(straight_through_round(h / s), -127.0, 127.0)
+
+    return transform
+
+
+def iter_sites(model: nnx.Module) -> Iterator[tuple[str, Site]]:
+    """(dotted path, module) of everything that can be quantised: linear layers, selective scans, marked tensors."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Linear | SelectiveScan | QuantPoint):
+            yield ".".join(map(str, path)), module
+
+
+def set_module(model: nnx.Module, path: str, new: Any) -> None:
+    """Replaces the submodule at the dotted `path`."""
+    *parents, last = path.split(".")
+    for name in parents:
+        model = model[int(name)] if name.isdigit() else getattr(model, name)
+    if last.isdigit():
+        model[int(last)] = new
+    else:
+        setattr(model, last, new)
+
+
+def quantized_specs(model: nnx.Module) -> dict[str, SiteSpec]:
+    """The spec of every quantised site by path; empty for a float model."""
+    kinds = (QuantLinear, QuantSelectiveScan, QuantizedPoint)
+    return {".".join(map(str, p)): m.spec for p, m in nnx.iter_modules(model) if isinstance(m, kinds)}
+
+
+def apply_specs(model: nnx.Module, specs: dict[str, SiteSpec]) -> nnx.Module:
+    """Puts empty quantised modules at the sites of `specs` into a float model, and returns it.
+
+    Raises:
+      ValueError: if the model has no such site.
+    """
+    sites = dict(iter_sites(model))
+    for path, spec in specs.items():
+        if path not in sites:
+            raise ValueError(f"the model has no site {path!r} to quantise")
+        set_module(model, path, _empty(sites[path], spec))
+    return model
+
+
+def _empty(site: Site, spec: SiteSpec) -> nnx.Module:
+    config = spec.config
+    if isinstance(site, nnx.Linear):
+        inputs, outputs = site.kernel.shape
+        groups = 1 if config.weight_group is None else inputs // config.weight_group
+        weight = QTensor(
+            jnp.zeros((inputs, outputs), jnp.int8),
+            jnp.zeros((groups, outputs)),
+            bits=config.weight_bits,
+            group=config.weight_group,
+        )
+        bias = None if site.bias is None else site.bias[...].astype(config.float_dtype)
+        return QuantLinear(weight, bias, ActScales.zeros(config, spec.tokens, inputs), spec, site.dtype)
+    if isinstance(site, SelectiveScan):
+        rows, states = site.A_log.shape
+        channels = {"B": states, "C": states}
+        activations = {
+            name: [
+                ActScales.zeros(spec.operand_config(name), spec.tokens, channels.get(name, rows // site.directions))
+                for _ in range(site.directions)
+            ]
+            for name in ACTIVATION_OPERANDS
+            if name in config.operands
+        }
+        parameters = {
+            name: QTensor(
+                jnp.zeros((rows, width), jnp.int8),
+                jnp.zeros((site.directions, width)),
+                bits=8,
+                group=rows // site.directions,
+            )
+            for name, width in (("A", states), ("D", 1))
+            if name in config.operands
+        }
+        state_scale = jnp.zeros((site.directions, spec.tokens)) if "h" in config.operands else None
+        return QuantSelectiveScan(site, activations, parameters, state_scale, spec)
+    return QuantizedPoint(ActScales.zeros(config, spec.tokens, spec.channels), spec)
+
+
+def spec_to_json(spec: SiteSpec) -> dict[str, Any]:
+    """A SiteSpec as plain JSON values."""
+    return {"tokens": spec.tokens, "channels": spec.channels, "config": dataclasses.asdict(spec.config)}
+
+
+def spec_from_json(data: dict[str, Any]) -> SiteSpec:
+    """The inverse of `spec_to_json`."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data["config"].items()}
+    fields["rules"] = tuple(QuantRule(**rule) for rule in fields["rules"])
+    return SiteSpec(config=QuantConfig(**fields), tokens=int(data["tokens"]), channels=int(data["channels"]))

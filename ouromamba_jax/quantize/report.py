@@ -1,0 +1,132 @@
+"""What a quantisation did, site by site, and what a model weighs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from flax import nnx
+
+from ouromamba_jax.quantize.modules import Levels, Scale
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One matmul or scan operand.
+
+    Attributes:
+      path: dotted path of the module, with the operand's name behind it for scans.
+      kind: "matmul", "operand" or "parameter".
+      weight_bits, act_bits, outlier_bits: None where there is no such tensor.
+      granularity: which entries share a scale.
+      outlier_rate: share of entries treated as outliers on the calibration images.
+      shifted_rows: share of tokens whose outliers need a larger step than the inliers (j > 0).
+      sqnr_db: signal to quantisation noise of a matmul's output, or of the operand itself, on float inputs.
+    """
+
+    path: str
+    kind: str
+    weight_bits: int | None
+    act_bits: int | None
+    outlier_bits: int | None
+    granularity: str
+    outlier_rate: float
+    shifted_rows: float
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """Every quantised site, every parameter that stayed float, and how the tuning went.
+
+    Attributes:
+      sites: one entry per matmul and scan operand.
+      kept_float: (path, number of entries, reason) of what stayed float.
+      tuning: mean loss of every epoch, by stage; empty without tuning.
+    """
+
+    sites: tuple[SiteReport, ...]
+    kept_float: tuple[tuple[str, int, str], ...]
+    tuning: dict[str, tuple[float, ...]]
+
+    @property
+    def outlier_rate(self) -> float:
+        """Mean over the matmuls' inputs."""
+        return float(np.mean([s.outlier_rate for s in self.sites if s.kind == "matmul"]))
+
+    @property
+    def mean_sqnr_db(self) -> float:
+        """Mean over the matmuls' outputs."""
+        return float(np.mean([s.sqnr_db for s in self.sites if s.kind == "matmul"]))
+
+    def rows(self) -> list[list[str]]:
+        """The sites as table rows under `HEADERS`."""
+        return [
+            [
+                s.path,
+                s.kind,
+                f"W{s.weight_bits or '-'}A{s.act_bits or '-'}O{s.outlier_bits or '-'}",
+                s.granularity,
+                f"{100 * s.outlier_rate:.2f} %",
+                f"{100 * s.shifted_rows:.2f} %",
+                f"{s.sqnr_db:.1f} dB",
+            ]
+            for s in self.sites
+        ]
+
+    def __str__(self) -> str:
+        rows = [list(HEADERS), *self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADERS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += ["", "kept in float:"]
+        lines += [f"  {path} ({count} entries): {reason}" for path, count, reason in self.kept_float]
+        return "\n".join(lines)
+
+
+HEADERS = ("site", "kind", "bits", "scales", "outliers", "j > 0", "SQNR")
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes a model's tensors need, weights of up to four bits packed two to a byte.
+
+    Attributes:
+      levels: integer weights and scan parameters.
+      scales: weight and activation scales, thresholds and channel lists.
+      float_parameters: what stayed float.
+      fp16: bytes of the same model with every parameter in 16 bits.
+    """
+
+    levels: int
+    scales: int
+    float_parameters: int
+    fp16: int
+
+    @property
+    def total(self) -> int:
+        return self.levels + self.scales + self.float_parameters
+
+    @property
+    def compression(self) -> float:
+        """fp16 / total."""
+        return self.fp16 / self.total
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total / 1e6:.2f} MB ({self.levels / 1e6:.2f} levels, {self.scales / 1e6:.2f} scales, "
+            f"{self.float_parameters / 1e6:.2f} float), {self.compression:.2f}x smaller than FP16"
+        )
+
+
+def memory_report(model: nnx.Module) -> MemoryReport:
+    """Counts the bytes of a float or quantised model; also works on the shapes of `nnx.eval_shape`."""
+    levels = scales = floats = parameters = 0
+    for _, leaf in nnx.to_flat_state(nnx.state(model)):
+        array = leaf[...]
+        if isinstance(leaf, Levels):
+            rows, columns = array.shape
+            levels += ((rows + 1) // 2 if leaf.bits <= 4 else rows) * columns
+        elif isinstance(leaf, Scale):
+            scales += array.size * array.dtype.itemsize
+        else:
+            floats += array.size * array.dtype.itemsize
+        parameters += 0 if isinstance(leaf, Scale) else array.size
+    return MemoryReport(levels, scales, floats, 2 * parameters)

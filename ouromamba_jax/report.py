@@ -1,0 +1,250 @@
+"""What is measured and how it is shown: metrics, tables, and figures as PNG files."""
+
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Cell = str | int | float | None
+
+
+def top1(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarray, " N"]) -> float:
+    """Share of the samples whose largest logit is their label's, in [0, 1]."""
+    return topk(logits, labels, 1)
+
+
+def topk(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarray, " N"], k: int) -> float:
+    """Share of the samples whose label is among the k largest logits, in [0, 1]; all of them if there are k classes."""
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"there are {logits.shape[0]} rows of logits but labels of shape {labels.shape}.")
+    best = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    return float(np.mean(np.any(best == labels[:, None], axis=-1)))
+
+
+def agreement(logits: Float[Array | np.ndarray, "N K"], reference: Float[Array | np.ndarray, "N K"]) -> float:
+    """Share of the samples for which two models name the same class, in [0, 1]."""
+    return top1(logits, np.argmax(np.asarray(reference), -1))
+
+
+def sqnr_db(reference: Float[Array | np.ndarray, "..."], value: Float[Array | np.ndarray, "..."]) -> float:
+    """Signal to quantisation noise, 10 log10(sum reference^2 / sum (reference - value)^2), in dB; inf if equal."""
+    reference, value = np.asarray(reference, np.float64), np.asarray(value, np.float64)
+    if reference.shape != value.shape:
+        raise ValueError(f"the reference has shape {reference.shape}, but the value has {value.shape}.")
+    signal, noise = float(np.sum(reference**2)), float(np.sum((reference - value) ** 2))
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def print_table(
+    rows: Sequence[Sequence[Cell]], headers: Sequence[str], *, title: str | None = None, console: Console | None = None
+) -> None:
+    """A table on the terminal: text to the left, numbers to the right. Floats get two decimals, None a dash."""
+    _check_rows(rows, headers)
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for header, numeric in zip(headers, _numeric_columns(rows, headers), strict=True):
+        table.add_column(header, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(escape(_text(cell)) for cell in row))
+    (console or Console()).print(table)
+
+
+def markdown_table(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> str:
+    """The same table as Markdown text."""
+    _check_rows(rows, headers)
+    rule = ["---:" if numeric else "---" for numeric in _numeric_columns(rows, headers)]
+    lines = [list(headers), rule, *([_text(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def image_grid(
+    path: str | Path,
+    images: UInt8[np.ndarray, "N H W 3"],
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    heading: str | None = None,
+) -> None:
+    """Pictures side by side as a PNG, each with its title; `columns` makes the grid about square if None."""
+    if len(images) == 0 or (titles is not None and len(titles) != len(images)):
+        raise ValueError(f"there are {len(images)} images but {0 if titles is None else len(titles)} titles.")
+    columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
+    rows = math.ceil(len(images) / columns)
+    aspect = images.shape[1] / images.shape[2]
+    figure = _figure(1.25 * columns, (1.25 * aspect + (0.22 if titles else 0.04)) * rows + (0.4 if heading else 0.0))
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for i, axis in enumerate(axes):
+        axis.set_axis_off()
+        if i < len(images):
+            axis.imshow(images[i], interpolation="nearest")
+            if titles is not None:
+                axis.set_title(titles[i], fontsize=9, pad=3)
+    if heading:
+        figure.suptitle(heading, fontsize=12)
+    _save(path, figure)
+
+
+def outlier_map(
+    path: str | Path, mask: Bool[np.ndarray, "L C"], *, n_refresh: int | None = None, heading: str = "Outlier channels"
+) -> None:
+    """Which channel is an outlier at which token, with the share per channel above and per token at the right.
+
+    `n_refresh` draws the windows after which the list of outliers starts anew.
+    """
+    mask = np.asarray(mask, bool)
+    if mask.ndim != 2 or mask.size == 0:
+        raise ValueError(f"the mask has shape {mask.shape}; (tokens, channels) of one sample is needed.")
+    tokens, channels = mask.shape
+    figure = _figure(10.0, 5.5)
+    grid = figure.add_gridspec(2, 2, width_ratios=(6, 1), height_ratios=(1, 4))
+    main = figure.add_subplot(grid[1, 0])
+    above, right = figure.add_subplot(grid[0, 0], sharex=main), figure.add_subplot(grid[1, 1], sharey=main)
+    main.imshow(mask, aspect="auto", interpolation="nearest", cmap=_two_colours(), vmin=0, vmax=1)
+    if n_refresh:
+        for t in range(n_refresh, tokens, n_refresh):
+            main.axhline(t - 0.5, color=_GRID, linewidth=0.6)
+    main.set(xlabel="channel", ylabel="token, in scan order")
+    above.bar(np.arange(channels), 100 * mask.mean(0), width=1.0, color=_ACCENT)
+    above.set(ylabel="% of tokens", xlim=(-0.5, channels - 0.5))
+    right.barh(np.arange(tokens), 100 * mask.mean(1), height=1.0, color=_ACCENT)
+    right.set(xlabel="% of channels", ylim=(tokens - 0.5, -0.5))
+    for axis in (above, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    above.tick_params(labelbottom=False)
+    right.tick_params(labelleft=False)
+    figure.suptitle(f"{heading}: {100 * mask.mean():.1f} % of all values", fontsize=12)
+    _save(path, figure)
+
+
+def attention_maps(
+    path: str | Path,
+    images: UInt8[np.ndarray, "N H W 3"],
+    plain: Float[np.ndarray, "N h w"],
+    patched: Float[np.ndarray, "N h w"],
+    *,
+    heading: str = "Implicit attention",
+) -> None:
+    """One row per picture: the input, and what it attends to without and with the patched hidden state.
+
+    Each map is drawn over its picture and has a colour range of its own: their shapes are compared, not their sizes.
+    """
+    if not len(images) == len(plain) == len(patched) or len(images) == 0:
+        raise ValueError(f"{len(images)} images, {len(plain)} plain and {len(patched)} patched maps do not match.")
+    side = 2.1
+    figure = _figure(3 * side + 0.2, len(images) * side * images.shape[1] / images.shape[2] + 0.8)
+    axes = figure.subplots(len(images), 3, squeeze=False)
+    for axis, title in zip(axes[0], ("input", "plain state", "patched state"), strict=True):
+        axis.set_title(title, fontsize=11)
+    extent = (-0.5, images.shape[2] - 0.5, images.shape[1] - 0.5, -0.5)
+    for row, image, *maps in zip(axes, images, plain, patched, strict=True):
+        row[0].imshow(image, interpolation="nearest")
+        for axis, weights in zip(row[1:], maps, strict=True):
+            axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.imshow(weights, cmap="inferno", alpha=0.75, extent=extent, interpolation="bilinear")
+        for axis in row:
+            axis.set_axis_off()
+    figure.suptitle(heading, fontsize=12)
+    _save(path, figure)
+
+
+def line_chart(
+    path: str | Path,
+    series: Mapping[str, Sequence[float | None]],
+    ticks: Sequence[str],
+    *,
+    ylabel: str,
+    xlabel: str = "bits",
+    heading: str | None = None,
+    reference: tuple[str, float] | None = None,
+) -> None:
+    """A value against the bit width: one line per name in `series`, one tick per setting, None where nothing was run.
+
+    `reference` is a (name, value) drawn as a horizontal line, e.g. ("float", 99.0).
+    """
+    for name, values in series.items():
+        if len(values) != len(ticks):
+            raise ValueError(f"{name} has {len(values)} values, but there are {len(ticks)} ticks.")
+    figure = _figure(max(6.0, 1.2 * len(ticks) + 3.0), 4.2)
+    axis = figure.subplots()
+    for (name, values), marker, colour in zip(
+        series.items(), itertools.cycle("osD^vPX"), itertools.cycle(_SERIES), strict=False
+    ):
+        numbers = [math.nan if value is None else value for value in values]
+        axis.plot(range(len(ticks)), numbers, marker=marker, color=colour, linewidth=1.8, markersize=6, label=name)
+    if reference is not None:
+        axis.axhline(reference[1], color=_TEXT, linewidth=1.0, linestyle="--", label=reference[0])
+    axis.set_xticks(range(len(ticks)), ticks)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.margins(x=0.06, y=0.1)
+    axis.grid(axis="y", color=_GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    if heading:
+        figure.suptitle(heading, fontsize=12)
+    _save(path, figure)
+
+
+# Okabe and Ito's palette: told apart by every kind of colour vision.
+_SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_ACCENT, _GRID, _TEXT = "#D55E00", "#D9D9D9", "#555555"
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure in inches, outside pyplot's global state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('figures need Matplotlib; pip install "ouromamba_jax[demo]".') from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _two_colours() -> Any:
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(["#F5F5F2", _ACCENT])
+
+
+def _save(path: str | Path, figure: Any) -> None:
+    """Writes the PNG whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            figure.savefig(file, format="png", dpi=150, facecolor="white")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _check_rows(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> None:
+    for row in rows:
+        if len(row) != len(headers):
+            raise ValueError(f"the row {list(row)} has {len(row)} cells, but there are {len(headers)} headers.")
+
+
+def _numeric_columns(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> list[bool]:
+    return [bool(rows) and all(not isinstance(row[i], str) for row in rows) for i in range(len(headers))]
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.2f}" if isinstance(cell, float | np.floating) else str(cell)

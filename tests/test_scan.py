@@ -1,0 +1,344 @@
+"""The selective scan against a float64 loop: values, every gradient, memory, and independence of a sample from its batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tolerances
+
+from ouromamba_jax import scan
+from ouromamba_jax.scan import selective_scan
+
+
+def make_inputs(batch, length, channels, d_state, *, groups=None, dtype=jnp.float32, drop=(), seed=0):
+    """Random arguments of a scan; ``groups=None`` gives the (B, L, N) form of B and C."""
+    rng = np.random.default_rng(seed)
+    projection = (batch, length, d_state) if groups is None else (batch, length, groups, d_state)
+    shapes = {
+        "u": (batch, length, channels), "delta": (batch, length, channels), "B": projection, "C": projection, "D": (channels,),
+        "z": (batch, length, channels), "delta_bias": (channels,), "h0": (batch, channels, d_state),
+    }  # fmt: skip
+    inputs = {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+    inputs["delta"] = inputs["delta"] * 0.5 - 1
+    inputs["A"] = -jnp.exp(jnp.asarray(rng.normal(size=(channels, d_state)), jnp.float32) * 0.5)
+    return {name: value for name, value in inputs.items() if name not in drop}
+
+
+def loop(inputs, *, xp=np, softplus=True, reverse=False, collect=lambda h: h, transform=lambda h, t: h):
+    """The recurrence as it is written, one token after the other, in the dtype of its inputs."""
+    u, A, B, C = (inputs[k] for k in "uABC")
+    (batch, length, channels), d_state = u.shape, A.shape[1]
+    delta = inputs["delta"] + (inputs["delta_bias"][None, None] if "delta_bias" in inputs else 0.0)
+    if softplus:
+        delta = xp.logaddexp(delta, xp.zeros_like(delta))
+    per_channel = [
+        xp.repeat(x, channels // x.shape[2], axis=2) for x in (x if x.ndim == 4 else x[:, :, None] for x in (B, C))
+    ]
+    h = inputs["h0"] if "h0" in inputs else xp.zeros((batch, channels, d_state), u.dtype)
+
+    def advance(h, d, u, b, c, t):
+        h = transform(xp.exp(d[..., None] * A[None]) * h + (d * u)[..., None] * b, t)
+        return h, (h * c).sum(-1), collect(h)
+
+    advance = advance if xp is np else jax.jit(advance)
+    y, states = [None] * length, []
+    for step, t in enumerate(range(length)[::-1] if reverse else range(length)):
+        h, y[t], collected = advance(h, delta[:, t], u[:, t], per_channel[0][:, t], per_channel[1][:, t], step)
+        states.append(collected)
+    y = xp.stack(y, 1)
+    if "D" in inputs:
+        y = y + inputs["D"][None, None] * u
+    if "z" in inputs:
+        y = y * inputs["z"] / (1 + xp.exp(-inputs["z"]))
+    return y, h, xp.stack(states, 1)
+
+
+def to_float64(inputs, xp=np):
+    """Through numpy, so that float32 and bfloat16 values are kept exactly."""
+    wide = {name: np.asarray(value.astype(jnp.float32)).astype(np.float64) for name, value in inputs.items()}
+    return {name: xp.asarray(value) for name, value in wide.items()}
+
+
+def assert_close(actual, expected, tolerance, name=""):
+    actual, expected = np.asarray(actual.astype(jnp.float32)), np.asarray(expected)
+    assert actual.shape == expected.shape, name
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error < tolerance, f"{name}: relative error {error:.1e} is over {tolerance:.0e}"
+
+
+def float64_gradients(inputs, cotangents, **kwargs):
+    """Autodiff of the loop in float64; cotangents for y, h_last and, if there are three, the states."""
+    with jax.enable_x64(True):
+        wide = to_float64(inputs, jnp)
+        ct = [jnp.asarray(np.asarray(c), jnp.float64) for c in cotangents]
+        _, pullback = jax.vjp(lambda x: loop(x, xp=jnp, **kwargs)[: len(ct)], wide)
+        return {name: np.asarray(gradient) for name, gradient in pullback(tuple(ct))[0].items()}
+
+
+def check_gradients(inputs, *, dtype="float32", transform=None, collect=None, softplus=True, reverse=False):
+    options = dict(delta_softplus=softplus, reverse=reverse, collect=collect, state_transform=transform)
+    out, pullback = jax.vjp(lambda x: selective_scan(**x, **options), inputs)
+    rng = np.random.default_rng(7)
+    ct = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), out)
+    (actual,) = pullback(ct)
+    loop_options = dict(softplus=softplus, reverse=reverse)
+    loop_options |= {name: f for name, f in dict(transform=transform, collect=collect).items() if f is not None}
+    ct64 = [np.asarray(c.astype(jnp.float32)) for c in jax.tree.leaves(ct)]
+    expected = float64_gradients(inputs, ct64, **loop_options)
+    assert actual.keys() == inputs.keys()
+    for name, gradient in actual.items():
+        assert gradient.dtype == inputs[name].dtype
+        assert_close(gradient, expected[name], tolerances.SCAN_GRADIENT[dtype], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("length", "channels", "d_state", "groups"),
+    [(1, 4, 8, None), (17, 24, 16, None), (50, 12, 1, 4), (50, 8, 8, 1), (197, 16, 16, 4)],
+)
+def test_values_match_a_float64_loop(length, channels, d_state, groups, reverse, dtype):
+    inputs = make_inputs(2, length, channels, d_state, groups=groups, dtype=dtype)
+    out = selective_scan(**inputs, delta_softplus=True, reverse=reverse, collect=lambda h: h)
+    y, h_last, states = loop(to_float64(inputs), reverse=reverse)
+    assert out.y.dtype == jnp.dtype(dtype)
+    assert out.h_last.dtype == out.states.dtype == jnp.float32
+    assert_close(out.y, y, tolerances.SCAN_VALUE[dtype], "y")
+    assert_close(out.h_last, h_last, tolerances.SCAN_VALUE["float32"], "h_last")
+    assert_close(out.states, states, tolerances.SCAN_VALUE["float32"], "states")
+
+
+@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize(
+    "drop", [("D",), ("z",), ("delta_bias",), ("h0",), ("D", "z", "delta_bias", "h0")], ids=",".join
+)
+def test_each_option_can_be_left_out(drop, softplus):
+    inputs = make_inputs(2, 17, 12, 8, drop=drop)
+    if not softplus:  # step sizes then have to be positive by themselves, or the state explodes
+        inputs["delta"] = jnp.abs(inputs["delta"])
+        inputs |= {"delta_bias": jnp.abs(inputs["delta_bias"])} if "delta_bias" in inputs else {}
+    out = selective_scan(**inputs, delta_softplus=softplus)
+    y, h_last, _ = loop(to_float64(inputs), softplus=softplus)
+    assert out.states is None
+    assert_close(out.y, y, tolerances.SCAN_VALUE["float32"], "y")
+    assert_close(out.h_last, h_last, tolerances.SCAN_VALUE["float32"], "h_last")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("length", "channels", "d_state", "groups", "reverse", "drop"),
+    [
+        (17, 24, 16, None, False, ()),
+        (50, 12, 1, 4, True, ()),
+        (33, 16, 8, 4, False, ("D", "z")),
+        (9, 6, 8, 1, True, ("delta_bias", "h0")),
+    ],
+)
+def test_every_gradient_matches_float64_autodiff(length, channels, d_state, groups, reverse, drop, dtype):
+    inputs = make_inputs(2, length, channels, d_state, groups=groups, dtype=dtype, drop=drop)
+    check_gradients(inputs, dtype=dtype, reverse=reverse)
+
+
+def test_gradients_without_softplus():
+    inputs = make_inputs(2, 17, 8, 4)
+    inputs |= {name: jnp.abs(inputs[name]) for name in ("delta", "delta_bias")}
+    check_gradients(inputs, softplus=False)
+
+
+def test_gradients_over_197_tokens():
+    check_gradients(make_inputs(1, 197, 4, 4))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_flow_through_collected_states(reverse):
+    check_gradients(make_inputs(2, 19, 8, 4, groups=2), collect=lambda h: h * h, reverse=reverse)
+
+
+def test_gradients_flow_through_a_state_transform():
+    def transform(h, t):
+        return h * (1 + 0.05 * t) - 0.1 * h * h
+
+    inputs = make_inputs(2, 19, 8, 4)
+    inputs["h0"] = inputs["h0"] * 0.1
+    check_gradients(inputs, transform=transform, collect=lambda h: h)
+
+
+def test_a_state_transform_sees_the_scan_step_and_not_the_padding():
+    inputs = make_inputs(2, 19, 8, 4)
+    seen = []
+
+    def transform(h, t):
+        assert t.dtype == jnp.int32
+        jax.debug.callback(lambda t: seen.append(int(t)), t, ordered=True)
+        return jnp.round(h * 8) / 8
+
+    out = selective_scan(**inputs, delta_softplus=True, reverse=True, state_transform=transform)
+    jax.effects_barrier()
+    assert seen[:19] == list(range(19))
+    assert np.array_equal(out.h_last, np.round(np.asarray(out.h_last) * 8) / 8)
+    _, h_last, _ = loop(to_float64(inputs), reverse=True, transform=lambda h, t: np.round(h * 8) / 8)
+    assert (
+        np.abs(np.asarray(out.h_last) - h_last).max() <= 1 / 8
+    )  # a state on a rounding boundary may fall to either side
+
+
+def test_collect_returns_any_pytree_and_may_close_over_what_is_differentiated():
+    inputs = make_inputs(2, 19, 8, 4)
+
+    def collected(weight):
+        out = selective_scan(**inputs, delta_softplus=True, collect=lambda h: {"a": (h.mean(1), h[:, :, 0] * weight)})
+        return out.states["a"]
+
+    weight = jnp.float32(0.7)
+    _, _, states = loop(to_float64(inputs))
+    mean, first = jax.jit(collected)(weight)
+    assert_close(mean, states.mean(2), tolerances.SCAN_VALUE["float32"])
+    assert_close(first, states[..., 0] * 0.7, tolerances.SCAN_VALUE["float32"])
+    gradient = jax.grad(lambda w: collected(w)[1].sum())(weight)
+    assert_close(gradient, states[..., 0].sum(), tolerances.SCAN_GRADIENT["float32"])
+
+
+def test_collecting_does_not_change_the_result():
+    inputs = make_inputs(3, 50, 24, 16, groups=4)
+    plain = selective_scan(**inputs, delta_softplus=True)
+    collecting = selective_scan(**inputs, delta_softplus=True, collect=lambda h: h)
+    assert_close(collecting.y, plain.y, tolerances.SCAN_VALUE["float32"])
+    assert np.array_equal(collecting.states[:, -1], collecting.h_last)
+
+
+def test_reverse_is_the_flipped_scan():
+    inputs = make_inputs(2, 21, 8, 4)
+    flipped = {name: jnp.flip(x, 1) if name in ("u", "delta", "B", "C", "z") else x for name, x in inputs.items()}
+    ours = selective_scan(**inputs, reverse=True, delta_softplus=True, collect=lambda h: h)
+    other = selective_scan(**flipped, delta_softplus=True, collect=lambda h: h)
+    assert np.array_equal(ours.y, jnp.flip(other.y, 1))
+    assert np.array_equal(ours.h_last, other.h_last)
+    assert np.array_equal(ours.states, other.states)
+
+
+def test_a_scan_continues_from_h_last():
+    inputs = make_inputs(2, 30, 8, 4)
+    whole = selective_scan(**inputs, delta_softplus=True)
+    halves = [{k: x[:, part] if k in ("u", "delta", "B", "C", "z") else x for k, x in inputs.items()} for part in (slice(13), slice(13, None))]  # fmt: skip
+    first = selective_scan(**halves[0], delta_softplus=True)
+    second = selective_scan(**(halves[1] | {"h0": first.h_last}), delta_softplus=True)
+    assert_close(jnp.concatenate([first.y, second.y], 1), whole.y, tolerances.SCAN_VALUE["float32"])
+    assert_close(second.h_last, whole.h_last, tolerances.SCAN_VALUE["float32"])
+
+
+@pytest.mark.parametrize(
+    ("length", "channels", "d_state", "groups"), [(17, 96, 16, 1), (50, 48, 16, 1), (33, 40, 8, 4), (50, 64, 1, 4)]
+)
+def test_no_bit_of_a_sample_depends_on_its_batch(length, channels, d_state, groups):
+    per_sample = ("u", "delta", "B", "C", "z", "h0")
+    inputs = make_inputs(8, length, channels, d_state, groups=groups)
+    run = jax.jit(lambda x: selective_scan(**x, delta_softplus=True)[:2])
+
+    def take(index):
+        return {name: x[index] if name in per_sample else x for name, x in inputs.items()}
+
+    single = [run(take(np.array([i]))) for i in range(8)]
+    order = np.array([5, 2, 7, 0, 3, 1, 6, 4])
+    for batch in (2, 3, 5, 8):
+        y, h_last = run(take(order[:batch]))
+        for row, i in enumerate(order[:batch]):
+            assert np.array_equal(y[row], single[i][0][0])
+            assert np.array_equal(h_last[row], single[i][1][0])
+
+
+def test_vmap_and_jit_agree_with_a_loop_of_calls():
+    stacked = [make_inputs(2, 19, 8, 4, seed=seed) for seed in range(3)]
+    batched = jax.tree.map(lambda *x: jnp.stack(x), *stacked)
+
+    def loss(x):
+        out = selective_scan(**x, delta_softplus=True)
+        return (out.y**2).sum() + out.h_last.sum()
+
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(loss)))(batched)
+    for i, inputs in enumerate(stacked):
+        value, gradient = jax.value_and_grad(loss)(inputs)
+        assert_close(values[i], value, tolerances.SCAN_VALUE["float32"])
+        for name in inputs:
+            assert_close(gradients[name][i], gradient[name], tolerances.SCAN_GRADIENT["float32"], name)
+
+
+def sizes_in(jaxpr):
+    """The sizes of all intermediates, those of inner computations included."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from sizes_in(inner)
+
+
+@pytest.mark.parametrize("collect", [None, lambda h: h.mean((1, 2))], ids=["plain", "collect"])
+def test_no_array_of_all_states_is_formed(collect):
+    batch, length, channels, d_state = 2, 197, 8, 64
+    inputs = make_inputs(batch, length, channels, d_state)
+    all_states = batch * length * channels * d_state
+
+    def gradient(collect):
+        def loss(x):
+            out = selective_scan(**x, delta_softplus=True, collect=collect)
+            return out.y.sum() + (0.0 if collect is None else out.states.sum())
+
+        return jax.grad(loss)
+
+    def largest(collect):
+        return max(sizes_in(jax.make_jaxpr(gradient(collect))(inputs).jaxpr))
+
+    assert largest(lambda h: h) >= all_states  # the measure does see them where they are asked for
+    assert largest(collect) <= all_states / 4
+    temporary = jax.jit(gradient(collect)).lower(inputs).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * all_states  # bytes of all states in float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": (2, 9)}, r"u must be \(B, L, D\)"),
+        ({"A": (12,)}, r"A must be \(D, N\) = \(12, N\)"),
+        ({"A": (11, 4)}, r"A must be \(12, 4\)"),
+        ({"delta": (2, 9, 1)}, r"delta must be \(2, 9, 12\)"),
+        ({"B": (2, 9, 5, 4), "C": (2, 9, 5, 4)}, "G dividing the 12 channels"),
+        ({"B": (2, 9, 3, 4)}, r"C must be \(2, 9, 3, 4\)"),
+        ({"C": (2, 9, 5)}, r"C must be \(2, 9, 4\)"),
+        ({"D": (1,)}, r"D must be \(12,\)"),
+        ({"z": (2, 8, 12)}, r"z must be \(2, 9, 12\)"),
+        ({"delta_bias": (2, 12)}, r"delta_bias must be \(12,\)"),
+        ({"h0": (2, 4, 12)}, r"h0 must be \(2, 12, 4\)"),
+    ],
+)
+def test_wrong_shapes_raise(change, message):
+    rng = np.random.default_rng(3)
+    wrong = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in change.items()}
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**(make_inputs(2, 9, 12, 4) | wrong))
+
+
+def test_integer_inputs_raise():
+    inputs = make_inputs(2, 9, 12, 4)
+    with pytest.raises(TypeError, match="B must be of a floating dtype"):
+        selective_scan(**(inputs | {"B": jnp.round(inputs["B"]).astype(jnp.int8)}))
+
+
+def test_dispatch(monkeypatch):
+    inputs = make_inputs(2, 9, 12, 4)
+    expected = selective_scan(**inputs).y
+
+    def supports(*, u, B, collect, **_):
+        assert B.shape == (2, 9, 1, 4)  # always grouped
+        return "it cannot collect states" if collect else None
+
+    backends = {"fast": scan.Backend(supports, lambda *, u, **_: scan.ScanOutput(u, u, None)), **scan.BACKENDS}
+    monkeypatch.setattr(scan, "BACKENDS", backends)
+    assert selective_scan(**inputs).y is inputs["u"]
+    assert np.array_equal(selective_scan(**inputs, implementation="xla").y, expected)
+    assert selective_scan(**inputs, collect=lambda h: h).states.shape == (2, 9, 12, 4)
+    with pytest.raises(ValueError, match="'fast' does not support this call: it cannot collect states"):
+        selective_scan(**inputs, collect=lambda h: h, implementation="fast")
+    with pytest.raises(ValueError, match="unknown scan implementation 'triton'; choose one of fast, xla"):
+        selective_scan(**inputs, implementation="triton")

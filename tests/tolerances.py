@@ -1,0 +1,30 @@
+"""Every tolerance of the test suite, each with its reason."""
+
+PARITY = 1e-5
+"""Logits and block outputs against the official float32 code; a wrong eps or activation moves them by 7e-5 or more."""
+
+# attention
+ATTENTION_ROUNDING = 2e-5
+"""Two float32 orders of summation of one attention map, relative to its largest entry; exponents come from a cumsum."""
+
+# data
+PIXEL = 1e-6
+"""Normalised pixels in float32 against float64: values up to 3, one division and one subtraction."""
+
+# Quantiser (test_qtensor, test_outliers, test_matmul)
+SCALE_ROUNDING = 5e-7
+"""A searched scale is max * fraction / q: three float32 roundings, ours and the official code's in different order."""
+EPILOGUE = 2e-5
+"""Integer products with a float epilogue against one float product, relative to the largest output: float32 sums of
+up to 2000 terms."""
+
+# generation
+CONTRASTIVE_LOSS = 1e-4
+"""Float32 against a float64 loop; similarities are divided by the temperature, and the guard of their norm is 1e-6."""
+
+# selective scan (test_scan), relative to the largest entry of what is compared
+SCAN_VALUE = {"float32": 5e-6, "bfloat16": 8e-3}
+"""By dtype of the inputs. The state is float32 in both: roundings of 200 steps, worst where many terms cancel; bfloat16 adds the
+rounding of y itself (2^-8) and of the inputs not at all, since the float64 loop sees them rounded."""
+SCAN_GRADIENT = {"float32": 2e-5, "bfloat16": 8e-3}
+"""As above; the sums over tokens and channels behind dA, dB and dC are longer, and a bfloat16 gradient is rounded to 2^-8."""
