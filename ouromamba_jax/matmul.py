@@ -7,7 +7,6 @@ epilogue rounds. A sample's result never depends on its batch mates.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 from ouromamba_jax.outliers import OutlierSplit, merge
 from ouromamba_jax.qtensor import QTensor, divide
 
-OUTLIER_CAPACITY = 4
-"""16-bit outliers of a sample are compacted if they lie in at most 1/4 of the channels."""
+FRACTION_BITS = 12
+"""16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""
+_PLANES_LIMIT = 127 * 256 + 127
 
 
 def _dot(levels: Int8[Array, "*rows K"], weight: Int8[Array, "K O"]) -> Int32[Array, "*rows O"]:
@@ -112,47 +112,45 @@ def _two_products(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O
     return _sum_groups(product, jnp.stack([near, far]), weight)
 
 
-def _float_outliers(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
-    """16-bit outliers: an int8 product of the inliers plus a float product of the outliers, sample by sample.
+def _fixed_point_outliers(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
+    """16-bit outliers: inliers and outliers of a token as one 16-bit fixed-point row, multiplied as two int8 planes.
 
-    The float product takes only the channels that the sample lists, up to a fixed capacity; a sample that lists more
-    takes one dense float product instead, equal up to rounding.
+    The row's step is S * 2^(j-12) with the smallest j >= 0 at which its largest entry fits. Inliers are exact, since
+    j <= 12; an outlier is off by half a step, 2^-15 of the largest entry. A token with an outlier beyond 32639 S takes a
+    float product instead.
     """
-    K = split.inlier_q.shape[-1]
-    capacity = -(-K // OUTLIER_CAPACITY)
-    float_dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    size = K // weight.scale.shape[0]
-    rows = split.inlier_scale[:, None]
+    S = jnp.broadcast_to(split.inlier_scale[None, :, None], (*split.outlier_scale.shape, 1))
+    outliers = divide(split.outlier_q.astype(jnp.float32), S)
+    inliers = split.inlier_q.astype(jnp.int32)
+    largest = jnp.max(jnp.maximum(jnp.abs(outliers), jnp.abs(inliers).astype(jnp.float32)), axis=-1, keepdims=True)
+    _, exponent = jnp.frexp(largest / _PLANES_LIMIT)  # largest <= limit * 2^exponent
+    shift = jnp.clip(-exponent, 0, FRACTION_BITS)  # 12 - j
+    fits = largest <= _PLANES_LIMIT  # false for NaN and infinity
+    step = jnp.ldexp(S, -shift)
+    fixed = jnp.where(split.mask & fits, jnp.round(jnp.ldexp(outliers, shift)), 0.0).astype(jnp.int32)
+    value = jnp.left_shift(inliers, shift) + fixed
+    low = jnp.bitwise_and(value + 128, 255) - 128
+    planes = jnp.stack([jnp.right_shift(value - low, 8), low]).astype(jnp.int8)
 
-    def compact(sample: OutlierSplit):
-        listed = jnp.any(sample.mask[0], axis=0)
-        index = jnp.nonzero(listed, size=capacity, fill_value=K)[0]
-        outliers = jnp.take(sample.outlier_q[0], index, axis=1, mode="fill", fill_value=0).astype(jnp.float32)
-        levels = jnp.take(weight.values, index, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
-        weights = levels * jnp.take(weight.scale, index // size, axis=0, mode="clip")
+    def product(both, values, scale):
+        products = _dot(both, values).astype(jnp.float32)
+        return step * (products[0] * 256.0 + products[1]) * scale[None, None]
 
-        def product(levels, values, scale):
-            return rows * _dot(levels, values).astype(jnp.float32) * scale[None]
-
-        inliers = _sum_groups(product, sample.inlier_q[0], weight)
-        return inliers + sample.outlier_scale[0][:, None] * float_dot(outliers, weights)
-
-    def dense(sample: OutlierSplit):
-        return float_dot(merge(sample)[0], weight.dequantize())
-
-    def one_sample(arrays):
-        inlier_q, outlier_q, outlier_scale, mask = (a[None] for a in arrays)
-        sample = OutlierSplit(inlier_q, outlier_q, outlier_scale, mask, split.inlier_scale, split.pow2)
-        fits = jnp.sum(jnp.any(mask[0], axis=0)) <= capacity
-        return lax.cond(fits, compact, dense, sample)
-
-    return lax.map(one_sample, (split.inlier_q, split.outlier_q, split.outlier_scale, split.mask))
+    y = _sum_groups(product, planes, weight)
+    fits = fits & jnp.isfinite(split.outlier_scale)[:, :, None]
+    return lax.cond(
+        jnp.all(fits), lambda: y, lambda: jnp.where(fits, y, _float_product(merge(split), weight.dequantize()))
+    )
 
 
-@jax.jit
+def _float_product(x: Float32[Array, "B L K"], weight: Float32[Array, "K O"]) -> Float32[Array, "B L O"]:
+    """Sample by sample, since the bits of a float product may depend on the number of rows."""
+    return lax.map(lambda rows: jnp.matmul(rows, weight, precision=lax.Precision.HIGHEST), x)
+
+
 def _xla(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
     if split.outlier_q.dtype != jnp.int8:
-        return _float_outliers(split, weight)
+        return _fixed_point_outliers(split, weight)
     if not split.pow2:
         return _two_products(split, weight)
     return lax.cond(jnp.any(_shifted(split)), _two_products, _one_product, split, weight)

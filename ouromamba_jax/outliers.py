@@ -9,7 +9,7 @@ reorder nor contract them, and the result of a sample has the same bits in any b
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -371,13 +371,16 @@ def calibrate_theta(x: Float[Array, "B L C"], config: OutlierConfig) -> Float32[
 
 @partial(jax.jit, static_argnames="config")
 def calibrate_channels(x: Float[Array, "B L C"], config: OutlierConfig) -> Bool[Array, " C"]:
-    """Channels for detection="static": mean magnitude above mean + sigma*std over channels.
+    """Channels for detection="static": those that the dynamic algorithm lists most often, as many as it lists on average.
 
-    The statistic is taken over all samples and tokens, as the published list generator does (there sigma is 4).
+    Static and dynamic detection then have the same budget of outliers, and differ only in where it is spent. No scale
+    exists yet, so every token counts as overflowing.
     """
-    magnitude = jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(0, 1))
-    mean, std = _mean_and_std(magnitude)
-    return magnitude - mean > config.sigma * std
+    listed = _calibration_mask(x.astype(jnp.float32), replace(config, detection="dynamic"), None)
+    frequency = jnp.mean(listed.astype(jnp.float32), axis=(0, 1))
+    budget = jnp.ceil(jnp.sum(frequency)).astype(jnp.int32)
+    rank = jnp.argsort(jnp.argsort(-frequency, stable=True), stable=True)
+    return (rank < budget) & (frequency > 0)
 
 
 @dataclass(frozen=True)

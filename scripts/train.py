@@ -6,7 +6,8 @@ The embedded `vim_micro` was made by
 
 Other data, with the split in the path (see `ouromamba_jax.data.load_images`):
 
-    python scripts/train.py --data "cifar10_{split}.npz" --flip --set depth=8 --dtype bfloat16 --out outputs/vim_cifar10
+    python scripts/train.py --data "cifar10_{split}.npz" --flip --fill mirror --rotate 0 --scale 0 \\
+        --set depth=8 --dtype bfloat16 --out outputs/vim_cifar10
 
 The last tenth of a seeded permutation of the training split is held out for validation; every choice was made on it.
 The test split is read once, after the last step. `--out` is a new folder: the checkpoint, and beside its arrays
@@ -41,6 +42,7 @@ from ouromamba_jax.report import top1
 
 EVAL_BATCH = 250
 VALIDATE_EVERY = 5  # epochs
+CHOICES = {"dtype": ("float32", "bfloat16"), "fill": ("black", "mirror")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +297,8 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, Path]:
             if isinstance(value, bool):
                 parser.add_argument(flag, action="store_true")
             elif isinstance(value, int | float | str) or field.name == "limit":
-                parser.add_argument(flag, type=int if value is None else type(value), default=value)
+                kind = int if value is None else type(value)
+                parser.add_argument(flag, type=kind, default=value, choices=CHOICES.get(field.name))
     values = vars(parser.parse_args(arguments))
     overrides = []
     for item in values["set"]:

@@ -60,9 +60,18 @@ def exact(split, tensor):
     return near, far, (columns * (s_in[None, None, :, None] * near + s_out[None, :, :, None] * far)).sum(0)
 
 
-def assert_close(y, expected):
+def assert_close(y, expected, bound=0.0):
+    """Equal up to the rounding of the float epilogue, and `bound` where the method itself rounds."""
     assert y.dtype == jnp.float32
-    np.testing.assert_allclose(y, expected, rtol=0, atol=tolerances.EPILOGUE * np.abs(expected).max())
+    assert np.all(np.abs(np.asarray(y, np.float64) - expected) <= bound + tolerances.EPILOGUE * np.abs(expected).max())
+
+
+def fixed_point_bound(split, tensor):
+    """What rounding 16-bit outliers to half a step can move each result: the step is under 2 / 32639 of the largest."""
+    if split.outlier_q.dtype == jnp.int8:
+        return 0.0
+    largest = np.abs(np.asarray(merge(split), np.float64)).max(-1, keepdims=True)
+    return largest / 32639 * (np.asarray(split.mask, np.float64) @ np.abs(np.asarray(tensor.dequantize(), np.float64)))
 
 
 @pytest.mark.parametrize("group", [None, 11])
@@ -118,16 +127,17 @@ def test_equals_the_fake_quantised_product(name, group):
     rng = np.random.default_rng(5)
     split, tensor = split_of(name, sample(rng, 30)), weight(rng, bits=8, group=group)
     expected = np.asarray(merge(split), np.float64) @ np.asarray(tensor.dequantize(), np.float64)
-    assert_close(outlier_matmul(split, tensor), expected)
+    assert_close(outlier_matmul(split, tensor), expected, fixed_point_bound(split, tensor))
 
 
-@pytest.mark.parametrize("channels", [2, 30])
-def test_float_outliers_below_and_above_capacity(channels):
+@pytest.mark.parametrize("size", [1, 3, 40, 300, 1e6])
+def test_float_outliers_of_any_size(size):
+    """Up to 32639 S they are fixed-point numbers beside the inliers; beyond that the row is a float product."""
     rng = np.random.default_rng(6)
     K = 64
-    x = sample(rng, 5, K=K)
-    mask = np.zeros((B, L, K), bool)
-    mask[:, :, rng.choice(K, channels, replace=False)] = rng.random((B, L, channels)) < 0.4
+    mask = rng.random((B, L, K)) < 0.1
+    mask[:, ::3] = False
+    x = sample(rng, 5, K=K) * jnp.where(jnp.asarray(mask), jnp.float32(size), 1.0)
     scale = rng.uniform(0.02, 0.03, size=L).astype(np.float32)
     levels = np.clip(np.rint(np.asarray(x) / scale[None, :, None]), -127, 127)
     split = OutlierSplit(
@@ -139,9 +149,10 @@ def test_float_outliers_below_and_above_capacity(channels):
         False,
     )
     tensor = weight(rng, K=K)
-    assert (mask.any(1).sum(1) <= K // 4).all() == (channels == 2)
     expected = np.asarray(merge(split), np.float64) @ np.asarray(tensor.dequantize(), np.float64)
-    assert_close(jax.jit(outlier_matmul)(split, tensor), expected)
+    y = np.asarray(jax.jit(outlier_matmul)(split, tensor))
+    assert_close(y, expected, fixed_point_bound(split, tensor))
+    assert_close(y[:, ::3], expected[:, ::3])  # the rows without outliers on their own, where nothing is rounded
     with pytest.raises(ValueError, match="16-bit"):
         integer_products(split, tensor)
 
@@ -154,7 +165,7 @@ def test_a_sample_keeps_its_bits_in_any_batch(name, group, jit):
     rng = np.random.default_rng(7)
     K = 64
     x = np.asarray(sample(rng, 8, B=8, K=K)).copy()
-    x[2] *= np.where(rng.random((L, K)) < 0.01, 300, 1)  # one sample needs j > 0, or more than the capacity
+    x[2] *= np.where(rng.random((L, K)) < 0.01, 300, 1)  # one sample needs j > 0, or a float product
     x = jnp.asarray(x)
     config, tensor = CONFIGS[name], weight(rng, K=K, group=group)
     scale = search_token_scales(x, config)
@@ -173,11 +184,12 @@ def test_a_sample_keeps_its_bits_in_any_batch(name, group, jit):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_non_finite_token_is_nan_and_alone(name):
     rng = np.random.default_rng(8)
-    x, tensor = np.asarray(sample(rng, 20)).copy(), weight(rng)
+    x, tensor = np.asarray(sample(rng, 20)), weight(rng)
     scale = search_token_scales(jnp.asarray(x), CONFIGS[name])
     fine = outlier_matmul(split_outliers(jnp.asarray(x), scale, CONFIGS[name]), tensor)
-    x[1, 4, 3] = np.nan
-    bad = np.asarray(outlier_matmul(split_outliers(jnp.asarray(x), scale, CONFIGS[name]), tensor))
+    broken = x.copy()
+    broken[1, 4, 3] = np.nan
+    bad = np.asarray(outlier_matmul(split_outliers(jnp.asarray(broken), scale, CONFIGS[name]), tensor))
     assert np.isnan(bad[1, 4]).all()
     assert np.isnan(bad).sum() == O
     np.testing.assert_array_equal(bad[0], fine[0])

@@ -24,33 +24,39 @@ def make_inputs(batch, length, channels, d_state, *, groups=None, dtype=jnp.floa
     return {name: value for name, value in inputs.items() if name not in drop}
 
 
+def python_scan(step, h, xs):
+    """What ``jax.lax.scan`` computes, in numpy."""
+    outputs = []
+    for x in zip(*xs, strict=True):
+        h, output = step(h, x)
+        outputs.append(output)
+    return h, tuple(np.stack(output) for output in zip(*outputs, strict=True))
+
+
 def loop(inputs, *, xp=np, softplus=True, reverse=False, collect=lambda h: h, transform=lambda h, t: h):
-    """The recurrence as it is written, one token after the other, in the dtype of its inputs."""
-    u, A, B, C = (inputs[k] for k in "uABC")
+    """The recurrence as it is written, one token after the other, in the dtype of its inputs; xp=jnp can be differentiated."""
+    u, A = inputs["u"], inputs["A"]
     (batch, length, channels), d_state = u.shape, A.shape[1]
     delta = inputs["delta"] + (inputs["delta_bias"][None, None] if "delta_bias" in inputs else 0.0)
     if softplus:
         delta = xp.logaddexp(delta, xp.zeros_like(delta))
-    per_channel = [
-        xp.repeat(x, channels // x.shape[2], axis=2) for x in (x if x.ndim == 4 else x[:, :, None] for x in (B, C))
-    ]
-    h = inputs["h0"] if "h0" in inputs else xp.zeros((batch, channels, d_state), u.dtype)
+    B, C = (x if x.ndim == 4 else x[:, :, None] for x in (inputs["B"], inputs["C"]))
+    B, C = (xp.repeat(x, channels // x.shape[2], axis=2) for x in (B, C))
 
-    def advance(h, d, u, b, c, t):
-        h = transform(xp.exp(d[..., None] * A[None]) * h + (d * u)[..., None] * b, t)
-        return h, (h * c).sum(-1), collect(h)
+    def step(h, x):
+        u, delta, B, C, t = x
+        h = transform(xp.exp(delta[..., None] * A[None]) * h + (delta * u)[..., None] * B, t)
+        return h, ((C * h).sum(-1), collect(h))
 
-    advance = advance if xp is np else jax.jit(advance)
-    y, states = [None] * length, []
-    for step, t in enumerate(range(length)[::-1] if reverse else range(length)):
-        h, y[t], collected = advance(h, delta[:, t], u[:, t], per_channel[0][:, t], per_channel[1][:, t], step)
-        states.append(collected)
-    y = xp.stack(y, 1)
+    h0 = inputs["h0"] if "h0" in inputs else xp.zeros((batch, channels, d_state), u.dtype)
+    xs = tuple(xp.moveaxis(xp.flip(x, 1) if reverse else x, 1, 0) for x in (u, delta, B, C))
+    h_last, (y, states) = (python_scan if xp is np else jax.lax.scan)(step, h0, (*xs, xp.arange(length)))
+    y = xp.moveaxis(xp.flip(y, 0) if reverse else y, 0, 1)
     if "D" in inputs:
         y = y + inputs["D"][None, None] * u
     if "z" in inputs:
         y = y * inputs["z"] / (1 + xp.exp(-inputs["z"]))
-    return y, h, xp.stack(states, 1)
+    return y, h_last, xp.moveaxis(states, 0, 1)
 
 
 def to_float64(inputs, xp=np):
@@ -66,29 +72,38 @@ def assert_close(actual, expected, tolerance, name=""):
     assert error < tolerance, f"{name}: relative error {error:.1e} is over {tolerance:.0e}"
 
 
-def float64_gradients(inputs, cotangents, **kwargs):
-    """Autodiff of the loop in float64; cotangents for y, h_last and, if there are three, the states."""
-    with jax.enable_x64(True):
-        wide = to_float64(inputs, jnp)
-        ct = [jnp.asarray(np.asarray(c), jnp.float64) for c in cotangents]
-        _, pullback = jax.vjp(lambda x: loop(x, xp=jnp, **kwargs)[: len(ct)], wide)
-        return {name: np.asarray(gradient) for name, gradient in pullback(tuple(ct))[0].items()}
+def run(inputs, *, softplus=True, **options):
+    return jax.jit(lambda x: selective_scan(**x, delta_softplus=softplus, **options))(inputs)
 
 
-def check_gradients(inputs, *, dtype="float32", transform=None, collect=None, softplus=True, reverse=False):
-    options = dict(delta_softplus=softplus, reverse=reverse, collect=collect, state_transform=transform)
-    out, pullback = jax.vjp(lambda x: selective_scan(**x, **options), inputs)
+def pull_back(function, inputs, cotangents):
+    return jax.jit(lambda x, ct: jax.vjp(function, x)[1](ct)[0])(inputs, cotangents)
+
+
+def check_gradients(inputs, *, dtype="float32", **options):
+    """Random cotangents for all outputs, against autodiff of the loop in float64."""
+    names = {"softplus": "delta_softplus", "transform": "state_transform"}
+    ours = {"delta_softplus": True} | {names.get(name, name): value for name, value in options.items()}
+    count = 3 if "collect" in options else 2
+
+    def outputs(x):
+        return tuple(selective_scan(**x, **ours))[:count]
+
     rng = np.random.default_rng(7)
-    ct = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), out)
-    (actual,) = pullback(ct)
-    loop_options = dict(softplus=softplus, reverse=reverse)
-    loop_options |= {name: f for name, f in dict(transform=transform, collect=collect).items() if f is not None}
-    ct64 = [np.asarray(c.astype(jnp.float32)) for c in jax.tree.leaves(ct)]
-    expected = float64_gradients(inputs, ct64, **loop_options)
+    shapes = jax.eval_shape(outputs, inputs)
+    cotangents = tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in shapes)
+    actual = pull_back(outputs, inputs, cotangents)
+    with jax.enable_x64(True):
+        wide = to_float64(dict(enumerate(cotangents)), jnp)
+        reference = pull_back(
+            lambda x: loop(x, xp=jnp, **options)[:count], to_float64(inputs, jnp), tuple(wide.values())
+        )
+        reference = {name: np.asarray(gradient) for name, gradient in reference.items()}
     assert actual.keys() == inputs.keys()
     for name, gradient in actual.items():
         assert gradient.dtype == inputs[name].dtype
-        assert_close(gradient, expected[name], tolerances.SCAN_GRADIENT[dtype], f"gradient of {name}")
+        assert reference[name].dtype == np.float64
+        assert_close(gradient, reference[name], tolerances.SCAN_GRADIENT[dtype], f"gradient of {name}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -99,7 +114,7 @@ def check_gradients(inputs, *, dtype="float32", transform=None, collect=None, so
 )
 def test_values_match_a_float64_loop(length, channels, d_state, groups, reverse, dtype):
     inputs = make_inputs(2, length, channels, d_state, groups=groups, dtype=dtype)
-    out = selective_scan(**inputs, delta_softplus=True, reverse=reverse, collect=lambda h: h)
+    out = run(inputs, reverse=reverse, collect=lambda h: h)
     y, h_last, states = loop(to_float64(inputs), reverse=reverse)
     assert out.y.dtype == jnp.dtype(dtype)
     assert out.h_last.dtype == out.states.dtype == jnp.float32
@@ -117,7 +132,7 @@ def test_each_option_can_be_left_out(drop, softplus):
     if not softplus:  # step sizes then have to be positive by themselves, or the state explodes
         inputs["delta"] = jnp.abs(inputs["delta"])
         inputs |= {"delta_bias": jnp.abs(inputs["delta_bias"])} if "delta_bias" in inputs else {}
-    out = selective_scan(**inputs, delta_softplus=softplus)
+    out = run(inputs, softplus=softplus)
     y, h_last, _ = loop(to_float64(inputs), softplus=softplus)
     assert out.states is None
     assert_close(out.y, y, tolerances.SCAN_VALUE["float32"], "y")
@@ -156,7 +171,7 @@ def test_gradients_flow_through_collected_states(reverse):
 
 def test_gradients_flow_through_a_state_transform():
     def transform(h, t):
-        return h * (1 + 0.05 * t) - 0.1 * h * h
+        return h * (1 + 0.05 * t.astype(h.dtype)) - 0.1 * h * h
 
     inputs = make_inputs(2, 19, 8, 4)
     inputs["h0"] = inputs["h0"] * 0.1
@@ -172,7 +187,7 @@ def test_a_state_transform_sees_the_scan_step_and_not_the_padding():
         jax.debug.callback(lambda t: seen.append(int(t)), t, ordered=True)
         return jnp.round(h * 8) / 8
 
-    out = selective_scan(**inputs, delta_softplus=True, reverse=True, state_transform=transform)
+    out = run(inputs, reverse=True, state_transform=transform)
     jax.effects_barrier()
     assert seen[:19] == list(range(19))
     assert np.array_equal(out.h_last, np.round(np.asarray(out.h_last) * 8) / 8)
@@ -200,8 +215,8 @@ def test_collect_returns_any_pytree_and_may_close_over_what_is_differentiated():
 
 def test_collecting_does_not_change_the_result():
     inputs = make_inputs(3, 50, 24, 16, groups=4)
-    plain = selective_scan(**inputs, delta_softplus=True)
-    collecting = selective_scan(**inputs, delta_softplus=True, collect=lambda h: h)
+    plain = run(inputs)
+    collecting = run(inputs, collect=lambda h: h)
     assert_close(collecting.y, plain.y, tolerances.SCAN_VALUE["float32"])
     assert np.array_equal(collecting.states[:, -1], collecting.h_last)
 
@@ -209,8 +224,8 @@ def test_collecting_does_not_change_the_result():
 def test_reverse_is_the_flipped_scan():
     inputs = make_inputs(2, 21, 8, 4)
     flipped = {name: jnp.flip(x, 1) if name in ("u", "delta", "B", "C", "z") else x for name, x in inputs.items()}
-    ours = selective_scan(**inputs, reverse=True, delta_softplus=True, collect=lambda h: h)
-    other = selective_scan(**flipped, delta_softplus=True, collect=lambda h: h)
+    ours = run(inputs, reverse=True, collect=lambda h: h)
+    other = run(flipped, collect=lambda h: h)
     assert np.array_equal(ours.y, jnp.flip(other.y, 1))
     assert np.array_equal(ours.h_last, other.h_last)
     assert np.array_equal(ours.states, other.states)
@@ -218,10 +233,13 @@ def test_reverse_is_the_flipped_scan():
 
 def test_a_scan_continues_from_h_last():
     inputs = make_inputs(2, 30, 8, 4)
-    whole = selective_scan(**inputs, delta_softplus=True)
-    halves = [{k: x[:, part] if k in ("u", "delta", "B", "C", "z") else x for k, x in inputs.items()} for part in (slice(13), slice(13, None))]  # fmt: skip
-    first = selective_scan(**halves[0], delta_softplus=True)
-    second = selective_scan(**(halves[1] | {"h0": first.h_last}), delta_softplus=True)
+    whole = run(inputs)
+
+    def tokens(part):
+        return {name: x[:, part] if name in ("u", "delta", "B", "C", "z") else x for name, x in inputs.items()}
+
+    first = run(tokens(slice(13)))
+    second = run(tokens(slice(13, None)) | {"h0": first.h_last})
     assert_close(jnp.concatenate([first.y, second.y], 1), whole.y, tolerances.SCAN_VALUE["float32"])
     assert_close(second.h_last, whole.h_last, tolerances.SCAN_VALUE["float32"])
 
@@ -232,15 +250,15 @@ def test_a_scan_continues_from_h_last():
 def test_no_bit_of_a_sample_depends_on_its_batch(length, channels, d_state, groups):
     per_sample = ("u", "delta", "B", "C", "z", "h0")
     inputs = make_inputs(8, length, channels, d_state, groups=groups)
-    run = jax.jit(lambda x: selective_scan(**x, delta_softplus=True)[:2])
+    scan_batch = jax.jit(lambda x: selective_scan(**x, delta_softplus=True)[:2])
 
     def take(index):
         return {name: x[index] if name in per_sample else x for name, x in inputs.items()}
 
-    single = [run(take(np.array([i]))) for i in range(8)]
+    single = [scan_batch(take(np.array([i]))) for i in range(8)]
     order = np.array([5, 2, 7, 0, 3, 1, 6, 4])
     for batch in (2, 3, 5, 8):
-        y, h_last = run(take(order[:batch]))
+        y, h_last = scan_batch(take(order[:batch]))
         for row, i in enumerate(order[:batch]):
             assert np.array_equal(y[row], single[i][0][0])
             assert np.array_equal(h_last[row], single[i][1][0])
@@ -266,10 +284,8 @@ def sizes_in(jaxpr):
     """The sizes of all intermediates, those of inner computations included."""
     for equation in jaxpr.eqns:
         yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
+        for parameter in equation.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
                 yield from sizes_in(inner)
 

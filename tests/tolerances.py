@@ -28,3 +28,9 @@ SCAN_VALUE = {"float32": 5e-6, "bfloat16": 8e-3}
 rounding of y itself (2^-8) and of the inputs not at all, since the float64 loop sees them rounded."""
 SCAN_GRADIENT = {"float32": 2e-5, "bfloat16": 8e-3}
 """As above; the sums over tokens and channels behind dA, dB and dC are longer, and a bfloat16 gradient is rounded to 2^-8."""
+
+# models (test_models), on values of size about 1
+REORDERED = 5e-6
+"""The same float32 sums in another order or another program: a few dozen roundings of values around 1."""
+BFLOAT16_LOGITS = 0.03
+"""Relative error of the logits of a two-block model computed in bfloat16 (2^-8 per rounding)."""

@@ -41,9 +41,9 @@ def tune_scales(
     """
     graphdef, state = nnx.split(stage)
     batch = min(config.batch_size, len(x))
-    schedule = (config.tune_learning_rate, config.tune_epochs * (len(x) // batch))
+    schedule = jnp.asarray([config.tune_learning_rate, max(config.tune_epochs * (len(x) // batch), 1)], jnp.float32)
     thetas = jax.tree.map(jnp.zeros_like, scales)
-    opt_state = _optimizer(*schedule).init(thetas)
+    opt_state = _optimizer(schedule).init(thetas)
     rng = np.random.default_rng(0)
     losses = []
     for _ in range(config.tune_epochs):
@@ -65,14 +65,19 @@ def stage_loss(graphdef, specs, state, scales, fixed, thetas, x, target) -> Floa
     return jnp.mean(1 - dot * jax.lax.rsqrt(norms + 1e-12))
 
 
-def _optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    schedule = optax.cosine_decay_schedule(learning_rate, max(steps, 1))
-    return optax.chain(optax.clip_by_global_norm(2.0), optax.adamw(schedule, weight_decay=1e-5))
+def _optimizer(schedule: Float[Array, "2"]) -> optax.GradientTransformation:
+    """AdamW on a cosine schedule; (peak, steps) are an array, so that another rate compiles nothing again."""
+    peak, steps = schedule
+
+    def rate(count: Array) -> Array:
+        return peak * 0.5 * (1 + jnp.cos(jnp.pi * count.astype(jnp.float32) / steps))
+
+    return optax.chain(optax.clip_by_global_norm(2.0), optax.adamw(rate, weight_decay=1e-5))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def _epoch(graphdef, specs, schedule, state, scales, fixed, thetas, opt_state, xs, targets):
-    optimizer = _optimizer(*schedule)
+    optimizer = _optimizer(schedule)
 
     def step(carry, batch):
         thetas, opt_state = carry

@@ -1,0 +1,205 @@
+"""Speed of models: interleaved timing, float beside quantised, and which parts of a block take the time.
+
+Only ratios within one run mean something on a shared machine: the calls under comparison take turns, and a speed-up is
+the median over rounds of the ratio of neighbouring calls, so that a slow second hits both sides.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ouromamba_jax.models import build_model, pure
+from ouromamba_jax.models.config import height_width
+from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.quantize import QuantConfig, QuantLinear, QuantSelectiveScan, quantize
+from ouromamba_jax.quantize.modules import as_tokens, quantized_specs, set_module
+
+Progress = Callable[[str], None]
+HEADERS = ("model", "ms", "spread %", "images/s", "speed-up")
+BREAKDOWN_HEADERS = ("part", "ms", "% of block", "of it splitting, ms")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock seconds of one call, one entry per round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        low, high = np.percentile(self.seconds, (25, 75))
+        return float(high - low) / self.median
+
+
+def time_interleaved(calls: Mapping[str, Callable[[], Any]], *, repeats: int = 10) -> dict[str, Timing]:
+    """Times functions of no arguments in turns, after one untimed call of each (which compiles).
+
+    Args:
+      calls: by name; each returns a pytree of arrays, which is waited for.
+      repeats: rounds; in each, every function is called once.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, not {repeats}.")
+    for call in calls.values():
+        jax.block_until_ready(call())
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def time_ratio(slow: Timing, fast: Timing) -> float:
+    """How many times longer `slow` took than `fast`: the median over rounds of one `time_interleaved`."""
+    return float(np.median(np.divide(slow.seconds, fast.seconds)))
+
+
+def bench_model(
+    model: nnx.Module,
+    batch_size: int = 1,
+    *,
+    bits: tuple[str, ...] = ("w8a8", "w4a4"),
+    repeats: int = 10,
+    progress: Progress | None = None,
+) -> tuple[list[list[str | float]], tuple[str, ...]]:
+    """Times a model under `jax.jit` on Gaussian images: float first, quantised beside it.
+
+    A float model is also quantised at `bits` (scales from the range of the weights and from one image, untuned: speed
+    does not depend on how good they are). A quantised one is compared with a fresh float model of its config.
+
+    Args:
+      model: with `config.img_size`, as all models of this package.
+      batch_size: images per call.
+      repeats: timed calls of each model.
+      progress: called with a short text before each slow step.
+
+    Returns:
+      (rows, headers) for `report.print_table`; the speed-up is over the first row.
+    """
+    say = progress or (lambda text: None)
+    if quantized_specs(model):
+        say("building the float model")
+        models = {"float": build_model(model.config, dtype=model.dtype), "quantised": model}
+    else:
+        models = {"float": model}
+        for name in bits:
+            say(f"quantising to {name}")
+            models[name] = quantize_untuned(model, name)
+    say(f"compiling and timing {', '.join(models)}")
+    return speed_rows(time_models(models, batch_size, repeats=repeats), batch_size), HEADERS
+
+
+def time_models(models: Mapping[str, nnx.Module], batch_size: int, *, repeats: int = 10) -> dict[str, Timing]:
+    """Interleaved timings of models that take the same images, by name."""
+    images = random_images(next(iter(models.values())), batch_size)
+
+    def call(model: nnx.Module) -> Callable[[], Array]:
+        fn, state = pure(model)
+        return partial(jax.jit(fn), state, images)
+
+    return time_interleaved({name: call(model) for name, model in models.items()}, repeats=repeats)
+
+
+def speed_rows(timings: Mapping[str, Timing], batch_size: int) -> list[list[str | float]]:
+    """Table rows under `HEADERS`; the speed-up is over the first entry."""
+    first = next(iter(timings.values()))
+    return [
+        [name, 1e3 * t.median, 100 * t.spread, batch_size / t.median, time_ratio(first, t)]
+        for name, t in timings.items()
+    ]
+
+
+def quantize_untuned(model: nnx.Module, preset: str) -> nnx.Module:
+    """`model` at a preset's bits, calibrated on one Gaussian image: fit to be timed, not to be used."""
+    config = QuantConfig.preset(preset, tune_epochs=0, scale_search="max")
+    return quantize(model, random_images(model, 1, seed=1), config)[0]
+
+
+def random_images(model: nnx.Module, batch_size: int, *, seed: int = 0) -> Float[Array, "B H W 3"]:
+    """Gaussian images of the model's input size."""
+    return jax.random.normal(jax.random.key(seed), (batch_size, *height_width(model.config.img_size), 3))
+
+
+def block_breakdown(model: nnx.Module, batch_size: int = 1, *, repeats: int = 10) -> list[list[str | float | None]]:
+    """Where the middle block of a model spends its time, as table rows under `BREAKDOWN_HEADERS`.
+
+    Every linear layer and the scan are timed alone on what they receive inside the block, interleaved with the whole
+    block. The splitting of outliers is timed alone, too. "rest" is what the block takes beyond its parts; alone, parts
+    cannot fuse with their surroundings, so it may come out below zero.
+    """
+    stages = [stage for _, stage in model.stages]
+    middle = len(stages) // 2
+
+    @jax.jit
+    def until_block(images: Array) -> Array:
+        x = images
+        for stage in stages[:middle]:
+            x = stage(x)
+        return x
+
+    block = stages[middle]
+    x = until_block(random_images(model, batch_size))
+    parts = {path: (module, args) for path, (module, args) in _part_inputs(block, x).items()}
+    calls: dict[str, Callable[[], Any]] = {"block": _jitted(block, x)}
+    for path, (module, args) in parts.items():
+        calls[path] = _jitted(module, *args)
+        if isinstance(module, QuantLinear):
+            calls[path + " splitting"] = _jitted(module, *args, method=lambda m, a: m.act.split(as_tokens(a)))
+        elif isinstance(module, QuantSelectiveScan):
+            calls[path + " splitting"] = _jitted(module, *args, method=lambda m, *a: m.operands(*a))
+    milliseconds = {name: 1e3 * t.median for name, t in time_interleaved(calls, repeats=repeats).items()}
+    whole = milliseconds["block"]
+    rows = [(p, milliseconds[p], milliseconds.get(p + " splitting")) for p in parts]
+    rows.append(("rest", whole - sum(row[1] for row in rows), None))
+    rows.append(("block", whole, sum(split for _, _, split in rows if split is not None)))
+    return [[path, ms, 100 * ms / whole, split] for path, ms, split in rows]
+
+
+def _jitted(module: nnx.Module, *args: Array, method: Callable = lambda m, *a: m(*a)) -> Callable[[], Any]:
+    graphdef, state = nnx.split(module)
+    return partial(jax.jit(lambda state, *args: method(nnx.merge(graphdef, state), *args)), state, *args)
+
+
+class _Recorder:
+    """Calls the module it stands for and keeps what went in."""
+
+    def __init__(self, module: nnx.Module):
+        self.module = module
+        self.args: tuple[Array, ...] = ()
+
+    def __call__(self, *args: Array) -> Any:
+        self.args = args
+        return self.module(*args)
+
+
+def _part_inputs(block: nnx.Module, x: Array) -> dict[str, tuple[nnx.Module, tuple[Array, ...]]]:
+    """{path: (module, its arguments)} of every linear layer and scan that the block calls on x."""
+    kinds = (nnx.Linear, QuantLinear, SelectiveScan)
+    modules = {".".join(map(str, p)): m for p, m in nnx.iter_modules(block) if isinstance(m, kinds)}
+    graphdef, state = nnx.split(block)
+
+    @jax.jit
+    def run(state: nnx.State, x: Array) -> dict[str, tuple[Array, ...]]:
+        copy = nnx.merge(graphdef, state)
+        recorders = {p: _Recorder(m) for p, m in nnx.iter_modules(copy) if isinstance(m, kinds)}
+        recorders = {".".join(map(str, path)): recorder for path, recorder in recorders.items()}
+        for path, recorder in recorders.items():
+            set_module(copy, path, recorder)
+        copy(x)
+        return {path: recorder.args for path, recorder in recorders.items() if recorder.args}
+
+    return {path: (modules[path], args) for path, args in run(state, x).items()}

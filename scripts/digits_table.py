@@ -1,0 +1,116 @@
+"""The accuracy table of the embedded model on the digits: bits x detection x calibration source, mean over seeds.
+
+    python scripts/digits_table.py --json scripts/results/digits_table.json
+
+A seed draws the calibration images: which real digits, which noise, which synthetic images. All scores are on the
+held-out test split, against the float model. About 12 minutes on two CPU cores with three seeds.
+
+Expected on `vim_micro`: see `scripts/results/digits_table.json`, which this command wrote.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from statistics import mean, pstdev
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from ouromamba_jax import GenConfig, QuantConfig, generate_images, load, quantize
+from ouromamba_jax.data import load_images
+from ouromamba_jax.evaluate import predict, score
+from ouromamba_jax.report import markdown_table, print_table
+
+SETTINGS = (
+    ("w8a8", {}),
+    ("w6a6", {}),
+    ("w4a8", {}),
+    ("w4a4", dict(detection="none")),
+    ("w4a4", dict(detection="static")),
+    ("w4a4", dict(outlier_scale="free")),
+    ("w4a4", {}),
+)
+HEADERS = ("calibration", "bits", "setting", "top-1 %", "vs float", "agreement %", "SQNR dB", "+-", "outliers %", "j>0 %")
+
+
+def calibration_images(source: str, model, train, count: int, seed: int, iterations: int) -> np.ndarray:
+    """`count` images of one source: "real", "noise" or "synthetic"."""
+    if source == "real":
+        return train.images[np.random.default_rng(seed).permutation(len(train.images))[:count]]
+    if source == "noise":
+        return np.asarray(jnp.clip(jax.random.normal(jax.random.key(seed), (count, *train.images.shape[1:])), -1, 1))
+    config = GenConfig(num_images=count, batch_size=count, iterations=iterations)
+    return np.asarray(generate_images(model, config, jax.random.key(seed)).images)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vim_micro", help="checkpoint")
+    parser.add_argument("--seeds", type=int, default=3, help="calibration sets per source")
+    parser.add_argument("--images", type=int, default=64, help="calibration images")
+    parser.add_argument("--iterations", type=int, default=200, help="of the generation")
+    parser.add_argument("--sources", nargs="+", default=["real", "synthetic", "noise"])
+    parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a8", "w4a4"])
+    parser.add_argument("--tune-epochs", type=int, default=QuantConfig.tune_epochs)
+    parser.add_argument("--json", type=Path, help="write the rows and the versions here")
+    arguments = parser.parse_args()
+
+    model = load(arguments.model)
+    config = model.config
+    train = load_images("digits", "train", config.img_size, config.preprocessing)
+    test = load_images("digits", "test", config.img_size, config.preprocessing)
+    reference = predict(model, test.images)
+    float_top1 = score(reference, reference, test.labels).top1
+    settings = [(bits, kw) for bits, kw in SETTINGS if bits in arguments.bits]
+    work = [(source, seed) for source in arguments.sources for seed in range(arguments.seeds)]
+    results: dict[tuple[str, str, str], list[dict]] = {}
+    for source, seed in track(work, description="calibration sets"):
+        images = calibration_images(source, model, train, arguments.images, seed, arguments.iterations)
+        for bits, kw in settings:
+            quantised, report = quantize(
+                model, images, QuantConfig.preset(bits, tune_epochs=arguments.tune_epochs, **kw)
+            )
+            scored = score(predict(quantised, test.images), reference, test.labels)
+            shifted = mean(s.shifted_rows for s in report.sites if s.kind == "matmul")
+            setting = ", ".join(kw.values()) or "dynamic, pow2"
+            results.setdefault((source, bits, setting), []).append(
+                {**dataclasses.asdict(scored), "outlier_rate": report.outlier_rate, "shifted_rows": shifted}
+            )
+    rows = []
+    for key, runs in results.items():
+        average = {name: mean(run[name] for run in runs) for name in runs[0]}
+        rows.append(
+            [
+                *key,
+                round(100 * average["top1"], 2),
+                round(100 * (average["top1"] - float_top1), 2),
+                round(100 * average["agreement"], 2),
+                round(average["sqnr_db"], 2),
+                round(pstdev(run["sqnr_db"] for run in runs), 2),
+                round(100 * average["outlier_rate"], 2),
+                round(100 * average["shifted_rows"], 2),
+            ]
+        )
+    title = f"{arguments.model}: float top-1 {100 * float_top1:.2f} %, {arguments.seeds} seeds, {arguments.images} images"
+    print_table(rows, HEADERS, title=title)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+        record = dict(
+            command=vars(arguments) | {"json": str(arguments.json)},
+            float_top1=float_top1,
+            rows=[dict(zip(HEADERS, row, strict=True)) for row in rows],
+            versions=versions | {"python": platform.python_version()},
+            device=jax.devices()[0].device_kind,
+        )
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        arguments.json.with_suffix(".md").write_text(f"{title}\n\n{markdown_table(rows, HEADERS)}")
+
+
+if __name__ == "__main__":
+    main()
