@@ -52,6 +52,7 @@ def save(path: str | Path, model: nnx.Module) -> None:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(staging / "arrays", arrays)
+        (staging / "arrays" / "commit_success.txt").unlink(missing_ok=True)  # names the staging folder
         (staging / "config.json").write_text(json.dumps(description, indent=1) + "\n")
         staging.chmod(0o755)
         staging.replace(path)  # one rename: `path` appears whole

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, PyTree
 Collect = Callable[[Float[Array, "B D N"]], PyTree]
 StateTransform = Callable[[Float[Array, "B D N"], Int[Array, ""]], Float[Array, "B D N"]]
 
-# Steps between two saved states, one loop body. With 4, XLA's CPU threads idle between the steps (1.6x slower); 16 is no faster and
-# takes twice as long to compile.
+# Steps between two saved states, one loop body. With 4, XLA's CPU threads idle between the steps (1.6x slower);
+# 16 is no faster and takes almost twice as long to compile.
 MAX_CHUNK = 8
 
 
@@ -33,8 +33,8 @@ class ScanOutput(NamedTuple):
 class Backend(NamedTuple):
     """One implementation of the scan.
 
-    Both functions take the arguments of ``selective_scan`` by name, with B and C grouped and ``implementation`` left out.
-    ``supports`` looks at shapes, dtypes and what is None, never at values, and returns the reason against the call, or None.
+    Both functions take the arguments of ``selective_scan`` by name, with B and C grouped and without ``implementation``.
+    ``supports`` looks at shapes, dtypes and what is None, never at values; it returns a reason against the call, or None.
     """
 
     supports: Callable[..., str | None]
@@ -60,9 +60,9 @@ def selective_scan(
 ) -> ScanOutput:
     """Runs the selective state-space recurrence over the tokens of a sequence.
 
-    The step sizes are ``delta + delta_bias``, through a softplus if ``delta_softplus``. They, the decays ``exp(delta * A)`` and
-    the state are float32 whatever the inputs are. Gradients reach every array; without ``collect`` and ``state_transform``
-    the backward pass keeps one state per chunk of up to 8 tokens and recomputes the rest.
+    The step sizes are ``delta + delta_bias``, through a softplus if ``delta_softplus``. They, ``exp(delta * A)`` and the
+    state are float32 whatever the inputs are. Gradients reach every array in reverse mode; the backward pass keeps one
+    state per chunk of up to 8 tokens and recomputes the others.
 
     Args:
         u: input, ``(B, L, D)``.
@@ -76,16 +76,16 @@ def selective_scan(
         delta_softplus: whether the step sizes pass through a softplus.
         h0: state before the first step, ``(B, D, N)``; zeros if None.
         reverse: scan from the last token to the first. ``y`` keeps its positions.
-        collect: reduces the state ``(B, D, N)`` after each step to a pytree of arrays with leading axis B. It runs inside the
-            scan, so that the ``(L, D, N)`` states exist only if it returns them.
+        collect: reduces the state ``(B, D, N)`` after each step to a pytree of arrays with leading axis B. It runs inside
+            the scan, so that the ``(L, D, N)`` states exist only if it returns them.
         state_transform: ``(h, t) -> h`` applied to the state after each step, ``t`` the int32 index in scan order.
         implementation: a backend's name; None takes the first one that supports the call.
 
     Returns:
-        ``ScanOutput(y, h_last, states)``, ``y`` in u's dtype, ``states`` in scan order (index 0 is the first step taken).
+        ``ScanOutput(y, h_last, states)``, ``y`` in u's dtype, ``states`` in scan order (index 0 is the first step).
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown implementation, or a named one that does not support the call.
+        ValueError: shapes that do not fit, an unknown implementation, or a named one that does not support the call.
         TypeError: an input that is not of a floating dtype.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, h0)
@@ -103,12 +103,10 @@ def _choose(implementation: str | None, call: dict[str, Any]) -> Backend:
         return next(backend for backend in BACKENDS.values() if backend.supports(**call) is None)
     if implementation not in BACKENDS:
         raise ValueError(
-            f"unknown scan implementation {implementation!r}; choose one of {', '.join(BACKENDS)}, or None."
+            f"unknown scan implementation {implementation!r}; choose one of {', '.join(BACKENDS)} or None."
         )
     if reason := BACKENDS[implementation].supports(**call):
-        raise ValueError(
-            f"scan implementation {implementation!r} does not support this call: {reason}; pass None instead."
-        )
+        raise ValueError(f"scan implementation {implementation!r} cannot run this call: {reason}; pass None instead.")
     return BACKENDS[implementation]
 
 
@@ -124,8 +122,9 @@ def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
         )
     projection = (batch, length, *B.shape[2:-1], d_state)
     wanted = {
-        "delta": (delta, u.shape), "A": (A, (channels, d_state)), "B": (B, projection), "C": (C, projection), "D": (D, (channels,)),
-        "z": (z, u.shape), "delta_bias": (delta_bias, (channels,)), "h0": (h0, (batch, channels, d_state)),
+        "delta": (delta, u.shape), "A": (A, (channels, d_state)), "B": (B, projection), "C": (C, projection),
+        "D": (D, (channels,)), "z": (z, u.shape), "delta_bias": (delta_bias, (channels,)),
+        "h0": (h0, (batch, channels, d_state)),
     }  # fmt: skip
     for name, (array, shape) in {"u": (u, u.shape), **wanted}.items():
         if array is None:
@@ -138,8 +137,9 @@ def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
             raise TypeError(f"{name} must be of a floating dtype, but it is {array.dtype}; cast it first.")
 
 
-# Inside, arrays are time-major, in scan order and cut in chunks: d, du (chunks, K, B, G, P) with P = D / G; b, c (chunks, K, B, G, N).
-# The state is (B, G, N, P): channels last fill the vector units, and a group's B and C broadcast over them.
+# Inside, arrays are time-major, in scan order and cut in chunks: d = delta and du = delta * u are (chunks, K, B, G, P) with
+# P = D / G; b and c (chunks, K, B, G, N). The state is (B, G, N, P): channels last fill the vector units, and a group's
+# B and C broadcast over them.
 
 
 def _xla(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collect, state_transform) -> ScanOutput:
@@ -174,9 +174,9 @@ def _xla(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, colle
         steps = jnp.arange(n_chunks * chunk, dtype=jnp.int32).reshape(n_chunks, chunk)
 
         def transform(h, t):
-            return (
-                h if state_transform is None else jnp.where(t < length, to_state(state_transform(from_state(h), t)), h)
-            )
+            if state_transform is None:
+                return h
+            return jnp.where(t < length, to_state(state_transform(from_state(h), t)), h)  # padding is not transformed
 
         y, states, h = _open_scan(
             to_state(f32(A)), xs, h, steps, transform, lambda h: None if collect is None else collect(from_state(h))
@@ -203,8 +203,8 @@ def _step(A, h, x):
 def _readout(h, c):
     """<C, h>, one state index after the other.
 
-    Not ``jnp.sum``: XLA's CPU backend picks the order of a reduction by the size of the array, and a sample's bits would change
-    with the batch.
+    Not ``jnp.sum``: XLA's CPU backend picks the order of a reduction by the size of the array, and a sample's bits would
+    change with the batch.
     """
     y = h[:, :, 0] * c[:, :, 0, None]
     for n in range(1, h.shape[2]):
@@ -250,8 +250,8 @@ def _scan_fwd(A, d, du, b, c, h0):
 def _scan_bwd(residuals, cotangents):
     """Walks back chunk by chunk: first the chunk's states again from its boundary, then the adjoint recurrence.
 
-    With g_t = dloss/dh_t and w_t = g_t * exp(delta_t A), g_t = w_{t+1} + C_t dy_t. Only w is formed: the two sums that need g are
-    taken over w and completed below by products that have no state axis.
+    With g_t = dloss/dh_t and w_t = g_t * exp(delta_t A), g_t = w_{t+1} + C_t dy_t. Only w is formed: the two sums that
+    need g are taken over w and completed below by products that have no state axis.
     """
     A, d, du, b, c, boundaries = residuals
     dy, dh_last = cotangents
@@ -267,7 +267,7 @@ def _scan_bwd(residuals, cotangents):
             states.append(decays[t] * states[t] + du[:, :, None] * b[..., None])
         out = []
         for t in reversed(range(length)):
-            # Behind the barrier XLA does not share these broadcasts with the recurrence: shared, it writes each to memory as (B, G, N, P).
+            # Without the barriers XLA shares broadcasts with the recurrence, and writes each out as (B, G, N, P).
             d, du, b, g = jax.lax.optimization_barrier((x[0][t], x[1][t], x[2][t], dy[t]))
             d_du = jnp.sum(w * b[..., None], axis=2)
             d_b = jnp.sum(w * du[:, :, None], axis=3)

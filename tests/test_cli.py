@@ -1,0 +1,123 @@
+"""The command line: every verb on a tiny model, and errors as one sentence."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from ouromamba_jax import create_model, load, save
+from ouromamba_jax.cli import main
+
+VERBS = ("convert", "generate", "quantize", "evaluate", "inspect", "bench", "demo")
+GOLDEN = Path(__file__).parent / "golden" / "models" / "vim_a"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny model for 32x32 digits, and calibration images."""
+    path = tmp_path_factory.mktemp("cli")
+    save(path / "tiny", create_model("vim_micro", embed_dim=16, depth=1, patch_size=8, stride=8, rngs=nnx.Rngs(3)))
+    images = np.asarray(jax.random.uniform(jax.random.key(0), (6, 32, 32, 3), minval=-1.0), np.float32)
+    np.savez(path / "images.npz", images=images, labels=np.arange(6))
+    return path
+
+
+def run(capsys, *arguments):
+    status = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"example: ouromamba {verb} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_convert_writes_a_model_that_loads(folder, capsys):
+    sizes = ("img_size=32", "patch_size=8", "stride=8", "embed_dim=48", "depth=3", "num_classes=10")
+    options = [part for size in sizes for part in ("--set", size)]
+    out = folder / "converted"
+    status, text, _ = run(capsys, "convert", "vim_tiny", GOLDEN / "checkpoint.pth", out, *options)
+    assert status == 0
+    assert "87,418 parameters" in text
+    assert load(out).config.embed_dim == 48
+    status, _, error = run(capsys, "convert", "vim_tiny", GOLDEN / "checkpoint.pth", out, *options)
+    assert status == 1
+    assert "already exists" in error
+
+
+def test_the_pipeline_from_images_to_scores(folder, capsys):
+    made, low = folder / "made.npz", folder / "low"
+    status, text, _ = run(
+        capsys, "generate", folder / "tiny", made, "--num-images", 3, "--batch-size", 3, "--iterations", 2,
+        "--figure", folder / "made.png",
+    )  # fmt: skip
+    assert status == 0
+    assert "3 images" in text
+    with np.load(made) as file:
+        assert file["images"].shape == (3, 32, 32, 3)
+        assert file["labels"].tolist() == [0, 1, 2]
+    assert (folder / "made.png").stat().st_size > 1000
+
+    status, text, _ = run(capsys, "quantize", folder / "tiny", "--images", made, "--bits", "w4a8", low, "--tune-epochs", 1)
+    assert status == 0
+    assert "blocks.0.mixer.in_proj" in text
+    assert "smaller than FP16" in text
+
+    status, text, _ = run(capsys, "evaluate", low, "--data", folder / "images.npz", "--batch-size", 4)
+    assert status == 0
+    assert "top-5" in text
+    status, text, _ = run(capsys, "inspect", low)
+    assert status == 0
+    assert "quantised sites" in text
+
+
+def test_inspect_lists_a_pytorch_file(capsys):
+    status, text, _ = run(capsys, "inspect", GOLDEN / "checkpoint.pth")
+    assert status == 0
+    assert "cls_token" in text
+    assert "(1, 17, 48)" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("evaluate", "no-such-model", "--data", "digits"), "there is no checkpoint at no-such-model"),
+        (("convert", "vim_tinny", GOLDEN / "checkpoint.pth", "out"), "did you mean"),
+        (("convert", "vim_tiny", GOLDEN / "absent.pth", "out"), "absent.pth"),
+        (("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "out"), "cls_token"),
+        (("generate", "vim_micro", "out.txt"), "must end in .npz"),
+        (("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out"), "nowhere"),
+    ],
+)
+def test_an_error_is_one_sentence(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, error = run(capsys, *arguments)
+    assert status == 1
+    assert says in error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_raises(capsys):
+    with pytest.raises(ValueError, match="no checkpoint"):
+        main(["inspect", "no-such-model", "--debug"])
+
+
+def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    out = tmp_path / "images.npz"
+    status, _, error = run(capsys, "generate", folder / "tiny", out, "--num-images", 3, "--batch-size", 3, "--iterations", 2)
+    assert status == 1
+    assert "no space left" in error
+    assert list(tmp_path.iterdir()) == []
