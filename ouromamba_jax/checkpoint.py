@@ -78,9 +78,9 @@ def load(path: str | Path) -> nnx.Module:
         config = config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
         specs = {site: spec_from_json(spec) for site, spec in description["quantization"].items()}
         dtype = jnp.dtype(description["dtype"])
+        model = nnx.eval_shape(lambda: apply_specs(build_model(config, dtype=dtype), specs))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / 'config.json'} does not describe a model of this version: {error}.") from error
-    model = nnx.eval_shape(lambda: apply_specs(build_model(config, dtype=dtype), specs))
     graphdef, state = nnx.split(model)
     arrays = _restore(path, _leaves(state))
     flat = [(key, leaf.replace(arrays[_name(key)])) for key, leaf in nnx.to_flat_state(state)]
@@ -133,6 +133,9 @@ def _restore(path: Path, leaves: dict[str, nnx.Variable]) -> dict[str, jax.Array
             problems += [f"{name} is not part of the model" for name in sorted(found.keys() - stored.keys())]
             for name in sorted(stored.keys() & found.keys()):
                 want, have = stored[name], found[name]
+                # Parameters come back in the floating type they were saved in: a quantised model keeps them in 16 bits.
+                if isinstance(leaves[name], nnx.Param) and jnp.issubdtype(have.dtype, jnp.floating):
+                    want = stored[name] = jax.ShapeDtypeStruct(want.shape, have.dtype)
                 if (tuple(have.shape), jnp.dtype(have.dtype)) != (want.shape, want.dtype):
                     problems.append(f"{name} is {have.dtype}{list(have.shape)}, not {want.dtype}{list(want.shape)}")
             if problems:

@@ -7,6 +7,7 @@ epilogue rounds. A sample's result never depends on its batch mates.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -167,6 +168,7 @@ BACKENDS: dict[str, Backend] = {"xla": Backend(lambda split, weight: None, _xla)
 """In order of preference; "xla" is the reference, supports everything and stays last."""
 
 
+@partial(jax.jit, static_argnames="implementation")
 def outlier_matmul(
     split: OutlierSplit, weight: QTensor, *, implementation: str | None = None
 ) -> Float32[Array, "B L O"]:

@@ -33,8 +33,8 @@ class ScanOutput(NamedTuple):
 class Backend(NamedTuple):
     """One implementation of the scan.
 
-    Both functions take the arguments of ``selective_scan`` by name, with B and C grouped and without ``implementation``.
-    ``supports`` looks at shapes, dtypes and what is None, never at values; it returns a reason against the call, or None.
+    Both functions take the arguments of ``selective_scan`` by name, B and C grouped, without ``implementation``.
+    ``supports`` looks at shapes, dtypes and what is None, never at values; it returns a reason against it, or None.
     """
 
     supports: Callable[..., str | None]
@@ -60,9 +60,9 @@ def selective_scan(
 ) -> ScanOutput:
     """Runs the selective state-space recurrence over the tokens of a sequence.
 
-    The step sizes are ``delta + delta_bias``, through a softplus if ``delta_softplus``. They, ``exp(delta * A)`` and the
-    state are float32 whatever the inputs are. Gradients reach every array in reverse mode; the backward pass keeps one
-    state per chunk of up to 8 tokens and recomputes the others.
+    The step sizes are ``delta + delta_bias``, through a softplus if ``delta_softplus``. They, ``exp(delta * A)`` and
+    the state are float32 whatever the inputs are. Gradients reach every array in reverse mode; the backward pass keeps
+    one state per chunk of up to 8 tokens and recomputes the others.
 
     Args:
         u: input, ``(B, L, D)``.
@@ -76,8 +76,8 @@ def selective_scan(
         delta_softplus: whether the step sizes pass through a softplus.
         h0: state before the first step, ``(B, D, N)``; zeros if None.
         reverse: scan from the last token to the first. ``y`` keeps its positions.
-        collect: reduces the state ``(B, D, N)`` after each step to a pytree of arrays with leading axis B. It runs inside
-            the scan, so that the ``(L, D, N)`` states exist only if it returns them.
+        collect: reduces the state ``(B, D, N)`` after each step to a pytree of arrays with leading axis B. It runs
+            inside the scan, so that the ``(L, D, N)`` states exist only if it returns them.
         state_transform: ``(h, t) -> h`` applied to the state after each step, ``t`` the int32 index in scan order.
         implementation: a backend's name; None takes the first one that supports the call.
 
@@ -137,9 +137,9 @@ def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
             raise TypeError(f"{name} must be of a floating dtype, but it is {array.dtype}; cast it first.")
 
 
-# Inside, arrays are time-major, in scan order and cut in chunks: d = delta and du = delta * u are (chunks, K, B, G, P) with
-# P = D / G; b and c (chunks, K, B, G, N). The state is (B, G, N, P): channels last fill the vector units, and a group's
-# B and C broadcast over them.
+# Inside, arrays are time-major, in scan order and cut in chunks: d = delta and du = delta * u are (chunks, K, B, G, P)
+# with P = D / G; b and c (chunks, K, B, G, N). The state is (B, G, N, P): channels last fill the vector units, and a
+# group's B and C broadcast over them.
 
 
 def _xla(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collect, state_transform) -> ScanOutput:
@@ -200,16 +200,29 @@ def _step(A, h, x):
     return _decay(A, d) * h + du[:, :, None] * b[..., None]
 
 
+@jax.custom_vjp
 def _readout(h, c):
     """<C, h>, one state index after the other.
 
-    Not ``jnp.sum``: XLA's CPU backend picks the order of a reduction by the size of the array, and a sample's bits would
-    change with the batch.
+    Not ``jnp.sum``: XLA's CPU backend picks the order of a reduction by the size of the array, and a sample's bits
+    would change with the batch. The VJP is the broadcast that autodiff would build from one padding per state index.
     """
     y = h[:, :, 0] * c[:, :, 0, None]
     for n in range(1, h.shape[2]):
         y = y + h[:, :, n] * c[:, :, n, None]
     return y
+
+
+def _readout_fwd(h, c):
+    return _readout(h, c), (h, c)
+
+
+def _readout_bwd(residuals, g):
+    h, c = residuals
+    return c[..., None] * g[:, :, None], jnp.sum(h * g[:, :, None], axis=3)
+
+
+_readout.defvjp(_readout_fwd, _readout_bwd)
 
 
 def _open_scan(A, xs, h, steps, transform, collect):

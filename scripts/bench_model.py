@@ -98,7 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [WHAT] [options]"
     )
-    parser.add_argument("what", nargs="?", choices=("associative", "quantised"), help="one comparison; both if left out")
+    parser.add_argument(
+        "what", nargs="?", choices=("associative", "quantised"), help="one comparison; both if left out"
+    )
     parser.add_argument("--model", help="vim_tiny for associative, vim_base for quantised if left out")
     parser.add_argument("--batch", type=int, help="images per call; 4 for associative, 2 for quantised if left out")
     parser.add_argument("--depth", type=int, help="fewer blocks, for a quick look")

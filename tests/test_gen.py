@@ -9,8 +9,17 @@ import pytest
 import tolerances
 from flax import nnx
 
-from ouromamba_jax import gen
-from ouromamba_jax.gen import GenConfig, contrastive_loss, generate_images, output_loss, patch_similarity_entropy
+from ouromamba_jax.gen import (
+    GenConfig,
+    contrastive_loss,
+    generate_images,
+    output_loss,
+    patch_similarity_entropy,
+    prior,
+    run,
+    total_variation,
+)
+from ouromamba_jax.gen.network import image_losses, patch_losses, split
 from ouromamba_jax.models import create_model
 
 SMALL = GenConfig(
@@ -113,6 +122,11 @@ def test_patch_similarity_entropy_equals_a_loop():
     np.testing.assert_allclose(loss, [expected], rtol=1e-3)
 
 
+def test_total_variation_by_hand():
+    images = jnp.asarray([[0.0, 1.0], [3.0, 7.0]])[None, :, :, None] * jnp.ones((1, 1, 1, 3))
+    np.testing.assert_allclose(total_variation(images), [(3 + 6) / 2 + (1 + 4) / 2])
+
+
 def test_output_losses():
     logits = jnp.log(jnp.asarray([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]]))
     targets = jnp.asarray([0, 2])
@@ -142,7 +156,7 @@ def layer(model):
 )
 def test_every_switch_changes_the_patch_losses(layer, switch):
     def total(layer, config):
-        return sum(jnp.sum(value) * getattr(config, name) for name, value in gen._patch_losses(layer, config).items())
+        return sum(jnp.sum(value) * getattr(config, name) for name, value in patch_losses(layer, config).items())
 
     config = dataclasses.replace(SMALL, **switch)
     value, gradient = jax.value_and_grad(total)(layer, config)
@@ -154,7 +168,7 @@ def test_every_switch_changes_the_patch_losses(layer, switch):
 def test_attention_features_see_the_weighting(layer):
     config = dataclasses.replace(SMALL, features="attention")
     uniform = dataclasses.replace(config, weighting="uniform")
-    delta, equal = (gen._patch_losses(layer, c)["contrastive"] for c in (config, uniform))
+    delta, equal = (patch_losses(layer, c)["contrastive"] for c in (config, uniform))
     assert np.all(np.abs(delta - equal) > 1e-4 * np.abs(delta))
 
 
@@ -173,11 +187,11 @@ def test_attention_features_see_the_weighting(layer):
 def test_each_loss_alone_reaches_the_pixels_of_every_image(model, switch):
     off = dict.fromkeys(["contrastive", "output", "pse", "total_variation"], 0.0)
     config = dataclasses.replace(SMALL, **{**off, **switch})
-    network, (stem, blocks, head) = gen._split(model)
+    network, (stem, blocks, head) = split(model)
     network, weights = network._replace(blocks=network.blocks[:1]), (stem, blocks[:1], head)
 
     def total(images):
-        losses = gen.image_losses(network, weights, images, jnp.asarray([1, 4]), config)
+        losses = image_losses(network, weights, images, jnp.asarray([1, 4]), config)
         assert set(losses) == set(config.loss_names)
         return sum(jnp.sum(value) for value in losses.values())
 
@@ -188,13 +202,46 @@ def test_each_loss_alone_reaches_the_pixels_of_every_image(model, switch):
 
 def test_an_image_has_the_losses_that_it_has_alone(model):
     images = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
-    network, weights = gen._split(model)
+    network, weights = split(model)
     config = dataclasses.replace(SMALL, pse=1.0)
-    losses = jax.jit(lambda x, targets: gen.image_losses(network, weights, x, targets, config))
+    losses = jax.jit(lambda x, targets: image_losses(network, weights, x, targets, config))
     both = losses(images, jnp.asarray([1, 4]))
     alone = losses(images[1:], jnp.asarray([4]))
     for name, values in both.items():
         np.testing.assert_allclose(values[1:], alone[name], rtol=1e-4, err_msg=name)
+
+
+PLAIN = dataclasses.replace(SMALL, scales=1, chroma=1.0)
+SHAPE = (64, 16, 24, 3)
+
+
+def test_one_scale_and_full_chroma_are_white_noise_and_plain_adam():
+    images = prior.noise(jax.random.key(0), SHAPE, PLAIN)
+    assert abs(jnp.std(images) - 1) < 0.01
+    assert abs(jnp.mean(images[..., 0] * images[..., 1])) < 0.02
+    optimiser = prior.optimiser(PLAIN)
+    gradient = jax.random.normal(jax.random.key(1), SHAPE)
+    update, _ = optimiser.update(gradient, optimiser.init(images))
+    np.testing.assert_allclose(update, -PLAIN.learning_rate * jnp.sign(gradient), rtol=1e-3)  # Adam's first step
+
+
+def test_noise_and_updates_are_smooth_and_their_colours_agree():
+    assert [shape[1:3] for shape in prior.pyramid_shapes(SHAPE, None)] == [(16, 24), (8, 12), (4, 6)]
+    images = prior.noise(jax.random.key(0), SHAPE, SMALL)
+    optimiser = prior.optimiser(SMALL)
+    update, _ = optimiser.update(jax.random.normal(jax.random.key(1), SHAPE), optimiser.init(images))
+    for x in (images, update):
+        assert jnp.corrcoef(x[..., 0].ravel(), x[..., 1].ravel())[0, 1] > 0.8
+        assert jnp.corrcoef(x[:, :, 1:].ravel(), x[:, :, :-1].ravel())[0, 1] > 0.5
+
+
+@pytest.mark.parametrize(("scales", "chroma"), [(1, 1.0), (None, 0.2), (3, 0.0)])
+def test_updates_descend(scales, chroma):
+    config = dataclasses.replace(SMALL, scales=scales, chroma=chroma)
+    optimiser = prior.optimiser(config)
+    gradient = jax.random.normal(jax.random.key(1), (2, 9, 14, 3))
+    update, _ = optimiser.update(gradient, optimiser.init(gradient))
+    assert jnp.sum(update * gradient) < 0
 
 
 def test_images_targets_and_history(model, reference):
@@ -210,7 +257,7 @@ def test_images_targets_and_history(model, reference):
 
 
 def test_pixels_stay_in_the_normalised_range_of_real_ones(reference):
-    assert np.min(reference.images) == -1.0  # vim_micro: mean 0.5, std 0.5; a third of the noise starts at the ends
+    assert np.min(reference.images) == -1.0  # vim_micro: mean 0.5, std 0.5; some noise starts beyond the ends
     assert np.max(reference.images) == 1.0
 
 
@@ -227,9 +274,9 @@ def test_a_batch_depends_on_the_key_alone(model, reference):
 
 
 def test_one_compilation_serves_all_batches_and_calls(model, reference):
-    size = gen._advance._cache_size()
+    size = run._advance._cache_size()
     generate_images(model, SMALL, jax.random.key(7))
-    assert gen._advance._cache_size() == size > 0
+    assert run._advance._cache_size() == size > 0
 
 
 class Interrupt(Exception):
@@ -280,7 +327,7 @@ def test_the_progress_bar_prints(model, capsys):
 
 
 def test_a_loss_that_is_not_finite_names_its_iteration(model, monkeypatch):
-    augment = gen._augment
+    augment = run._augment
 
     def poisoned(images, key, config):
         # The key of iteration 7 of every batch: nothing else tells the iterations apart in here.
@@ -290,7 +337,7 @@ def test_a_loss_that_is_not_finite_names_its_iteration(model, monkeypatch):
     config = dataclasses.replace(SMALL, contrastive=0.0, temperature=0.11)  # a config that no other test compiles
     batch_key = jax.random.split(jax.random.fold_in(jax.random.key(1), 1))[1]
     keys = jnp.stack([jax.random.key_data(jax.random.fold_in(batch_key, i)) for i in range(12)])
-    monkeypatch.setattr(gen, "_augment", poisoned)
+    monkeypatch.setattr(run, "_augment", poisoned)
     with pytest.raises(FloatingPointError, match="not finite at iteration 7 of batch 0"):
         generate_images(model, config, jax.random.key(1))
 
@@ -304,12 +351,13 @@ def test_weights_that_are_not_finite_stop_at_once(model):
 
 def test_augmentations_cover_all_shifts_and_mirrorings(model):
     images = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
-    config = dataclasses.replace(SMALL, jitter=2, flip=True)
+    config = dataclasses.replace(SMALL, jitter=0.2, flip=True)
     keys = jax.random.split(jax.random.key(1), 1000)
-    augmented = jax.jit(jax.vmap(lambda key: gen._augment(images, key, config)))(keys)
+    augmented = jax.jit(jax.vmap(lambda key: run._augment(images, key, config)))(keys)
     seen = {image.tobytes() for image in np.asarray(augmented)}
     assert len(seen) == 50  # 5 x 5 shifts, mirrored or not
-    np.testing.assert_array_equal(gen._augment(images, jax.random.key(0), SMALL), images)
+    still = dataclasses.replace(SMALL, jitter=0.0)
+    np.testing.assert_array_equal(run._augment(images, jax.random.key(0), still), images)
 
 
 def test_random_targets_cover_the_classes(model):
@@ -328,7 +376,9 @@ def test_random_targets_cover_the_classes(model):
         ({"output_loss": "mse"}, "'cross_entropy' or 'mae'"),
         ({"contrastive": -1.0}, "contrastive is -1.0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"chroma": 1.5}, "chroma is 1.5"),
+        ({"jitter": -0.1}, "jitter is -0.1"),
+        ({"scales": 0}, "scales is 0"),
         ({"neighbourhood": 4}, "odd side"),
         ({"neighbourhood": 3, "positives": 8, "negatives": "neighbourhood"}, "leave no negatives"),
         ({"contrastive": 0.0, "output": 0.0, "pse": 0.0, "total_variation": 0.0}, "every loss has weight 0"),

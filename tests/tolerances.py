@@ -24,13 +24,19 @@ CONTRASTIVE_LOSS = 1e-4
 
 # selective scan (test_scan), relative to the largest entry of what is compared
 SCAN_VALUE = {"float32": 5e-6, "bfloat16": 8e-3}
-"""By dtype of the inputs. The state is float32 in both: roundings of 200 steps, worst where many terms cancel; bfloat16 adds the
-rounding of y itself (2^-8) and of the inputs not at all, since the float64 loop sees them rounded."""
+"""By dtype of the inputs. The state is float32 in both: roundings of 200 steps, worst where many terms cancel. bfloat16
+adds the rounding of y (2^-8), and none of the inputs, since the float64 loop sees them rounded."""
 SCAN_GRADIENT = {"float32": 2e-5, "bfloat16": 8e-3}
-"""As above; the sums over tokens and channels behind dA, dB and dC are longer, and a bfloat16 gradient is rounded to 2^-8."""
+"""As above; the sums over tokens and channels behind dA, dB and dC are longer; a bfloat16 gradient rounds to 2^-8."""
 
 # models (test_models), on values of size about 1
 REORDERED = 5e-6
 """The same float32 sums in another order or another program: a few dozen roundings of values around 1."""
 BFLOAT16_LOGITS = 0.03
 """Relative error of the logits of a two-block model computed in bfloat16 (2^-8 per rounding)."""
+
+# quantised models (test_quantize), relative to the largest entry
+FAKE_AGAINST_INTEGER = 5e-6
+"""One float product of rounded values against integers with a float epilogue; no level flips on the tested data."""
+FAKE_AGAINST_INTEGER_16 = 2e-4
+"""With 16-bit outliers the integer path keeps them as fixed point: 2^-15 of the token's largest entry each."""

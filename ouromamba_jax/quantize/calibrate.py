@@ -133,8 +133,9 @@ def _matmuls(jaxpr: Any) -> list[str]:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             shapes = " x ".join(str(v.aval.shape) for v in equation.invars)
             found.append(f"{equation.primitive.name} {shapes}")
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                found += _matmuls(inner)
+        for parameter in equation.params.values():
+            for value in parameter if isinstance(parameter, tuple | list) else (parameter,):  # a cond has branches
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    found += _matmuls(inner)
     return found

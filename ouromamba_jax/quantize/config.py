@@ -68,7 +68,7 @@ class QuantConfig(OutlierConfig):
     operands: tuple[str, ...] = ("delta", "B", "C", "A", "D")
     scale_search: Literal["norm", "max"] = "norm"
     tune_epochs: int = 10
-    tune_learning_rate: float = 5e-3
+    tune_learning_rate: float = 5e-2
     float_dtype: str = "float16"
     batch_size: int = 16
     rules: tuple[QuantRule, ...] = ()

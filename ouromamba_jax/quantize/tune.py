@@ -40,18 +40,12 @@ def tune_scales(
     """
     graphdef, state = nnx.split(stage)
     batch = min(config.batch_size, len(x))
-    schedule = jnp.asarray([config.tune_learning_rate, max(config.tune_epochs * (len(x) // batch), 1)], jnp.float32)
-    thetas = jax.tree.map(jnp.zeros_like, scales)
-    opt_state = _optimizer(schedule).init(thetas)
     rng = np.random.default_rng(0)
-    losses = []
-    for _ in range(config.tune_epochs):
-        order = rng.permutation(len(x))[: len(x) - len(x) % batch].reshape(-1, batch)
-        thetas, opt_state, loss = _epoch(
-            graphdef, tuple(specs.items()), schedule, state, scales, fixed, thetas, opt_state, x[order], target[order]
-        )
-        losses.append(loss)
-    return jax.tree.map(lambda s, t: s * jnp.exp(t), scales, thetas), [float(loss) for loss in losses]
+    epochs = [rng.permutation(len(x))[: len(x) - len(x) % batch] for _ in range(config.tune_epochs)]
+    order = np.stack(epochs).reshape(config.tune_epochs, -1, batch)
+    rate = jnp.float32(config.tune_learning_rate)
+    scales, losses = _tune(graphdef, tuple(specs.items()), rate, state, scales, fixed, x, target, order)
+    return scales, np.asarray(losses).tolist()
 
 
 def stage_loss(graphdef, specs, state, scales, fixed, thetas, x, target) -> Float[Array, ""]:
@@ -64,26 +58,26 @@ def stage_loss(graphdef, specs, state, scales, fixed, thetas, x, target) -> Floa
     return jnp.mean(1 - dot * jax.lax.rsqrt(norms + 1e-12))
 
 
-def _optimizer(schedule: Float[Array, "2"]) -> optax.GradientTransformation:
-    """AdamW on a cosine schedule; (peak, steps) are an array, so that another rate compiles nothing again."""
-    peak, steps = schedule
-
-    def rate(count: Array) -> Array:
-        return peak * 0.5 * (1 + jnp.cos(jnp.pi * count.astype(jnp.float32) / steps))
-
-    return optax.chain(optax.clip_by_global_norm(2.0), optax.adamw(rate, weight_decay=1e-5))
-
-
 @partial(jax.jit, static_argnums=(0, 1))
-def _epoch(graphdef, specs, schedule, state, scales, fixed, thetas, opt_state, xs, targets):
-    optimizer = _optimizer(schedule)
+def _tune(graphdef, specs, rate, state, scales, fixed, x, target, order):
+    """All steps in one program; `order` (epochs, steps, batch) indexes x. The learning rate is not static: no retrace."""
+    steps = order.shape[0] * order.shape[1]
 
-    def step(carry, batch):
+    def schedule(count: Array) -> Array:
+        return rate * 0.5 * (1 + jnp.cos(jnp.pi * count.astype(jnp.float32) / steps))
+
+    optimizer = optax.chain(optax.clip_by_global_norm(2.0), optax.adamw(schedule, weight_decay=1e-5))
+
+    def step(carry, chosen):
         thetas, opt_state = carry
-        loss, grads = jax.value_and_grad(stage_loss, argnums=5)(graphdef, specs, state, scales, fixed, thetas, *batch)
+        loss, grads = jax.value_and_grad(stage_loss, argnums=5)(
+            graphdef, specs, state, scales, fixed, thetas, x[chosen], target[chosen]
+        )
         with jax.numpy_dtype_promotion("standard"):  # Optax mixes its int32 step count with floats
             updates, opt_state = optimizer.update(grads, opt_state, thetas)
         return (optax.apply_updates(thetas, updates), opt_state), loss
 
-    (thetas, opt_state), losses = jax.lax.scan(step, (thetas, opt_state), (xs, targets))
-    return thetas, opt_state, jnp.mean(losses)
+    thetas = jax.tree.map(jnp.zeros_like, scales)
+    start = (thetas, optimizer.init(thetas))
+    (thetas, _), losses = jax.lax.scan(step, start, order.reshape(steps, -1))
+    return jax.tree.map(lambda s, t: s * jnp.exp(t), scales, thetas), losses.reshape(order.shape[:2]).mean(axis=1)

@@ -1,0 +1,85 @@
+"""A model of any family as the losses see it: its parts one by one, each block rematerialised with its patch losses."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ouromamba_jax.attention import implicit_attention, patched_readout
+from ouromamba_jax.gen.config import GenConfig
+from ouromamba_jax.gen.losses import contrastive_loss, output_loss, patch_similarity_entropy, total_variation
+from ouromamba_jax.models.config import Preprocessing
+
+
+class Network(NamedTuple):
+    """The static part of a model: module graphs and pixel statistics."""
+
+    stem: Any
+    blocks: tuple[Any, ...]
+    head: Any
+    preprocessing: Preprocessing
+
+
+def split(model: Any) -> tuple[Network, tuple[Any, tuple[Any, ...], Any]]:
+    """(network, weights): the graph of each part, and its state, which jit sees as an argument."""
+    stem, head, blocks = nnx.split(model.stem), nnx.split(model.head), [nnx.split(block) for block in model.blocks]
+    network = Network(stem[0], tuple(graph for graph, _ in blocks), head[0], model.config.preprocessing)
+    return network, (stem[1], tuple(state for _, state in blocks), head[1])
+
+
+def patch_losses(layer: Any, config: GenConfig) -> dict[str, Float[Array, " B"]]:
+    """The losses of one block's patched attention; none for a block without scans."""
+    if not layer.scans or not (config.contrastive or config.pse):
+        return {}
+    window, weighting = config.neighbourhood, config.weighting
+    if config.features == "attention":
+        features = implicit_attention(layer, neighbourhood=window, weighting=weighting)
+    else:
+        readouts = [patched_readout(scan, neighbourhood=window, weighting=weighting) for scan in layer.scans]
+        features = functools.reduce(jnp.add, readouts)
+    losses = {}
+    if config.contrastive:
+        losses["contrastive"] = contrastive_loss(
+            features,
+            grid=(layer.scans[0].order.height, layer.scans[0].order.width),
+            neighbourhood=config.neighbourhood,
+            positives=config.positives,
+            negatives=config.negatives,
+            temperature=config.temperature,
+        )
+    if config.pse:
+        losses["pse"] = patch_similarity_entropy(features)
+    return losses
+
+
+def image_losses(
+    network: Network, weights: Any, images: Float[Array, "B H W 3"], targets: Int[Array, " B"], config: GenConfig
+) -> dict[str, Float[Array, " B"]]:
+    """Every loss with a weight, unweighted, one value per image; patch losses are means over the layers."""
+    stem, blocks, head = weights
+    collect = (lambda h: h) if config.features == "readout" and (config.contrastive or config.pse) else None
+
+    def run_block(graph: Any, state: Any, x: Array) -> tuple[Array, dict[str, Array]]:
+        x, layer = nnx.merge(graph, state).trace(x, collect=collect)
+        return x, patch_losses(layer, config)
+
+    x = nnx.merge(network.stem, stem)(images)
+    layers = []
+    for graph, state in zip(network.blocks, blocks, strict=True):
+        # Rematerialised with its losses, a block leaves only x behind: never are two blocks' hidden states alive.
+        x, losses = jax.checkpoint(functools.partial(run_block, graph))(state, x)
+        layers.append(losses)
+    losses = {}
+    for name in ("contrastive", "pse"):
+        values = [layer[name] for layer in layers if name in layer]
+        if values:
+            losses[name] = functools.reduce(jnp.add, values) / len(values)
+    if config.output:
+        losses["output"] = output_loss(nnx.merge(network.head, head)(x), targets, config.output_loss)
+    if config.total_variation:
+        std = jnp.asarray(network.preprocessing.std, jnp.float32)[None, None, None]
+        losses["total_variation"] = total_variation(images * std)
+    return losses

@@ -1,0 +1,191 @@
+"""The optimisation loop: noise to images, batch by batch, reproducible, resumable and watched."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ouromamba_jax.gen.config import GenConfig
+from ouromamba_jax.gen.network import Network, image_losses, split
+from ouromamba_jax.gen.prior import noise, optimiser
+from ouromamba_jax.gen.resume import RunState, restore, run_identity
+from ouromamba_jax.models.config import Preprocessing, height_width
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+_DISPATCH = 10
+"""Iterations per call of the compiled update: losses are read and checked this often."""
+
+
+class Generated(NamedTuple):
+    """Synthetic images and how they came to be.
+
+    `images` are normalised as the model takes them, `targets` the class each was optimised for. `history` maps every
+    loss (unweighted, mean over the batch), "total" and "gradient" (norm) to an array (batches, iterations).
+    """
+
+    images: Float[Array, "N H W 3"]
+    targets: Int[Array, " N"]
+    history: dict[str, Float[np.ndarray, "batches iterations"]]
+
+
+def _pixel_range(preprocessing: Preprocessing) -> tuple[Array, Array]:
+    """Normalised values of black and white, (1, 1, 1, 3) each."""
+    mean, std = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (preprocessing.mean, preprocessing.std))
+    return (0.0 - mean) / std, (1.0 - mean) / std
+
+
+def _augment(images: Array, key: Array, config: GenConfig) -> Array:
+    shift_key, flip_key = jax.random.split(key)
+    reach = tuple(int(config.jitter * side) for side in images.shape[1:3])
+    for axis, side in enumerate(reach, start=1):
+        shift = jax.random.randint(jax.random.fold_in(shift_key, axis), (), -side, side + 1)
+        images = jnp.roll(images, shift, axis=axis) if side else images
+    if config.flip:
+        images = jnp.where(jax.random.bernoulli(flip_key), jnp.flip(images, axis=2), images)
+    return images
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _advance(
+    network: Network,
+    config: GenConfig,
+    weights: Any,
+    state: tuple[Array, Any],
+    targets: Array,
+    key: Array,
+    start: Array,
+    stop: Array,
+) -> tuple[tuple[Array, Any], dict[str, Array]]:
+    """Iterations start..stop-1 (at most `_DISPATCH`) of one batch; start and stop are traced, so it compiles once."""
+    low, high = _pixel_range(network.preprocessing)
+    adam = optimiser(config)
+    record = {name: jnp.zeros((_DISPATCH,), jnp.float32) for name in (*config.loss_names, "total", "gradient")}
+
+    def update(iteration: Array, carry: Any) -> Any:
+        (pixels, moments), record = carry
+
+        def total(pixels: Array) -> tuple[Array, dict[str, Array]]:
+            seen = _augment(pixels, jax.random.fold_in(key, iteration), config)
+            losses = image_losses(network, weights, seen, targets, config)
+            weighted = [getattr(config, name) * value for name, value in losses.items()]
+            # The sum over images gives every image the gradient that it would have alone.
+            return jnp.sum(functools.reduce(jnp.add, weighted)), losses
+
+        (value, losses), gradient = jax.value_and_grad(total, has_aux=True)(pixels)
+        updates, moments = adam.update(gradient, moments)
+        pixels = jnp.clip(pixels + updates, low, high)
+        losses = {name: jnp.mean(loss) for name, loss in losses.items()}
+        losses |= {"total": value / pixels.shape[0], "gradient": jnp.sqrt(jnp.sum(gradient**2))}
+        record = {name: values.at[iteration - start].set(losses[name]) for name, values in record.items()}
+        return (pixels, moments), record
+
+    return jax.lax.fori_loop(start, stop, update, (state, record))
+
+
+def generate_images(
+    model: Any,
+    config: GenConfig,
+    key: Array,
+    *,
+    progress: Progress | bool | None = None,
+    checkpoint_dir: str | os.PathLike | None = None,
+) -> Generated:
+    """Makes images for calibration from the model's weights alone (OuroMamba, Algorithm 1).
+
+    Pixels start as Gaussian noise; Adam lowers `config`'s losses, and after every update the pixels are clipped to the
+    normalised range of real ones. The same key gives the same bits.
+
+    Args:
+      model: a float model of any family.
+      config: see `GenConfig`.
+      key: a `jax.random` key.
+      progress: True for a progress bar on the terminal, or a function of (iteration, total, losses), both counted over
+        all batches.
+      checkpoint_dir: where to keep the state of the run. If it holds one, the run continues from there, bit for bit.
+
+    Raises:
+      FloatingPointError: if a loss or gradient is not finite; the message names the iteration.
+      ValueError: if `checkpoint_dir` holds the run of another model, config or key.
+    """
+    network, weights = split(model)
+    batches = -(-config.num_images // config.batch_size)
+    targets = _targets(model.config.num_classes, batches * config.batch_size, config, jax.random.fold_in(key, 0))
+    shape = (config.batch_size, *height_width(model.config.img_size), 3)
+    low, high = _pixel_range(network.preprocessing)
+    names = (*config.loss_names, "total", "gradient")
+    # Without the fields that no update depends on, so that they do not compile it again.
+    update = dataclasses.replace(config, num_images=1, targets="round_robin", checkpoint_every=1)
+
+    run = RunState(
+        done=np.zeros((0, *shape[1:]), np.float32),
+        history={name: np.zeros((batches, config.iterations), np.float32) for name in names},
+    )
+    path = None if checkpoint_dir is None else Path(checkpoint_dir) / "generation.npz"
+    identity = "" if path is None else run_identity(model, weights, config, key)
+    saved = None if path is None else restore(path, identity, run)
+
+    with ExitStack() as stack:
+        report = _progress_bar(stack, batches * config.iterations) if progress is True else (progress or None)
+        for batch in range(len(run.done) // config.batch_size, batches):
+            batch_key = jax.random.fold_in(key, batch + 1)
+            noise_key, update_key = jax.random.split(batch_key)
+            pixels = jnp.clip(noise(noise_key, shape, config), low, high)
+            state, start = (pixels, optimiser(config).init(pixels)), 0
+            if saved is not None:
+                state, start = jax.tree.unflatten(jax.tree.structure(state), saved.leaves), saved.iteration
+                saved = None
+            batch_targets = targets[batch * config.batch_size : (batch + 1) * config.batch_size]
+            while start < config.iterations:
+                due = start - start % config.checkpoint_every + config.checkpoint_every
+                stop = min(start + _DISPATCH, due, config.iterations)
+                bounds = jnp.int32(start), jnp.int32(stop)
+                state, record = _advance(network, update, weights, state, batch_targets, update_key, *bounds)
+                record = {name: np.asarray(record[name])[: stop - start] for name in names}
+                _check_finite(record, batch, start)
+                for name, values in record.items():
+                    run.history[name][batch, start:stop] = values
+                start = stop
+                if path is not None and start == due and start < config.iterations:
+                    run.save(path, identity, start, jax.tree.leaves(state))
+                if report is not None:
+                    losses = {name: float(values[-1]) for name, values in record.items()}
+                    report(batch * config.iterations + stop, batches * config.iterations, losses)
+            run.done = np.concatenate([run.done, np.asarray(state[0])])
+            if path is not None:
+                run.save(path, identity, 0, [])
+    return Generated(jnp.asarray(run.done[: config.num_images]), targets[: config.num_images], run.history)
+
+
+def _targets(classes: int, count: int, config: GenConfig, key: Array) -> Int[Array, " N"]:
+    if config.targets == "random":
+        return jax.random.randint(key, (count,), 0, classes)
+    return jnp.arange(count, dtype=jnp.int32) % classes
+
+
+def _check_finite(record: dict[str, np.ndarray], batch: int, start: int) -> None:
+    bad = {name: np.flatnonzero(~np.isfinite(values)) for name, values in record.items()}
+    first = {name: int(steps[0]) for name, steps in bad.items() if len(steps)}
+    if first:
+        name = min(first, key=lambda name: first[name])
+        raise FloatingPointError(
+            f"{name} is not finite at iteration {start + first[name]} of batch {batch}; "
+            "check the model's weights for non-finite values, or lower learning_rate."
+        )
+
+
+def _progress_bar(stack: ExitStack, total: int) -> Progress:
+    from rich.progress import Progress as Bar
+    from rich.progress import TextColumn
+
+    bar = stack.enter_context(Bar(*Bar.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}")))
+    task = bar.add_task("generating", total=total, loss=float("nan"))
+    return lambda iteration, total, losses: bar.update(task, completed=iteration, loss=losses["total"])

@@ -1,0 +1,133 @@
+"""Timing, the breakdown of a block, and what a quantised model weighs by its shapes."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ouromamba_jax import bench
+from ouromamba_jax.models import create_model
+from ouromamba_jax.models.layers import QuantPoint
+from ouromamba_jax.quantize import QuantConfig, memory_report
+from ouromamba_jax.quantize.modules import SiteSpec, apply_specs, iter_sites, quantized_specs
+
+TINY = dict(img_size=16, patch_size=4, stride=4, embed_dim=16, depth=1, d_state=2, num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def model() -> nnx.Module:
+    return create_model("vim_tiny", **TINY)
+
+
+@pytest.fixture(scope="module")
+def quantised(model) -> nnx.Module:
+    return bench.quantize_untuned(model, "w4a4")
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    timings = bench.time_interleaved(calls, repeats=3)
+    assert order == ["a", "b"] * 4  # the first round is not timed
+    assert [len(t.seconds) for t in timings.values()] == [3, 3]
+
+
+def test_the_ratio_is_that_of_the_work():
+    calls = {"slow": lambda: time.sleep(0.03), "fast": lambda: time.sleep(0.01)}
+    timings = bench.time_interleaved(calls, repeats=7)
+    assert timings["slow"].median >= 0.03
+    ratio = bench.time_ratio(timings["slow"], timings["fast"])
+    assert 1.2 < ratio < 8  # other work on the machine may stretch a sleep
+    np.testing.assert_allclose(bench.time_ratio(timings["fast"], timings["slow"]), 1 / ratio)
+
+
+def test_a_slow_round_does_not_move_the_ratio():
+    slow, fast = bench.Timing((2.0, 20.0, 2.0)), bench.Timing((1.0, 10.0, 1.0))
+    assert bench.time_ratio(slow, fast) == 2.0
+    assert bench.Timing((1.0, 2.0, 3.0, 4.0, 5.0)).spread == pytest.approx(2 / 3)
+
+
+def test_asynchronous_work_is_waited_for():
+    work = jax.jit(lambda x: jnp.linalg.matrix_power(x, 40))
+    x = jax.random.normal(jax.random.key(0), (256, 256)) / 16
+    timings = bench.time_interleaved({"result": lambda: (work(x), None)}, repeats=2)
+    start = time.perf_counter()
+    work(x).block_until_ready()
+    assert timings["result"].median > 0.1 * (time.perf_counter() - start)
+
+
+def test_repeats_must_be_positive():
+    with pytest.raises(ValueError, match="at least 1"):
+        bench.time_interleaved({"f": lambda: None}, repeats=0)
+
+
+def test_a_float_model_is_quantised_for_comparison(model, quantised, monkeypatch):
+    said = []
+    monkeypatch.setattr(bench, "quantize_untuned", lambda model, preset: {"w4a4": quantised}[preset])
+    rows, headers = bench.bench_model(model, batch_size=2, bits=("w4a4",), repeats=2, progress=said.append)
+    assert headers == bench.HEADERS
+    assert [row[0] for row in rows] == ["float", "w4a4"]
+    assert all(len(row) == len(headers) for row in rows)
+    for _, ms, spread, rate, _ in rows:
+        assert ms > 0
+        assert spread >= 0
+        assert rate == pytest.approx(2 / (ms / 1e3))
+    assert rows[0][-1] == 1.0
+    assert any("w4a4" in text for text in said)
+    assert not quantized_specs(model)  # the model itself stays as it is
+
+
+def test_a_quantised_model_is_compared_with_its_float_model(quantised, monkeypatch):
+    timed = {}
+
+    def record(models, batch_size, *, repeats):
+        timed.update(models)
+        return {name: bench.Timing((1.0,) * repeats) for name in models}
+
+    monkeypatch.setattr(bench, "time_models", record)
+    rows, _ = bench.bench_model(quantised, repeats=2)
+    assert [row[0] for row in rows] == ["float", "quantised"]
+    assert timed["quantised"] is quantised
+    assert timed["float"].config == quantised.config
+    assert not quantized_specs(timed["float"])
+
+
+@pytest.mark.parametrize("kind", ["float", "quantised"])
+def test_the_breakdown_names_every_part(kind, model, quantised):
+    chosen = model if kind == "float" else quantised
+    before = jax.tree.leaves(nnx.state(chosen))
+    *parts, rest, block = bench.block_breakdown(chosen, repeats=2)
+    names = {f"mixer.directions.{i}.{layer}_proj" for i in (0, 1) for layer in ("x", "dt")}
+    assert {row[0] for row in parts} == names | {"mixer.in_proj", "mixer.out_proj", "mixer.scan"}
+    assert rest[0] == "rest"
+    assert sum(row[1] for row in (*parts, rest)) == pytest.approx(block[1])
+    assert all((row[3] is None) == (kind == "float") for row in parts)
+    assert all(row[3] is None or row[3] > 0 for row in parts)
+    after = jax.tree.leaves(nnx.state(chosen))  # recorders went into a copy
+    assert all(jnp.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(("name", "least"), [("vim_small", 3.5), ("vim_base", 3.7)])
+def test_w4a4_memory_by_shapes(name, least):
+    """Without the compression of files; scripts/memory.py counts the bytes on disk."""
+    config = QuantConfig.preset("w4a4")
+
+    def quantised():
+        model = create_model(name)
+        tokens = {"stem": model.config.num_tokens - 1, "head": 1}
+        specs = {
+            path: SiteSpec(config.resolve(path), tokens.get(path.split(".")[0], model.config.num_tokens), 0)
+            for path, site in iter_sites(model)
+            if not isinstance(site, QuantPoint)
+        }
+        model = apply_specs(model, specs)
+        for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            leaf.set_value(leaf[...].astype(config.float_dtype))
+        return model
+
+    report = memory_report(nnx.eval_shape(quantised))
+    assert least < report.compression < 4
+    assert report.levels > 10 * (report.scales + report.float_parameters)

@@ -1,0 +1,483 @@
+"""The quantiser: the integer path against its trainable stand-in, the tuning, the report, and what is refused."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_models import TINY, TOKENS
+from tolerances import FAKE_AGAINST_INTEGER, FAKE_AGAINST_INTEGER_16
+
+from ouromamba_jax.checkpoint import load, save
+from ouromamba_jax.models import create_model, pure
+from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.qtensor import max_level
+from ouromamba_jax.quantize import OPERANDS, QuantConfig, QuantLinear, QuantRule, QuantSelectiveScan, quantize
+from ouromamba_jax.quantize.calibrate import capture, check_coverage
+from ouromamba_jax.quantize.fake import install_fakes, scan_parameter
+from ouromamba_jax.quantize.modules import ACTIVATION_OPERANDS, SiteSpec, iter_sites
+from ouromamba_jax.quantize.run import _replace
+from ouromamba_jax.quantize.tune import stage_loss, tune_scales, update_of
+
+EXACT = dict(float_dtype="float32")
+IMAGES = 6
+
+
+def images(key: int = 0, count: int = IMAGES) -> jax.Array:
+    first, second = jax.random.split(jax.random.key(key))
+    shape = (count, 12, 16, 3)
+    return jax.random.normal(first, shape) + jnp.clip(jax.random.t(second, 1.5, shape), -20, 20) * 0.3
+
+
+@cache
+def float_model(depth: int = 1) -> nnx.Module:
+    """A tiny Vim in which no parameter has the regular values of its initialisation (A = -1 .. -N, D = 1, bias 0)."""
+    model = create_model("vim_micro", rngs=nnx.Rngs(5), **{**TINY, "depth": depth})
+    for i, (_, leaf) in enumerate(nnx.to_flat_state(nnx.state(model))):
+        leaf.set_value(leaf[...] + 0.2 * jax.random.normal(jax.random.key(100 + i), leaf.shape))
+    return model
+
+
+@cache
+def quantised(name: str, **fields):
+    return quantize(float_model(), images(), QuantConfig.preset(name, **fields))
+
+
+def bits_of(model: nnx.Module) -> dict[tuple, bytes]:
+    return {path: np.asarray(leaf[...]).tobytes() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def with_plain_scales(module: nnx.Module, x: jax.Array, config: QuantConfig):
+    """(specs, scales, fixed) of every site in `module`: from ranges alone, so that tokens overflow and outliers occur."""
+    rng = np.random.default_rng(0)
+    configs = {
+        path: resolved
+        for path, site in iter_sites(module)
+        if (resolved := config.resolve(path)) is not None and (not path.endswith("z") or "z" in resolved.operands)
+    }
+    seen = capture(module, x, configs, len(x))[1]
+    sites, specs, scales, fixed = dict(iter_sites(module)), {}, {}, {}
+
+    def activation(x, config):
+        """A scale for 0.6 of the token's range, and thresholds or a channel list at random."""
+        found = {}
+        if config.detection == "static":
+            found["channels"] = jnp.asarray(rng.random(x.shape[-1]) < 0.2)
+        if config.threshold == "offline":
+            found["theta"] = jnp.asarray(rng.uniform(1.0, 2.0, x.shape[1]), jnp.float32)
+        return jnp.abs(x).max(axis=(0, 2)) * 0.6 / max_level(config.act_bits), found
+
+    for path, c in configs.items():
+        site, inputs = sites[path], seen[path]
+        if isinstance(site, SelectiveScan):
+            specs[path] = SiteSpec(c, tokens=TOKENS, channels=40)
+            parts = {
+                k: [activation(inputs[k][:, :, g], c) for g in range(2)] for k in ACTIVATION_OPERANDS if k in c.operands
+            }
+            scales[path] = {k: jnp.stack([s for s, _ in v]) for k, v in parts.items()}
+            fixed[path] = {k: [f for _, f in v] for k, v in parts.items()}
+            for k in set("AD") & set(c.operands):
+                scales[path][k] = (
+                    jnp.abs(scan_parameter(site, k)).reshape(2, 40, -1).max(axis=1) * 0.9 / max_level(c.act_bits)
+                )
+            if "h" in c.operands:
+                scales[path]["h"] = jnp.max(inputs["h"], axis=0).T * 0.9 / 127
+            continue
+        specs[path] = SiteSpec(c, tokens=inputs["act"].shape[1], channels=inputs["act"].shape[2])
+        scale, found = activation(inputs["act"], c)
+        scales[path], fixed[path] = {"act": scale}, {"act": found}
+        if isinstance(site, nnx.Linear):
+            groups = 1 if c.weight_group is None else site.kernel.shape[0] // c.weight_group
+            columns = jnp.abs(site.kernel[...]).reshape(groups, -1, site.kernel.shape[1])
+            scales[path]["weight"] = columns.max(axis=1) * 0.9 / max_level(c.weight_bits)
+    return specs, scales, fixed, seen
+
+
+AGREEMENT = [
+    ("w4a4", {}),
+    ("w8a8", {}),
+    *(
+        pytest.param(name, fields, marks=pytest.mark.slow)
+        for name, fields in (
+            ("w4a8", {}),
+            ("w6a6", {}),
+            ("w4a4", dict(rules=())),
+            ("w6a6", dict(outlier_scale="free")),
+            ("w4a4", dict(detection="static")),
+            ("w4a4", dict(detection="none")),
+            ("w4a4", dict(threshold="offline")),
+            ("w4a4", dict(outlier_scale="free", spec="released")),
+            ("w4a4", dict(operands=OPERANDS)),
+            ("w4a4", dict(weight_group=2, rules=())),
+            ("w4a4", dict(operands=())),
+            ("w4a4", dict(rules=(QuantRule("x_proj|scan", skip=True),))),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), AGREEMENT)
+def test_fake_and_integer_paths_agree(name, fields):
+    """With the same scales the trainable stand-ins compute what the quantised model computes: every site, and the logits."""
+    config = QuantConfig.preset(name, **{**EXACT, **fields})
+    model, x = float_model(), images(1)
+    specs, scales, fixed, seen = with_plain_scales(model, x, config)
+    low = nnx.clone(model)
+    _replace(low, specs, scales, fixed)
+    graphdef, state = nnx.split(model)
+    low_graphdef, low_state = nnx.split(low)
+
+    @jax.jit
+    def both(state, low_state, scales, x, seen):
+        fake = install_fakes(nnx.merge(graphdef, state), specs, scales, fixed)
+        real = nnx.merge(low_graphdef, low_state)
+        pairs = {}
+        for path in specs:
+            one, other = (_module(m, path) for m in (fake, real))
+            inputs = seen[path]
+            if isinstance(other, QuantSelectiveScan):
+                arguments = [inputs[k] for k in ("u", "delta", "B", "C")]
+                pairs[path] = one(*arguments).y, other(*arguments).y
+                operands = zip(one.operands(*arguments), other.operands(*arguments), strict=True)
+                pairs |= {f"{path} {k}": v for k, v in zip(("u", "delta", "A", "B", "C", "D"), operands, strict=True)}
+            else:
+                pairs[path] = one(inputs["act"]), other(inputs["act"])
+        return fake(x), real(x), pairs
+
+    fake, real, pairs = both(state, low_state, scales, x, seen)
+    assert len(pairs) >= len(specs)
+    sixteen = any(spec.config.outlier_bits == 16 for spec in specs.values())
+    limit = FAKE_AGAINST_INTEGER_16 if sixteen else FAKE_AGAINST_INTEGER
+    for path, (one, other) in pairs.items():
+        assert float(jnp.abs(one - other).max()) <= limit * float(jnp.abs(one).max()), path
+        assert float(jnp.std(one)) > 0, path
+    assert float(jnp.abs(fake - real).max()) <= limit * float(jnp.abs(fake).max())
+    exact = model(x)
+    assert float(jnp.abs(fake - exact).max()) > 10 * float(jnp.abs(fake - real).max())  # quantisation is not idle
+    assert float(jnp.abs(fake - exact).max()) > 1e-3
+
+
+def _module(model, path: str):
+    for name in path.split("."):
+        model = model[int(name)] if name.isdigit() else getattr(model, name)
+    return model
+
+
+@cache
+def stage_problem(name: str, operands: tuple[str, ...], detection: str):
+    """(stage, specs, scales, fixed, x, target) of a stage of the tiny Vim."""
+    model, x = float_model(), images(1)
+    for stage_name, stage in model.stages:
+        out = stage(x)
+        if stage_name == name:
+            edges = name in ("stem", "head")
+            config = QuantConfig(operands=operands, detection=detection, act_bits=8 if edges else 4, **EXACT)
+            specs, scales, fixed, _ = with_plain_scales(stage, x, config)
+            return stage, specs, scales, fixed, x, update_of(out, x)
+        x = out
+    raise KeyError(name)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def gradients(graphdef, specs, state, scales, fixed, thetas, x, target):
+    return jax.grad(stage_loss, argnums=5)(graphdef, specs, state, scales, fixed, thetas, x, target)
+
+
+@pytest.mark.parametrize(
+    ("name", "operands"),
+    [
+        ("stem", ()),
+        ("blocks.0", ("delta", "B", "C", "A", "D")),
+        pytest.param("blocks.0", OPERANDS, marks=pytest.mark.slow),
+        ("head", ()),
+    ],
+)
+def test_every_scale_receives_gradient(name, operands):
+    """Every entry of every scale: tokens, output channels, directions, states; none is left as it was found."""
+    stage, specs, scales, fixed, x, target = stage_problem(name, operands, "dynamic")
+    graphdef, state = nnx.split(stage)
+    thetas = jax.tree.map(jnp.zeros_like, scales)
+    grads = gradients(graphdef, tuple(specs.items()), state, scales, fixed, thetas, x, target)
+    assert jax.tree.structure(grads) == jax.tree.structure(scales)
+    for path, group in grads.items():
+        for kind, value in group.items():
+            assert value.shape == scales[path][kind].shape
+            assert bool(jnp.isfinite(value).all()), (path, kind)
+            assert bool((value != 0).all()), (path, kind, np.argwhere(np.asarray(value) == 0))
+
+
+def test_gradients_are_those_of_the_loss():
+    """Between two roundings the loss is smooth in a scale; a step against the gradient lowers it."""
+    stage, specs, scales, fixed, x, target = stage_problem("blocks.0", ("delta", "B", "C", "A", "D"), "dynamic")
+    graphdef, state = nnx.split(stage)
+    config = QuantConfig(tune_epochs=12, batch_size=len(x), tune_learning_rate=5e-3)
+    tuned, losses = tune_scales(stage, specs, scales, fixed, x, target, config)
+    assert len(losses) == 12
+    assert losses[-1] < 0.9 * losses[0], losses
+    thetas = jax.tree.map(jnp.zeros_like, scales)
+    after = jax.jit(stage_loss, static_argnums=(0, 1))(
+        graphdef, tuple(specs.items()), state, tuned, fixed, thetas, x, target
+    )
+    assert float(after) < 0.9 * losses[0]
+    for path, group in tuned.items():
+        for kind, value in group.items():
+            assert bool((value != scales[path][kind]).all()), (path, kind)
+            assert bool((value > 0).all()), (path, kind)
+
+
+def test_the_report_accounts_for_everything():
+    model = float_model()
+    low, report = quantised("w4a4", tune_epochs=2)
+    by_path = {site.path: site for site in report.sites}
+    assert len(by_path) == len(report.sites)
+    linears = {path: site for path, site in iter_sites(model) if isinstance(site, nnx.Linear)}
+    scans = [path for path, site in iter_sites(model) if isinstance(site, SelectiveScan)]
+    assert {p for p, s in by_path.items() if s.kind == "matmul"} == set(linears)
+    assert {p for p, s in by_path.items() if s.kind != "matmul"} == {
+        f"{p}.{k}" for p in scans for k in ("delta", "B", "C", "A", "D")
+    }
+    for path, site in by_path.items():
+        edge = path.startswith(("stem", "head"))
+        expected = (8, 8, 16) if edge else (4, 4, 8)
+        if site.kind == "matmul":
+            assert (site.weight_bits, site.act_bits, site.outlier_bits) == expected
+        assert 0 <= site.outlier_rate < 0.5
+        assert np.isfinite(site.sqnr_db)
+        assert site.sqnr_db > (30 if edge else 5), path
+    assert 0 < report.outlier_rate < 0.5
+    modules = {".".join(map(str, p)): m for p, m in nnx.iter_modules(low)}
+    assert all(isinstance(modules[path], QuantLinear) for path in linears)
+    floats = {
+        ".".join(map(str, p)): leaf for p, leaf in nnx.to_flat_state(nnx.state(low)) if isinstance(leaf, nnx.Param)
+    }
+    assert {path: count for path, count, _ in report.kept_float} == {path: leaf.size for path, leaf in floats.items()}
+    assert {leaf.dtype for leaf in floats.values()} == {jnp.dtype(jnp.float16)}
+    assert {reason for _, _, reason in report.kept_float} == {"not a matmul"}
+    assert report.tuning.keys() == {"stem", "blocks.0", "head"}
+    assert all(len(losses) == 2 for losses in report.tuning.values())
+    text = str(report)
+    assert all(path in text for path in (*by_path, *floats))
+
+
+def test_quantising_is_deterministic_and_leaves_the_model_alone():
+    model = float_model()
+    before, graph = bits_of(model), nnx.graphdef(model)
+    low, report = quantised("w4a4", tune_epochs=2)
+    again, report_again = quantize(model, images(), QuantConfig.preset("w4a4", tune_epochs=2))
+    assert bits_of(low) == bits_of(again)
+    assert report == report_again
+    assert bits_of(model) == before
+    assert nnx.graphdef(model) == graph
+    other = quantize(model, images(3), QuantConfig.preset("w4a4", tune_epochs=2))[0]
+    assert bits_of(other) != bits_of(low)
+
+
+def test_more_bits_less_noise():
+    """Site by site in the mean, and for the logits of fresh images: W8A8 > W6A6 > W4A4, by several dB each."""
+    x = images(7, 16)
+    exact = float_model()(x)
+
+    def noise(low: nnx.Module) -> float:
+        fn, state = pure(low)
+        return float(jnp.linalg.norm(jax.jit(fn)(state, x) - exact) / jnp.linalg.norm(exact))
+
+    (w8, r8), (w6, r6), (w4, r4) = (
+        quantised("w8a8", tune_epochs=0),
+        quantised("w6a6", tune_epochs=0),
+        quantised("w4a4", tune_epochs=2),
+    )
+    inner = [np.mean([s.sqnr_db for s in r.sites if s.path.startswith("blocks")]) for r in (r8, r6, r4)]
+    assert inner[0] > inner[1] + 5 > inner[2] + 10
+    assert r8.mean_sqnr_db > r6.mean_sqnr_db > r4.mean_sqnr_db
+    errors = [noise(w) for w in (w8, w6, w4)]
+    assert errors[0] < 0.05
+    assert errors[0] < 0.7 * errors[1] < 0.5 * errors[2] < 0.5
+
+
+def test_a_real_quantised_model_survives_saving(tmp_path):
+    low = quantised("w4a4", tune_epochs=2)[0]
+    save(tmp_path / "model", low)
+    again = load(tmp_path / "model")
+    assert bits_of(again) == bits_of(low)
+    assert nnx.graphdef(again) == nnx.graphdef(low)
+
+
+def test_skipped_sites_stay_float_and_are_listed():
+    rules = (QuantRule(r"out_proj|\.scan$", skip=True), QuantRule(r"x_proj", weight_bits=5, act_bits=6, outlier_bits=8))
+    low, report = quantised("w8a8", tune_epochs=0, rules=rules)
+    mixer = low.blocks[0].mixer
+    assert type(mixer.out_proj) is nnx.Linear
+    assert type(mixer.scan) is SelectiveScan
+    exact = float_model().blocks[0].mixer
+    np.testing.assert_array_equal(mixer.out_proj.kernel[...], exact.out_proj.kernel[...].astype(jnp.float16))
+    kept = {path: reason for path, _, reason in report.kept_float}
+    for name in ("out_proj.kernel", "scan.A_log", "scan.D"):
+        assert kept[f"blocks.0.mixer.{name}"] == "a rule or the operand list leaves it out"
+    paths = {site.path: site for site in report.sites}
+    assert not [p for p in paths if "out_proj" in p or ".scan." in p]
+    site = paths["blocks.0.mixer.directions.1.x_proj"]
+    assert (site.weight_bits, site.act_bits, site.outlier_bits) == (5, 6, 8)
+    assert paths["blocks.0.mixer.in_proj"].weight_bits == 8
+
+
+VARIANTS = (
+    dict(operands=OPERANDS, tune_epochs=1),
+    dict(spec="released", outlier_scale="free", tune_epochs=1),
+    dict(detection="static", tune_epochs=1),
+    dict(detection="none", tune_epochs=1),
+    dict(threshold="offline", tune_epochs=1),
+    dict(weight_group=2, rules=(QuantRule("stem|head", skip=True),)),
+    dict(scale_search="max", tune_epochs=0),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_every_variant_runs(fields, tmp_path):
+    low, report = quantize(float_model(), images(), QuantConfig.preset("w4a4", **{"tune_epochs": 1, **fields}))
+    fn, state = pure(low)
+    logits = jax.jit(fn)(state, images(9))
+    assert bool(jnp.isfinite(logits).all())
+    named = {site.path.removeprefix("blocks.0.mixer.scan.") for site in report.sites}
+    expected = set(fields.get("operands", ("delta", "B", "C", "A", "D"))) - {"z"}
+    assert expected <= named
+    assert ("blocks.0.mixer.z" in named) == ("z" in fields.get("operands", ()))
+    save(tmp_path / "model", low)
+    assert bits_of(load(tmp_path / "model")) == bits_of(low)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((QuantRule("no_such_layer", skip=True),), "the rule 'no_such_layer' matches no site"),
+        (
+            (QuantRule(r"blocks\.0", act_bits=8), QuantRule(r"blocks\.7\.", act_bits=8)),
+            r"'blocks\\\\.7\\\\.' matches no site",
+        ),
+    ],
+)
+def test_a_rule_that_matches_nothing(rules, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(float_model(), images(), QuantConfig.preset("w4a4", rules=rules))
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "rank", "none", "size"])
+def test_wrong_images(bad):
+    x = images()
+    if bad in ("nan", "inf"):
+        x = x.at[3, 2, 1, 0].set(float(bad))
+    x = dict(rank=x[0], none=x[:0], size=x[:, :8]).get(bad, x)
+    with pytest.raises(ValueError, match="images"):
+        quantize(float_model(), x, QuantConfig.preset("w4a4"))
+
+
+def test_a_quantised_model_is_not_quantised_again():
+    low = quantised("w4a4", tune_epochs=2)[0]
+    with pytest.raises(ValueError, match="already quantised"):
+        quantize(low, images(), QuantConfig.preset("w8a8"))
+
+
+def test_another_token_count_is_refused():
+    low = quantised("w4a4", tune_epochs=2)[0]
+    mixer = low.blocks[0].mixer
+    for tokens in (TOKENS - 1, TOKENS + 1, 1):
+        x = jax.random.normal(jax.random.key(0), (2, tokens, 20))
+        with pytest.raises(
+            ValueError, match=f"calibrated at {TOKENS} tokens per sample and got {tokens}; quantise it again"
+        ):
+            mixer.in_proj(x)
+    with pytest.raises(ValueError, match="images have shape"):
+        low(jax.random.normal(jax.random.key(0), (2, 16, 16, 3)))
+
+
+class Toy(nnx.Module):
+    """A stage that multiplies by a matrix of its own, behind a linear layer."""
+
+    def __init__(self, product):
+        self.product = product
+        self.linear = nnx.Linear(5, 5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        self.weight = nnx.Param(jax.random.normal(jax.random.key(0), (5, 5)))
+
+    def __call__(self, x):
+        return self.product(self.linear(x), self.weight[...])
+
+
+def scanned(x, w):
+    return jax.lax.scan(lambda c, _: (c @ w, None), x, length=2)[0]
+
+
+def convolved(x, w):
+    return jax.lax.conv_general_dilated(x, w[None], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+
+
+HIDDEN_PRODUCTS = {
+    "dot": jnp.dot,
+    "einsum": partial(jnp.einsum, "blc,cd->bld"),
+    "convolution": convolved,
+    "jit": jax.jit(jnp.matmul),
+    "scan": scanned,
+    "cond": lambda x, w: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x),
+    "checkpoint": jax.checkpoint(jnp.matmul),
+    "vmap": jax.vmap(jnp.dot, (0, None)),
+    "custom": jax.custom_vjp(jnp.matmul),
+}
+HIDDEN_PRODUCTS["custom"].defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: r)
+
+
+@pytest.mark.parametrize("kind", HIDDEN_PRODUCTS)
+def test_a_product_outside_of_the_sites_is_found(kind):
+    x = jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)
+    with pytest.raises(ValueError, match=r"toy has 1 matrix products outside of its linear layers and scans"):
+        check_coverage(Toy(HIDDEN_PRODUCTS[kind]), x, "toy")
+    check_coverage(Toy(lambda x, w: x * w[None, :3]), x, "toy")
+
+
+def test_quantise_refuses_a_stage_with_a_hidden_product():
+    model = nnx.clone(float_model())
+
+    class Head(nnx.Module):
+        def __init__(self, head):
+            self.head, self.mix = head, nnx.Param(jnp.eye(7))
+
+        def __call__(self, x):
+            return self.head(x) @ self.mix[...]
+
+    model.head = Head(model.head)
+    with pytest.raises(ValueError, match=r"head has 1 matrix products outside"):
+        quantize(model, images(), QuantConfig.preset("w4a4", tune_epochs=0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: QuantRule("x", skip=True, act_bits=4), "both skips its sites and sets act_bits"),
+        (lambda: QuantRule("x"), "sets nothing"),
+        (lambda: QuantRule("(", skip=True), "not a regular expression"),
+        (lambda: QuantConfig(weight_bits=16), "weight_bits must be 2 to 8, not 16"),
+        (lambda: QuantConfig(act_bits=16), "act_bits"),
+        (lambda: QuantConfig(act_bits=8, outlier_bits=4), "outlier_bits"),
+        (lambda: QuantConfig(weight_group=0), "weight_group"),
+        (lambda: QuantConfig(operands=("delta", "X")), "operands X do not exist"),
+        (lambda: QuantConfig(scale_search="fast"), "scale_search"),
+        (lambda: QuantConfig(tune_epochs=-1), "tune_epochs"),
+        (lambda: QuantConfig(detection="sometimes"), "detection"),
+        (lambda: QuantConfig(spec="released"), "released"),
+        (lambda: QuantConfig.preset("w2a2"), "no preset 'w2a2'; choose among w4a4"),
+    ],
+)
+def test_contradictions_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_first_rule_that_matches_decides():
+    config = QuantConfig(
+        rules=(QuantRule("a.b", act_bits=6), QuantRule("a", skip=True), QuantRule("c", weight_bits=8, operands=()))
+    )
+    assert config.resolve("a.b.z").act_bits == 6
+    assert config.resolve("a.c") is None
+    assert (config.resolve("c").weight_bits, config.resolve("c").operands) == (8, ())
+    assert config.resolve("d") == QuantConfig()
+    assert all(config.resolve(path).rules == () for path in ("a.b", "c", "d"))
