@@ -6,11 +6,11 @@ from os import PathLike
 from typing import Any
 
 from flax import nnx
+
 from ouromamba_jax.convert.keymap import ConversionError, Rule, fill
 from ouromamba_jax.convert.torch_file import CheckpointError, load_tensors, read_torch
 from ouromamba_jax.convert.unpickle import shown
 from ouromamba_jax.convert.vim import VIM_RULES
-
 from ouromamba_jax.models import create_model
 
 __all__ = ["CheckpointError", "ConversionError", "from_torch", "load_tensors", "read_torch"]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike, Shaped
+
 from ouromamba_jax.convert.unpickle import shown
 
 _LISTED = 20

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors
 from jaxtyping import Shaped
+
 from ouromamba_jax.convert.unpickle import RESAVE, Inert, TorchTensor, shown, unpickle
 
 # A checkpoint with optimizer state describes itself in about 1 MB; the limit bounds what a hostile one can build.

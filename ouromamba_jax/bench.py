@@ -1,7 +1,8 @@
 """Speed of models: interleaved timing, float beside quantised, and which parts of a block take the time.
 
 Only ratios within one run mean something on a shared machine: the calls under comparison take turns, and a speed-up is
-the median over rounds of the ratio of neighbouring calls, so that a slow second hits both sides.
+the median over rounds of the ratio of neighbouring calls, so that a slow second hits both sides. Processor time, summed
+over threads, is measured beside wall-clock time: other processes hardly touch it.
 """
 
 import time
@@ -15,22 +16,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ouromamba_jax.models import build_model, pure
+from ouromamba_jax.models import VisionModel, build_model, pure
 from ouromamba_jax.models.config import height_width
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize import QuantConfig, QuantLinear, QuantSelectiveScan, quantize
 from ouromamba_jax.quantize.modules import as_tokens, quantized_specs, set_module
 
 Progress = Callable[[str], None]
-HEADERS = ("model", "ms", "spread %", "images/s", "speed-up")
+HEADERS = ("model", "ms", "spread %", "CPU ms", "images/s", "speed-up", "CPU speed-up")
 BREAKDOWN_HEADERS = ("part", "ms", "% of block", "of it splitting, ms")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock seconds of one call, one entry per round."""
+    """Wall-clock seconds of one call and the processor's (summed over threads), one entry per round."""
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
@@ -55,21 +57,29 @@ def time_interleaved(calls: Mapping[str, Callable[[], Any]], *, repeats: int = 1
     for call in calls.values():
         jax.block_until_ready(call())
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             jax.block_until_ready(call())
+            cpu_seconds[name].append(time.process_time() - cpu_start)
             seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+    return {name: Timing(tuple(seconds[name]), tuple(cpu_seconds[name])) for name in calls}
 
 
-def time_ratio(slow: Timing, fast: Timing) -> float:
-    """How many times longer `slow` took than `fast`: the median over rounds of one `time_interleaved`."""
+def time_ratio(slow: Timing, fast: Timing, *, cpu: bool = False) -> float:
+    """How many times longer `slow` took than `fast`: the median over rounds of one `time_interleaved`.
+
+    Args:
+      cpu: compare processor time instead of wall-clock time.
+    """
+    if cpu:
+        return float(np.median(np.divide(slow.cpu_seconds, fast.cpu_seconds)))
     return float(np.median(np.divide(slow.seconds, fast.seconds)))
 
 
 def bench_model(
-    model: nnx.Module,
+    model: VisionModel,
     batch_size: int = 1,
     *,
     bits: tuple[str, ...] = ("w8a8", "w4a4"),
@@ -82,8 +92,9 @@ def bench_model(
     does not depend on how good they are). A quantised one is compared with a fresh float model of its config.
 
     Args:
-      model: with `config.img_size`, as all models of this package.
+      model: float or quantised.
       batch_size: images per call.
+      bits: presets of `QuantConfig` that a float model is compared at.
       repeats: timed calls of each model.
       progress: called with a short text before each slow step.
 
@@ -103,11 +114,11 @@ def bench_model(
     return speed_rows(time_models(models, batch_size, repeats=repeats), batch_size), HEADERS
 
 
-def time_models(models: Mapping[str, nnx.Module], batch_size: int, *, repeats: int = 10) -> dict[str, Timing]:
+def time_models(models: Mapping[str, VisionModel], batch_size: int, *, repeats: int = 10) -> dict[str, Timing]:
     """Interleaved timings of models that take the same images, by name."""
     images = random_images(next(iter(models.values())), batch_size)
 
-    def call(model: nnx.Module) -> Callable[[], Array]:
+    def call(model: VisionModel) -> Callable[[], Array]:
         fn, state = pure(model)
         return partial(jax.jit(fn), state, images)
 
@@ -118,23 +129,31 @@ def speed_rows(timings: Mapping[str, Timing], batch_size: int) -> list[list[str 
     """Table rows under `HEADERS`; the speed-up is over the first entry."""
     first = next(iter(timings.values()))
     return [
-        [name, 1e3 * t.median, 100 * t.spread, batch_size / t.median, time_ratio(first, t)]
+        [
+            name,
+            1e3 * t.median,
+            100 * t.spread,
+            1e3 * float(np.median(t.cpu_seconds)),
+            batch_size / t.median,
+            time_ratio(first, t),
+            time_ratio(first, t, cpu=True),
+        ]
         for name, t in timings.items()
     ]
 
 
-def quantize_untuned(model: nnx.Module, preset: str) -> nnx.Module:
+def quantize_untuned(model: VisionModel, preset: str) -> VisionModel:
     """`model` at a preset's bits, calibrated on one Gaussian image: fit to be timed, not to be used."""
     config = QuantConfig.preset(preset, tune_epochs=0, scale_search="max")
     return quantize(model, random_images(model, 1, seed=1), config)[0]
 
 
-def random_images(model: nnx.Module, batch_size: int, *, seed: int = 0) -> Float[Array, "B H W 3"]:
+def random_images(model: VisionModel, batch_size: int, *, seed: int = 0) -> Float[Array, "B H W 3"]:
     """Gaussian images of the model's input size."""
     return jax.random.normal(jax.random.key(seed), (batch_size, *height_width(model.config.img_size), 3))
 
 
-def block_breakdown(model: nnx.Module, batch_size: int = 1, *, repeats: int = 10) -> list[list[str | float | None]]:
+def block_breakdown(model: VisionModel, batch_size: int = 1, *, repeats: int = 10) -> list[list[str | float | None]]:
     """Where the middle block of a model spends its time, as table rows under `BREAKDOWN_HEADERS`.
 
     Every linear layer and the scan are timed alone on what they receive inside the block, interleaved with the whole
@@ -153,7 +172,7 @@ def block_breakdown(model: nnx.Module, batch_size: int = 1, *, repeats: int = 10
 
     block = stages[middle]
     x = until_block(random_images(model, batch_size))
-    parts = {path: (module, args) for path, (module, args) in _part_inputs(block, x).items()}
+    parts = _part_inputs(block, x)
     calls: dict[str, Callable[[], Any]] = {"block": _jitted(block, x)}
     for path, (module, args) in parts.items():
         calls[path] = _jitted(module, *args)
@@ -163,9 +182,10 @@ def block_breakdown(model: nnx.Module, batch_size: int = 1, *, repeats: int = 10
             calls[path + " splitting"] = _jitted(module, *args, method=lambda m, *a: m.operands(*a))
     milliseconds = {name: 1e3 * t.median for name, t in time_interleaved(calls, repeats=repeats).items()}
     whole = milliseconds["block"]
-    rows = [(p, milliseconds[p], milliseconds.get(p + " splitting")) for p in parts]
-    rows.append(("rest", whole - sum(row[1] for row in rows), None))
-    rows.append(("block", whole, sum(split for _, _, split in rows if split is not None)))
+    rows = [(path, milliseconds[path], milliseconds.get(path + " splitting")) for path in parts]
+    splitting = [split for _, _, split in rows if split is not None]
+    rows.append(("rest", whole - sum(ms for _, ms, _ in rows), None))
+    rows.append(("block", whole, sum(splitting) if splitting else None))
     return [[path, ms, 100 * ms / whole, split] for path, ms, split in rows]
 
 
@@ -188,18 +208,21 @@ class _Recorder:
 
 def _part_inputs(block: nnx.Module, x: Array) -> dict[str, tuple[nnx.Module, tuple[Array, ...]]]:
     """{path: (module, its arguments)} of every linear layer and scan that the block calls on x."""
-    kinds = (nnx.Linear, QuantLinear, SelectiveScan)
-    modules = {".".join(map(str, p)): m for p, m in nnx.iter_modules(block) if isinstance(m, kinds)}
     graphdef, state = nnx.split(block)
 
     @jax.jit
     def run(state: nnx.State, x: Array) -> dict[str, tuple[Array, ...]]:
         copy = nnx.merge(graphdef, state)
-        recorders = {p: _Recorder(m) for p, m in nnx.iter_modules(copy) if isinstance(m, kinds)}
-        recorders = {".".join(map(str, path)): recorder for path, recorder in recorders.items()}
+        recorders = {path: _Recorder(module) for path, module in _parts(copy).items()}
         for path, recorder in recorders.items():
             set_module(copy, path, recorder)
         copy(x)
         return {path: recorder.args for path, recorder in recorders.items() if recorder.args}
 
+    modules = _parts(block)
     return {path: (modules[path], args) for path, args in run(state, x).items()}
+
+
+def _parts(block: nnx.Module) -> dict[str, nnx.Module]:
+    kinds = (nnx.Linear, QuantLinear, SelectiveScan)
+    return {".".join(map(str, path)): m for path, m in nnx.iter_modules(block) if isinstance(m, kinds)}

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from ouromamba_jax.models import build_model, config_class
+from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.config import Preprocessing
 from ouromamba_jax.qtensor import pack_int4, unpack_int4
 from ouromamba_jax.quantize.modules import Levels, apply_specs, quantized_specs, spec_from_json, spec_to_json
@@ -29,7 +30,7 @@ class CheckpointError(ValueError):
     """A native checkpoint that cannot be read; the message names the file and the problem."""
 
 
-def save(path: str | Path, model: nnx.Module) -> None:
+def save(path: str | Path, model: VisionModel) -> None:
     """Writes `model`, float or quantised, to the new folder `path`, whole or not at all.
 
     Raises:
@@ -61,7 +62,7 @@ def save(path: str | Path, model: nnx.Module) -> None:
         raise
 
 
-def load(path: str | Path) -> nnx.Module:
+def load(path: str | Path) -> VisionModel:
     """The model that `save` wrote to `path`; a name such as "vim_micro" loads the checkpoint shipped with the package.
 
     Raises:
@@ -84,7 +85,8 @@ def load(path: str | Path) -> nnx.Module:
     graphdef, state = nnx.split(model)
     arrays = _restore(path, _leaves(state))
     flat = [(key, leaf.replace(arrays[_name(key)])) for key, leaf in nnx.to_flat_state(state)]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    restored: VisionModel = nnx.merge(graphdef, nnx.from_flat_state(flat))  # type: ignore[assignment]
+    return restored
 
 
 def resolve(path: str | Path) -> Path:

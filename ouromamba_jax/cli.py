@@ -15,7 +15,16 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ouromamba_jax import GenConfig, QuantConfig, from_torch, generate_images, list_models, memory_report, quantize, save
+from ouromamba_jax import (
+    GenConfig,
+    QuantConfig,
+    from_torch,
+    generate_images,
+    list_models,
+    memory_report,
+    quantize,
+    save,
+)
 from ouromamba_jax.checkpoint import load, read_description, resolve
 from ouromamba_jax.data import iterate_batches, load_images, to_pixels
 from ouromamba_jax.models import create_model
@@ -144,12 +153,17 @@ def demo(arguments: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     with console.status("") as status:
+
+        def say(line: str) -> None:
+            status.update(line)
+            console.print(line)
+
         runs, float_top1 = run_demo(
             Path(arguments.out),
             model_name=arguments.model,
             num_images=arguments.num_images,
             seed=arguments.seed,
-            say=lambda line: (status.update(line), console.print(line))[0],
+            say=say,
         )
     print_table([run.row() for run in runs], HEADERS, title=f"{arguments.model}, float top-1 {100 * float_top1:.1f} %")
     figures = ", ".join(sorted(p.name for p in Path(arguments.out).glob("*.png")))
@@ -181,10 +195,12 @@ def _bar(label: str):
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=None)
-        yield lambda done, total, name: progress.update(task, completed=done, total=total, description=f"{label} {name}")
+        yield lambda done, total, name: progress.update(
+            task, completed=done, total=total, description=f"{label} {name}"
+        )
 
 
-def _field(text: str) -> tuple[str, int | float | tuple[int, ...]]:
+def _field(text: str) -> tuple[str, int | float | tuple[int | float, ...]]:
     name, _, value = text.partition("=")
     try:
         numbers = tuple(float(v) if "." in v else int(v) for v in value.split(","))
@@ -197,7 +213,9 @@ _QUANT = ("detection", "outlier_scale", "threshold", "n_refresh", "sigma", "weig
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ouromamba", description="Data-free quantisation of vision Mamba models in JAX.")
+    parser = argparse.ArgumentParser(
+        prog="ouromamba", description="Data-free quantisation of vision Mamba models in JAX."
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of one sentence")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -213,14 +231,20 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback")
         return sub
 
-    sub = verb("convert", convert, "PyTorch checkpoint to a Flax model", "vim_tiny vim_t_midclstok_76p1acc.pth vim_tiny/")
+    sub = verb(
+        "convert", convert, "PyTorch checkpoint to a Flax model", "vim_tiny vim_t_midclstok_76p1acc.pth vim_tiny/"
+    )
     sub.add_argument("name", help=f"one of {', '.join(list_models())}")
     sub.add_argument("checkpoint", help=".pth, .pth.tar or .safetensors")
     sub.add_argument("out", help="folder to write")
     sub.add_argument("--entry", help="entry of a training file, e.g. model_ema; by default model or state_dict")
-    sub.add_argument("--set", action="append", type=_field, metavar="FIELD=NUMBER", help="config field, e.g. img_size=384")
+    sub.add_argument(
+        "--set", action="append", type=_field, metavar="FIELD=NUMBER", help="config field, e.g. img_size=384"
+    )
 
-    sub = verb("generate", generate, "calibration images from a model alone", "vim_micro images.npz --figure images.png")
+    sub = verb(
+        "generate", generate, "calibration images from a model alone", "vim_micro images.npz --figure images.png"
+    )
     sub.add_argument("model", help="checkpoint folder, or the name of a shipped one")
     sub.add_argument("out", help=".npz to write: images, labels")
     sub.add_argument("--num-images", type=int, default=GenConfig.num_images, help="images to make")
@@ -232,7 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", metavar="DIR", help="keep the run's state here, and continue from it")
     sub.add_argument("--figure", help="PNG with the first 64 images")
 
-    sub = verb("quantize", quantize_verb, "a low-bit model", "vim_micro --images images.npz --bits w4a4 vim_micro_w4a4/")
+    sub = verb(
+        "quantize", quantize_verb, "a low-bit model", "vim_micro --images images.npz --bits w4a4 vim_micro_w4a4/"
+    )
     sub.add_argument("model", help="checkpoint folder, or the name of a shipped one")
     sub.add_argument("out", help="folder to write")
     sub.add_argument("--images", required=True, help="calibration images: .npz, folder, digits, or tfds:NAME")

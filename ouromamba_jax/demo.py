@@ -15,6 +15,7 @@ from ouromamba_jax.checkpoint import load
 from ouromamba_jax.data import load_images, to_pixels
 from ouromamba_jax.evaluate import Score, predict, score
 from ouromamba_jax.gen import GenConfig, generate_images
+from ouromamba_jax.models import VisionModel
 from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantLinear, memory_report, quantize
 from ouromamba_jax.report import attention_maps, image_grid, line_chart, outlier_map
 
@@ -84,21 +85,20 @@ def run_demo(
 
     picked = np.random.default_rng(seed).permutation(len(train.images))[:num_images]
     noise = jnp.clip(jax.random.normal(jax.random.key(seed + 1), generated.images.shape), -1, 1)
-    sources = {
+    sources: dict[str, tuple[Any, dict[str, Any]]] = {
         "synthetic": (generated.images, dict(tune_epochs=tune_epochs)),
         "real": (train.images[picked], dict(tune_epochs=tune_epochs)),
         "noise": (noise, dict(tune_epochs=tune_epochs)),
         "synthetic, round-to-nearest": (generated.images, ROUND_TO_NEAREST),
     }
-    runs, low = [], {}
+    runs: list[Run] = []
+    low: dict[tuple[str, str], VisionModel] = {}
     for bits in BITS:
-        for source, (images, settings) in sources.items():
+        for source, (images, overrides) in sources.items():
             say(f"quantising to {bits}, calibrated by {source}")
-            quantised, report = quantize(model, images, QuantConfig.preset(bits, **settings))
+            quantised, report = quantize(model, images, QuantConfig.preset(bits, **overrides))
             scored = score(predict(quantised, test.images), reference, test.labels)
-            runs.append(
-                Run(source, bits, scored, report.mean_sqnr_db, report.outlier_rate, memory_report(quantised))
-            )
+            runs.append(Run(source, bits, scored, report.mean_sqnr_db, report.outlier_rate, memory_report(quantised)))
             low[source, bits] = quantised
 
     outlier_figure(folder / "outliers.png", low["synthetic", "w4a4"], test.images[:1])
@@ -108,20 +108,22 @@ def run_demo(
     return runs, float_score.top1
 
 
-def outlier_figure(path: Path, model: nnx.Module, images: np.ndarray) -> None:
+def outlier_figure(path: Path, model: VisionModel, images: np.ndarray) -> None:
     """Channel x token map of the outliers at the first matmul of the middle block, for one image."""
     middle = len(model.blocks) // 2
     _, trace = model.trace(jnp.asarray(images))
     block = model.blocks[middle]
     name, site = next(
-        (".".join(map(str, p)), m) for p, m in nnx.iter_modules(block) if isinstance(m, QuantLinear) and p[-1] == "in_proj"
+        (".".join(map(str, p)), m)
+        for p, m in nnx.iter_modules(block)
+        if isinstance(m, QuantLinear) and p[-1] == "in_proj"
     )
     mask = site.act.split(trace.layers[middle].mixer_in).mask[0]
     heading = f"Outlier channels found by blocks.{middle}.{name}, one image"
     outlier_map(path, np.asarray(mask), n_refresh=site.spec.config.n_refresh, heading=heading)
 
 
-def attention_figure(path: Path, model: nnx.Module, images: np.ndarray) -> None:
+def attention_figure(path: Path, model: VisionModel, images: np.ndarray) -> None:
     """How much attention every token receives in the middle block, without and with the patched hidden state."""
     _, trace = model.trace(jnp.asarray(images))
     layer = trace.layers[len(model.blocks) // 2]

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ouromamba_jax.models import VisionModel
 from ouromamba_jax.report import agreement, sqnr_db, top1, topk
 
 
@@ -20,7 +21,7 @@ def forward(graphdef: nnx.GraphDef, state: nnx.State, images: Array) -> Float[Ar
 
 
 def predict(
-    model: nnx.Module, images: Float[Array | np.ndarray, "N H W 3"], *, batch_size: int = 128
+    model: VisionModel, images: Float[Array | np.ndarray, "N H W 3"], *, batch_size: int = 128
 ) -> Float[np.ndarray, "N classes"]:
     """Logits of all images, in batches under `jax.jit`; a short last batch is filled up, so nothing is retraced."""
     graphdef, state = nnx.split(model)
@@ -60,7 +61,7 @@ class Accuracy:
     images_per_second: float
 
 
-def evaluate(model: nnx.Module, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Accuracy:
+def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Accuracy:
     """Accuracy over (images, labels) batches of one size; only the last may be smaller.
 
     Raises:

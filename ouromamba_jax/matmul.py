@@ -117,8 +117,8 @@ def _fixed_point_outliers(split: OutlierSplit, weight: QTensor) -> Float32[Array
     """16-bit outliers: inliers and outliers of a token as one 16-bit fixed-point row, multiplied as two int8 planes.
 
     The row's step is S * 2^(j-12) with the smallest j >= 0 at which its largest entry fits. Inliers are exact, since
-    j <= 12; an outlier is off by half a step, 2^-15 of the largest entry. A token with an outlier beyond 32639 S takes a
-    float product instead.
+    j <= 12; an outlier is off by half a step, 2^-15 of the largest entry. A token with an outlier beyond 32639 S takes
+    a float product instead.
     """
     S = jnp.broadcast_to(split.inlier_scale[None, :, None], (*split.outlier_scale.shape, 1))
     outliers = divide(split.outlier_q.astype(jnp.float32), S)

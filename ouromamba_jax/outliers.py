@@ -371,9 +371,9 @@ def calibrate_theta(x: Float[Array, "B L C"], config: OutlierConfig) -> Float32[
 
 @partial(jax.jit, static_argnames="config")
 def calibrate_channels(x: Float[Array, "B L C"], config: OutlierConfig) -> Bool[Array, " C"]:
-    """Channels for detection="static": those that the dynamic algorithm lists most often, as many as it lists on average.
+    """Channels for detection="static": those that the dynamic algorithm lists most often.
 
-    Static and dynamic detection then have the same budget of outliers, and differ only in where it is spent. No scale
+    There are as many as it lists on average: static and dynamic detection have one budget, spent differently. No scale
     exists yet, so every token counts as overflowing.
     """
     listed = _calibration_mask(x.astype(jnp.float32), replace(config, detection="dynamic"), None)

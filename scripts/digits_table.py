@@ -35,7 +35,18 @@ SETTINGS = (
     ("w4a4", dict(outlier_scale="free")),
     ("w4a4", {}),
 )
-HEADERS = ("calibration", "bits", "setting", "top-1 %", "vs float", "agreement %", "SQNR dB", "+-", "outliers %", "j>0 %")
+HEADERS = (
+    "calibration",
+    "bits",
+    "setting",
+    "top-1 %",
+    "vs float",
+    "agreement %",
+    "SQNR dB",
+    "+-",
+    "outliers %",
+    "j>0 %",
+)
 
 
 def calibration_images(source: str, model, train, count: int, seed: int, iterations: int) -> np.ndarray:
@@ -96,7 +107,9 @@ def main() -> None:
                 round(100 * average["shifted_rows"], 2),
             ]
         )
-    title = f"{arguments.model}: float top-1 {100 * float_top1:.2f} %, {arguments.seeds} seeds, {arguments.images} images"
+    title = (
+        f"{arguments.model}: float top-1 {100 * float_top1:.2f} %, {arguments.seeds} seeds, {arguments.images} images"
+    )
     print_table(rows, HEADERS, title=title)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

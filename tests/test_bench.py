@@ -6,25 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 from flax import nnx
+from tiny_models import TINY
 
 from ouromamba_jax import bench
-from ouromamba_jax.models import create_model
+from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.models.layers import QuantPoint
 from ouromamba_jax.quantize import QuantConfig, memory_report
 from ouromamba_jax.quantize.modules import SiteSpec, apply_specs, iter_sites, quantized_specs
 
-TINY = dict(img_size=16, patch_size=4, stride=4, embed_dim=16, depth=1, d_state=2, num_classes=3)
-
 
 @pytest.fixture(scope="module")
 def model() -> nnx.Module:
-    return create_model("vim_tiny", **TINY)
+    return create_model("vim_micro", **TINY)
 
 
 @pytest.fixture(scope="module")
-def quantised(model) -> nnx.Module:
-    return bench.quantize_untuned(model, "w4a4")
+def quantised() -> nnx.Module:
+    return tiny_models.quantised(QuantConfig.preset("w4a4"))
 
 
 def test_calls_take_turns():
@@ -45,9 +45,15 @@ def test_the_ratio_is_that_of_the_work():
 
 
 def test_a_slow_round_does_not_move_the_ratio():
-    slow, fast = bench.Timing((2.0, 20.0, 2.0)), bench.Timing((1.0, 10.0, 1.0))
+    slow, fast = bench.Timing((2.0, 20.0, 2.0), (9.0, 9.0, 3.0)), bench.Timing((1.0, 10.0, 1.0), (3.0, 3.0, 3.0))
     assert bench.time_ratio(slow, fast) == 2.0
-    assert bench.Timing((1.0, 2.0, 3.0, 4.0, 5.0)).spread == pytest.approx(2 / 3)
+    assert bench.time_ratio(slow, fast, cpu=True) == 3.0
+    assert bench.Timing((1.0, 2.0, 3.0, 4.0, 5.0), ()).spread == pytest.approx(2 / 3)
+
+
+def test_sleeping_takes_no_processor_time():
+    timing = bench.time_interleaved({"sleep": lambda: time.sleep(0.05)}, repeats=3)["sleep"]
+    assert max(timing.cpu_seconds) < 0.5 * min(timing.seconds)
 
 
 def test_asynchronous_work_is_waited_for():
@@ -71,13 +77,24 @@ def test_a_float_model_is_quantised_for_comparison(model, quantised, monkeypatch
     assert headers == bench.HEADERS
     assert [row[0] for row in rows] == ["float", "w4a4"]
     assert all(len(row) == len(headers) for row in rows)
-    for _, ms, spread, rate, _ in rows:
+    for _, ms, spread, cpu_ms, rate, *_ in rows:
         assert ms > 0
+        assert cpu_ms > 0
         assert spread >= 0
         assert rate == pytest.approx(2 / (ms / 1e3))
-    assert rows[0][-1] == 1.0
+    assert rows[0][-2:] == [1.0, 1.0]
     assert any("w4a4" in text for text in said)
     assert not quantized_specs(model)  # the model itself stays as it is
+
+
+@pytest.mark.slow
+def test_untuned_models_are_quantised(model):
+    low = bench.quantize_untuned(model, "w4a4")
+    assert {spec.config.weight_bits for spec in quantized_specs(low).values()} == {4, 8}
+    images = bench.random_images(low, 2)
+    assert images.shape == (2, 12, 16, 3)
+    fn, state = pure(low)
+    assert bool(jnp.isfinite(jax.jit(fn)(state, images)).all())
 
 
 def test_a_quantised_model_is_compared_with_its_float_model(quantised, monkeypatch):
@@ -85,7 +102,7 @@ def test_a_quantised_model_is_compared_with_its_float_model(quantised, monkeypat
 
     def record(models, batch_size, *, repeats):
         timed.update(models)
-        return {name: bench.Timing((1.0,) * repeats) for name in models}
+        return {name: bench.Timing((1.0,) * repeats, (1.0,) * repeats) for name in models}
 
     monkeypatch.setattr(bench, "time_models", record)
     rows, _ = bench.bench_model(quantised, repeats=2)

@@ -64,7 +64,9 @@ def test_the_pipeline_from_images_to_scores(folder, capsys):
         assert file["labels"].tolist() == [0, 1, 2]
     assert (folder / "made.png").stat().st_size > 1000
 
-    status, text, _ = run(capsys, "quantize", folder / "tiny", "--images", made, "--bits", "w4a8", low, "--tune-epochs", 1)
+    status, text, _ = run(
+        capsys, "quantize", folder / "tiny", "--images", made, "--bits", "w4a8", low, "--tune-epochs", 1
+    )
     assert status == 0
     assert "blocks.0.mixer.in_proj" in text
     assert "smaller than FP16" in text
@@ -117,7 +119,9 @@ def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(np, "savez_compressed", fail)
     out = tmp_path / "images.npz"
-    status, _, error = run(capsys, "generate", folder / "tiny", out, "--num-images", 3, "--batch-size", 3, "--iterations", 2)
+    status, _, error = run(
+        capsys, "generate", folder / "tiny", out, "--num-images", 3, "--batch-size", 3, "--iterations", 2
+    )
     assert status == 1
     assert "no space left" in error
     assert list(tmp_path.iterdir()) == []

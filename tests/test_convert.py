@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from tolerances import PARITY
+
 from ouromamba_jax.convert import ConversionError, from_torch, load_tensors
 from ouromamba_jax.convert.keymap import Rule, fill
 from ouromamba_jax.convert.vim import VIM_RULES
-from tolerances import PARITY
-
 from ouromamba_jax.models import create_model, list_models, pure
 
 GOLDEN = Path(__file__).parent / "golden" / "models" / "vim_a"

@@ -273,10 +273,16 @@ def test_a_batch_depends_on_the_key_alone(model, reference):
     np.testing.assert_array_equal(fewer.images, reference.images[:3])
 
 
-def test_one_compilation_serves_all_batches_and_calls(model, reference):
+@pytest.mark.parametrize("committed", [False, True])
+def test_one_compilation_serves_all_dispatches_batches_and_calls(model, reference, committed):
+    if committed:  # as weights are that come from a checkpoint
+        model = nnx.clone(model)
+        nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+    config = dataclasses.replace(SMALL, contrastive=0.0, temperature=0.2 + committed)  # compiled by no other test
     size = run._advance._cache_size()
-    generate_images(model, SMALL, jax.random.key(7))
-    assert run._advance._cache_size() == size > 0
+    for seed in range(2):
+        generate_images(model, config, jax.random.key(seed))
+    assert run._advance._cache_size() == size + 1
 
 
 class Interrupt(Exception):

@@ -50,7 +50,7 @@ def bits_of(model: nnx.Module) -> dict[tuple, bytes]:
 
 
 def with_plain_scales(module: nnx.Module, x: jax.Array, config: QuantConfig):
-    """(specs, scales, fixed) of every site in `module`: from ranges alone, so that tokens overflow and outliers occur."""
+    """(specs, scales, fixed) of every site in `module`: from ranges alone, so that tokens overflow."""
     rng = np.random.default_rng(0)
     configs = {
         path: resolved
@@ -120,7 +120,7 @@ AGREEMENT = [
 
 @pytest.mark.parametrize(("name", "fields"), AGREEMENT)
 def test_fake_and_integer_paths_agree(name, fields):
-    """With the same scales the trainable stand-ins compute what the quantised model computes: every site, and the logits."""
+    """With the same scales the trainable stand-ins compute what the quantised model computes: sites and logits."""
     config = QuantConfig.preset(name, **{**EXACT, **fields})
     model, x = float_model(), images(1)
     specs, scales, fixed, seen = with_plain_scales(model, x, config)

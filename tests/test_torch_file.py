@@ -12,6 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+
 from ouromamba_jax.convert import CheckpointError, load_tensors, read_torch
 from ouromamba_jax.convert.unpickle import Inert
 

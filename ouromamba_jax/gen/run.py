@@ -143,6 +143,8 @@ def generate_images(
             if saved is not None:
                 state, start = jax.tree.unflatten(jax.tree.structure(state), saved.leaves), saved.iteration
                 saved = None
+            # On the weights' device from the start: an uncommitted array in the first call would compile twice.
+            state = jax.device_put(state, jax.tree.leaves(weights)[0].sharding)
             batch_targets = targets[batch * config.batch_size : (batch + 1) * config.batch_size]
             while start < config.iterations:
                 due = start - start % config.checkpoint_every + config.checkpoint_every

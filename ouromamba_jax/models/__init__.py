@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike
 
+from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace, Trace
 from ouromamba_jax.models.vim import VIM_PRESETS, Vim, VimConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "Trace",
     "Vim",
     "VimConfig",
+    "VisionModel",
     "build_model",
     "config_class",
     "create_model",
@@ -68,7 +70,7 @@ def config_class(family: str) -> type:
 
 def build_model(
     config: Any, *, rngs: nnx.Rngs | None = None, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
-) -> nnx.Module:
+) -> VisionModel:
     """A freshly initialised model of the family that `config` belongs to."""
     rngs = nnx.Rngs(0) if rngs is None else rngs
     return _FAMILIES[type(config)](config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -81,7 +83,7 @@ def create_model(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     **overrides: Any,
-) -> nnx.Module:
+) -> VisionModel:
     """A freshly initialised model by its published name.
 
     Args:
@@ -97,7 +99,7 @@ def create_model(
     return build_model(model_config(name, **overrides), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
 
-def pure(model: nnx.Module) -> tuple[Callable[[nnx.State, Array], Array], nnx.State]:
+def pure(model: VisionModel) -> tuple[Callable[[nnx.State, Array], Array], nnx.State]:
     """(fn, state) with fn(state, images) -> logits, ready for `jax.jit`, `jax.grad` and `jax.vmap`.
 
     The module graph is fixed here, once; a jitted fn dispatches as fast as any function of a plain pytree.

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.config import Preprocessing, height_width
 from ouromamba_jax.models.layers import DepthwiseConv1d, QuantPoint, RMSNorm, SelectiveScan, extract_patches
-from ouromamba_jax.models.trace import LayerTrace, ScanOrder, Trace
+from ouromamba_jax.models.trace import LayerTrace, ScanOrder
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class VimConfig:
     def __post_init__(self):
         if min(self.grid) < 1:
             raise ValueError(
-                f"img_size {self.img_size} is smaller than one patch of {self.patch_size} pixels; use a larger img_size."
+                f"img_size {self.img_size} is smaller than one patch of {self.patch_size} pixels; use a larger one."
             )
 
     @property
@@ -200,8 +201,8 @@ class VimHead(nnx.Module):
         return self.proj(self.features(x)).astype(jnp.float32)
 
 
-class Vim(nnx.Module):
-    """Vision Mamba classifier. `stages` applied in order are the whole network."""
+class Vim(VisionModel):
+    """Vision Mamba classifier."""
 
     family = "vim"
 
@@ -219,30 +220,6 @@ class Vim(nnx.Module):
         self.stem = VimStem(config, **types)
         self.blocks = nnx.List([VimBlock(config, **types) for _ in range(config.depth)])
         self.head = VimHead(config, **types)
-
-    @property
-    def stages(self) -> tuple[tuple[str, nnx.Module], ...]:
-        """(path, module) in the order of the forward pass; each maps one array to the next."""
-        blocks = tuple((f"blocks.{i}", block) for i, block in enumerate(self.blocks))
-        return (("stem", self.stem), *blocks, ("head", self.head))
-
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B classes"]:
-        """Normalised images to float32 logits."""
-        x = images
-        for _, stage in self.stages:
-            x = stage(x)
-        return x
-
-    def trace(
-        self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
-    ) -> tuple[Float[Array, "B classes"], Trace]:
-        """Logits and every scan's operands; `collect` reduces the hidden state h (B, D, N) inside the scan step."""
-        x = tokens = self.stem(images)
-        layers = []
-        for block in self.blocks:
-            x, layer = block.trace(x, collect=collect)
-            layers.append(layer)
-        return self.head(x), Trace(tokens=tokens, layers=tuple(layers), features=self.head.features(x))
 
 
 def uniform(bound: float):

@@ -12,7 +12,7 @@ from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.outliers import calibrate_channels, calibrate_theta, search_token_scales
 from ouromamba_jax.qtensor import search_weight_scale
 from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.quantize.fake import Scales, scan_parameter, search_parameter_scale
+from ouromamba_jax.quantize.fake import scan_parameter, search_parameter_scale
 from ouromamba_jax.quantize.modules import ACTIVATION_OPERANDS, SiteSpec, as_tokens, iter_sites, set_module
 from ouromamba_jax.scan import ScanOutput
 
@@ -64,7 +64,7 @@ def capture(stage: nnx.Module, x: Array, configs: dict[str, QuantConfig], batch_
 def find_scales(
     site: Any, seen: dict[str, Array], config: QuantConfig
 ) -> tuple[SiteSpec, dict[str, Array], dict[str, Any]]:
-    """(spec, scales, fixed) of one site: static scales, and thresholds or channel lists where the config asks for them."""
+    """(spec, scales, fixed) of one site: static scales, and thresholds or channel lists if asked for."""
     if not isinstance(site, SelectiveScan):
         x = seen["act"]
         spec = SiteSpec(config, tokens=x.shape[1], channels=x.shape[2])

@@ -54,7 +54,7 @@ class QuantConfig(OutlierConfig):
     Args:
       weight_bits: 2 to 8; symmetric, one scale per output channel.
       weight_group: input channels that share a weight scale; None: all of them.
-      operands: which tensors of each selective scan are quantised. A and D are parameters: rounded once, to int8 levels.
+      operands: which tensors of each selective scan are quantised. A and D, parameters, are rounded once.
       scale_search: "norm" minimises the 2.4 norm of the rounding error over 100 candidates, "max" takes the range.
       tune_epochs: passes over the calibration set in which each block's scales are tuned; 0 leaves them as found.
       tune_learning_rate: AdamW's, for the logarithm of every scale.
@@ -89,7 +89,7 @@ class QuantConfig(OutlierConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "QuantConfig":
-        """ "w4a4", "w4a8", "w6a6" or "w8a8", as in the paper: 8-bit outliers beside 4- and 6-bit inliers, 16-bit beside 8.
+        """ "w4a4", "w4a8", "w6a6" or "w8a8" as in the paper: 8-bit outliers with 4- and 6-bit inliers, else 16-bit.
 
         The first and the last layer (stem and head) stay at 8 bits.
 

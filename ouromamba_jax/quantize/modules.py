@@ -156,8 +156,8 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
         self.directions = scan.directions
         self.dtype = scan.dtype
         self.dt_bias = scan.dt_bias
-        self.A_log = None if "A" in parameters else scan.A_log
-        self.D = None if "D" in parameters else scan.D
+        self.A_log: Any = None if "A" in parameters else scan.A_log
+        self.D: Any = None if "D" in parameters else scan.D
         self.state_scale = None if state_scale is None else Scale(state_scale)
         self.act = nnx.Dict(
             {
@@ -195,7 +195,7 @@ class QuantizedPoint(QuantPoint):
 
 
 def as_tokens(x: Float[Array, "... C"]) -> Float[Array, "B L C"]:
-    """Samples on the first axis, channels on the last, everything between as tokens; a vector per sample is one token."""
+    """Samples on the first axis, channels on the last, all between as tokens; a vector per sample is one token."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
@@ -228,7 +228,7 @@ def iter_sites(model: nnx.Module) -> Iterator[tuple[str, Site]]:
             yield ".".join(map(str, path)), module
 
 
-def set_module(model: nnx.Module, path: str, new: Any) -> None:
+def set_module(model: Any, path: str, new: Any) -> None:
     """Replaces the submodule at the dotted `path`."""
     *parents, last = path.split(".")
     for name in parents:

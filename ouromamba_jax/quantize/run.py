@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ouromamba_jax.report import sqnr_db
+from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
 from ouromamba_jax.outliers import outlier_statistics
 from ouromamba_jax.qtensor import QTensor, quantize_with_scale
@@ -29,15 +29,16 @@ from ouromamba_jax.quantize.modules import (
 )
 from ouromamba_jax.quantize.report import QuantReport, SiteReport
 from ouromamba_jax.quantize.tune import tune_scales, update_of
+from ouromamba_jax.report import sqnr_db
 
 
 def quantize(
-    model: nnx.Module,
+    model: VisionModel,
     images: Float[Array, "N H W 3"],
     config: QuantConfig,
     *,
     progress: Callable[[int, int, str], None] | None = None,
-) -> tuple[nnx.Module, QuantReport]:
+) -> tuple[VisionModel, QuantReport]:
     """A low-bit copy of `model`, and the account of what was done; `model` itself is left as it is.
 
     Every linear layer becomes an integer product and every selective scan runs on rounded operands (OuroMamba,
@@ -146,9 +147,7 @@ def _apply_batch(graphdef: Any, state: nnx.State, x: Array) -> Array:
 
 def _apply(stage: nnx.Module, x: Array, batch_size: int) -> Array:
     graphdef, state = nnx.split(stage)
-    return jnp.concatenate(
-        [_apply_batch(graphdef, state, x[i : i + batch_size]) for i in range(0, len(x), batch_size)]
-    )
+    return jnp.concatenate([_apply_batch(graphdef, state, x[i : i + batch_size]) for i in range(0, len(x), batch_size)])
 
 
 def _report(stage: nnx.Module, low: nnx.Module, specs: dict[str, SiteSpec], captured: Captured, prefix: str):
@@ -163,7 +162,9 @@ def _report(stage: nnx.Module, low: nnx.Module, specs: dict[str, SiteSpec], capt
             exact = x.astype(jnp.float32) @ floats[path].kernel[...].astype(jnp.float32)
             bias = 0.0 if module.bias is None else module.bias[...].astype(jnp.float32)[None, None]
             noise = sqnr_db(exact, module(x).astype(jnp.float32) - bias)
-            weights = "output channel" if config.weight_group is None else f"{config.weight_group} inputs x output channel"
+            weights = (
+                "output channel" if config.weight_group is None else f"{config.weight_group} inputs x output channel"
+            )
             reports.append(
                 SiteReport(
                     prefix + path,

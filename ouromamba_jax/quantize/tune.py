@@ -1,4 +1,4 @@
-"""Block-wise tuning of the scales against the float block's output, as inherited from PTQ4VM's joint learning of scales."""
+"""Block-wise tuning of the scales against the float block's output, after PTQ4VM's joint learning of scales."""
 
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ def tune_scales(
 
 
 def stage_loss(graphdef, specs, state, scales, fixed, thetas, x, target) -> Float[Array, ""]:
-    """Mean of 1 - cos(update, target) over samples and tokens, of the stage with its scales multiplied by exp(theta)."""
+    """Mean of 1 - cos(update, target) over samples and tokens, the stage's scales multiplied by exp(theta)."""
     tuned = jax.tree.map(lambda s, t: s * jnp.exp(t), scales, thetas)
     stage = install_fakes(nnx.merge(graphdef, state), dict(specs), tuned, fixed)
     update = update_of(stage(x), x)
@@ -60,7 +60,7 @@ def stage_loss(graphdef, specs, state, scales, fixed, thetas, x, target) -> Floa
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _tune(graphdef, specs, rate, state, scales, fixed, x, target, order):
-    """All steps in one program; `order` (epochs, steps, batch) indexes x. The learning rate is not static: no retrace."""
+    """All steps in one program; `order` (epochs, steps, batch) indexes x. A new learning rate retraces nothing."""
     steps = order.shape[0] * order.shape[1]
 
     def schedule(count: Array) -> Array:

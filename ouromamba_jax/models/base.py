@@ -1,0 +1,48 @@
+"""What every model family offers to the rest of the library."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ouromamba_jax.models.trace import Trace
+
+
+class VisionModel(nnx.Module):
+    """A classifier made of stages: a stem, blocks, a head, each mapping one array to the next.
+
+    A family supplies `family`, `config` (with img_size, num_classes and preprocessing), `dtype`, the modules `stem`,
+    `blocks` and `head`, and `trace`. Generation and quantisation use nothing else of it.
+    """
+
+    family: ClassVar[str]
+    config: Any
+    dtype: Any
+    stem: Any
+    blocks: Any
+    head: Any
+
+    @property
+    def stages(self) -> tuple[tuple[str, nnx.Module], ...]:
+        """(path, module) in the order of the forward pass."""
+        blocks = tuple((f"blocks.{i}", block) for i, block in enumerate(self.blocks))
+        return (("stem", self.stem), *blocks, ("head", self.head))
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B classes"]:
+        """Normalised images to float32 logits."""
+        x: Any = images
+        for _, stage in self.stages:
+            x = stage(x)  # type: ignore[operator]
+        return x
+
+    def trace(
+        self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "B classes"], Trace]:
+        """Logits and every scan's operands; `collect` reduces the hidden state h (B, D, N) inside the scan step."""
+        x = tokens = self.stem(images)
+        layers = []
+        for block in self.blocks:
+            x, layer = block.trace(x, collect=collect)
+            layers.append(layer)
+        return self.head(x), Trace(tokens=tokens, layers=tuple(layers), features=self.head.features(x))
