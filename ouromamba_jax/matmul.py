@@ -35,9 +35,13 @@ def _sum_groups(product: Callable[[Array, Array, Array], Array], levels: Array, 
     groups, O = weight.scale.shape
     levels = jnp.moveaxis(levels.reshape(*levels.shape[:-1], groups, -1), -2, 0)
     values = weight.values.reshape(groups, -1, O)
-    first = product(levels[0], values[0], weight.scale[0])
+    first = (levels[0], values[0], weight.scale[0])
     rest = (levels[1:], values[1:], weight.scale[1:])
-    return lax.scan(lambda total, group: (total + product(*group), None), first, rest)[0]
+
+    def guarded(group):  # keeps the compiler from contracting product and sum in some shapes and not in others
+        return jnp.minimum(product(*group), jnp.float32(3.4028235e38))
+
+    return lax.scan(lambda total, group: (total + guarded(group), None), guarded(first), rest)[0]
 
 
 class IntegerProducts(NamedTuple):

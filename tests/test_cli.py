@@ -92,7 +92,7 @@ def test_inspect_lists_a_pytorch_file(capsys):
         (("evaluate", "no-such-model", "--data", "digits"), "there is no checkpoint at no-such-model"),
         (("convert", "vim_tinny", GOLDEN / "checkpoint.pth", "out"), "did you mean"),
         (("convert", "vim_tiny", GOLDEN / "absent.pth", "out"), "absent.pth"),
-        (("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "out"), "cls_token"),
+        (("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "out"), "does not fit the model"),
         (("generate", "vim_micro", "out.txt"), "must end in .npz"),
         (("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out"), "nowhere"),
     ],

@@ -20,6 +20,7 @@ from ouromamba_jax.quantize.fake import install_fakes, scan_parameter
 from ouromamba_jax.quantize.modules import ACTIVATION_OPERANDS, SiteSpec, iter_sites
 from ouromamba_jax.quantize.run import _replace
 from ouromamba_jax.quantize.tune import stage_loss, tune_scales, update_of
+from ouromamba_jax.report import sqnr_db
 
 EXACT = dict(float_dtype="float32")
 IMAGES = 6
@@ -208,23 +209,19 @@ def test_every_scale_receives_gradient(name, operands):
             assert bool((value != 0).all()), (path, kind, np.argwhere(np.asarray(value) == 0))
 
 
-def test_gradients_are_those_of_the_loss():
-    """Between two roundings the loss is smooth in a scale; a step against the gradient lowers it."""
+def test_tuning_lowers_the_loss_and_moves_every_scale():
     stage, specs, scales, fixed, x, target = stage_problem("blocks.0", ("delta", "B", "C", "A", "D"), "dynamic")
-    graphdef, state = nnx.split(stage)
-    config = QuantConfig(tune_epochs=12, batch_size=len(x), tune_learning_rate=5e-3)
+    config = QuantConfig(tune_epochs=25, batch_size=len(x), tune_learning_rate=0.03)
     tuned, losses = tune_scales(stage, specs, scales, fixed, x, target, config)
-    assert len(losses) == 12
-    assert losses[-1] < 0.9 * losses[0], losses
-    thetas = jax.tree.map(jnp.zeros_like, scales)
-    after = jax.jit(stage_loss, static_argnums=(0, 1))(
-        graphdef, tuple(specs.items()), state, tuned, fixed, thetas, x, target
-    )
-    assert float(after) < 0.9 * losses[0]
+    assert len(losses) == 25
+    assert losses[-1] < 0.8 * losses[0], losses
     for path, group in tuned.items():
         for kind, value in group.items():
             assert bool((value != scales[path][kind]).all()), (path, kind)
             assert bool((value > 0).all()), (path, kind)
+    again = tune_scales(stage, specs, scales, fixed, x, target, config)
+    assert again[1] == losses
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again[0], tuned))
 
 
 def test_the_report_accounts_for_everything():
@@ -275,25 +272,20 @@ def test_quantising_is_deterministic_and_leaves_the_model_alone():
 
 
 def test_more_bits_less_noise():
-    """Site by site in the mean, and for the logits of fresh images: W8A8 > W6A6 > W4A4, by several dB each."""
-    x = images(7, 16)
+    """Site by site in the mean, and for the logits: W8A8 > W6A6 > W4A4, by several dB each."""
+    x = images()
     exact = float_model()(x)
-
-    def noise(low: nnx.Module) -> float:
+    results = [quantised("w8a8", tune_epochs=0), quantised("w6a6", tune_epochs=0), quantised("w4a4", tune_epochs=2)]
+    sites = [np.mean([s.sqnr_db for s in report.sites if s.path.startswith("blocks")]) for _, report in results]
+    assert sites[0] > sites[1] + 5 > sites[2] + 10
+    means = [report.mean_sqnr_db for _, report in results]
+    assert means[0] > means[1] > means[2]
+    logits = []
+    for low, _ in results:
         fn, state = pure(low)
-        return float(jnp.linalg.norm(jax.jit(fn)(state, x) - exact) / jnp.linalg.norm(exact))
-
-    (w8, r8), (w6, r6), (w4, r4) = (
-        quantised("w8a8", tune_epochs=0),
-        quantised("w6a6", tune_epochs=0),
-        quantised("w4a4", tune_epochs=2),
-    )
-    inner = [np.mean([s.sqnr_db for s in r.sites if s.path.startswith("blocks")]) for r in (r8, r6, r4)]
-    assert inner[0] > inner[1] + 5 > inner[2] + 10
-    assert r8.mean_sqnr_db > r6.mean_sqnr_db > r4.mean_sqnr_db
-    errors = [noise(w) for w in (w8, w6, w4)]
-    assert errors[0] < 0.05
-    assert errors[0] < 0.7 * errors[1] < 0.5 * errors[2] < 0.5
+        logits.append(sqnr_db(exact, jax.jit(fn)(state, x)))
+    assert logits[0] > 28
+    assert logits[0] > logits[1] + 5 > logits[2] + 10 > 15, logits
 
 
 def test_a_real_quantised_model_survives_saving(tmp_path):

@@ -98,7 +98,13 @@ def _activation_scale(x: Array, config: QuantConfig) -> tuple[Array, dict[str, A
         fixed["channels"] = calibrate_channels(x, config)
     if config.detection == "dynamic" and config.threshold == "offline":
         fixed["theta"] = calibrate_theta(x, config)
-    return search_token_scales(x, config, channels=fixed.get("channels")), fixed
+    tokens, channels = x.shape[1:]
+    if config.spec == "paper" and channels - 1 <= config.sigma * channels**0.5:
+        # No channel can lie sigma deviations above the mean of so few: what does not fit is clipped, always. A scale
+        # per token from so few values would not cover images that calibration has not seen; one for all tokens does.
+        x = x.reshape(-1, 1, channels)
+    scale = search_token_scales(x, config, channels=fixed.get("channels"))
+    return jnp.broadcast_to(scale, (tokens,)), fixed
 
 
 def check_coverage(stage: nnx.Module, x: Any, name: str) -> None:

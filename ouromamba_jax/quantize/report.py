@@ -120,7 +120,7 @@ def memory_report(model: nnx.Module) -> MemoryReport:
     """Counts the bytes of a float or quantised model; also works on the shapes of `nnx.eval_shape`."""
     levels = scales = floats = parameters = 0
     for _, leaf in nnx.to_flat_state(nnx.state(model)):
-        array = leaf[...]
+        array = leaf.get_value()
         if isinstance(leaf, Levels):
             rows, columns = array.shape
             levels += ((rows + 1) // 2 if leaf.bits <= 4 else rows) * columns
