@@ -20,7 +20,7 @@ from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantLinear, memor
 from ouromamba_jax.report import attention_maps, image_grid, line_chart, outlier_map
 
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
-HEADERS = ("calibration", "bits", "top-1 %", "agreement %", "SQNR dB", "sites dB", "outliers %", "memory", "vs FP16")
+HEADERS = ("images", "bits", "top-1 %", "agree %", "SQNR dB", "sites dB", "outl. %", "MB", "FP16/")
 ROUND_TO_NEAREST = dict(detection="none", scale_search="max", tune_epochs=0)
 
 
@@ -45,8 +45,8 @@ class Run:
             f"{self.score.sqnr_db:.1f}",
             f"{self.mean_sqnr_db:.1f}",
             f"{100 * self.outlier_rate:.2f}",
-            f"{self.memory.total / 1e6:.3f} MB",
-            f"{self.memory.compression:.2f}x",
+            f"{self.memory.total / 1e6:.3f}",
+            f"{self.memory.compression:.2f}",
         ]
 
 
@@ -90,7 +90,7 @@ def run_demo(
         "synthetic": (generated.images, dict(tune_epochs=tune_epochs)),
         "real": (train.images[picked], dict(tune_epochs=tune_epochs)),
         "noise": (noise, dict(tune_epochs=tune_epochs)),
-        "synthetic, round-to-nearest": (generated.images, ROUND_TO_NEAREST),
+        "synthetic, RTN": (generated.images, ROUND_TO_NEAREST),
     }
     runs: list[Run] = []
     low: dict[tuple[str, str], VisionModel] = {}

@@ -95,15 +95,15 @@ def find_scales(
 def _activation_scale(x: Array, config: QuantConfig) -> tuple[Array, dict[str, Array]]:
     fixed = {}
     if config.detection == "static":
-        fixed["channels"] = calibrate_channels(x, config)
+        fixed["channels"] = calibrate_channels(x, config.splitting)
     if config.detection == "dynamic" and config.threshold == "offline":
-        fixed["theta"] = calibrate_theta(x, config)
+        fixed["theta"] = calibrate_theta(x, config.splitting)
     tokens, channels = x.shape[1:]
     if config.spec == "paper" and channels - 1 <= config.sigma * channels**0.5:
         # No channel can lie sigma deviations above the mean of so few: what does not fit is clipped, always. A scale
         # per token from so few values would not cover images that calibration has not seen; one for all tokens does.
         x = x.reshape(-1, 1, channels)
-    scale = search_token_scales(x, config, channels=fixed.get("channels"))
+    scale = search_token_scales(x, config.splitting, channels=fixed.get("channels"))
     return jnp.broadcast_to(scale, (tokens,)), fixed
 
 

@@ -68,7 +68,7 @@ class QuantConfig(OutlierConfig):
     operands: tuple[str, ...] = ("delta", "B", "C", "A", "D")
     scale_search: Literal["norm", "max"] = "norm"
     tune_epochs: int = 10
-    tune_learning_rate: float = 5e-2
+    tune_learning_rate: float = 2e-2
     float_dtype: str = "float16"
     batch_size: int = 16
     rules: tuple[QuantRule, ...] = ()
@@ -99,6 +99,11 @@ class QuantConfig(OutlierConfig):
         if name not in _PRESETS:
             raise ValueError(f"there is no preset {name!r}; choose among {', '.join(_PRESETS)}.")
         return cls(**{**_PRESETS[name], "rules": _EDGES, **overrides})
+
+    @property
+    def splitting(self) -> OutlierConfig:
+        """Only what the splitting of activations depends on: two configs that agree in it share its compilations."""
+        return OutlierConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(OutlierConfig)})
 
     def resolve(self, path: str) -> "QuantConfig | None":
         """The settings of the site at `path`, rules applied; None if a rule leaves it in float."""

@@ -71,7 +71,7 @@ class ActQuantizer(nnx.Module):
     """Algorithm 2 with the static scales of one activation."""
 
     def __init__(self, scales: ActScales, config: QuantConfig):
-        self.config = config
+        self.config = config.splitting
         self.scale = Scale(scales.scale)
         self.theta = None if scales.theta is None else Scale(scales.theta)
         self.channels = None if scales.channels is None else Scale(scales.channels)
