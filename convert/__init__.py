@@ -1,7 +1,7 @@
 """PyTorch checkpoints into Flax models, without PyTorch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -10,12 +10,13 @@ from flax import nnx
 from ouromamba_jax.convert.keymap import ConversionError, Rule, fill
 from ouromamba_jax.convert.torch_file import CheckpointError, load_tensors, read_torch
 from ouromamba_jax.convert.unpickle import shown
-from ouromamba_jax.convert.vim import VIM_RULES
+from ouromamba_jax.convert.vim import VIM_RULES, has_other_input_size, resize_positions
+from ouromamba_jax.convert.vmamba import vmamba_rules
 from ouromamba_jax.models import create_model
 
 __all__ = ["CheckpointError", "ConversionError", "from_torch", "load_tensors", "read_torch"]
 
-_RULES: dict[str, tuple[Rule, ...]] = {"vim": VIM_RULES}
+_RULES: dict[str, Callable[[Any], tuple[Rule, ...]]] = {"vim": lambda config: VIM_RULES, "vmamba": vmamba_rules}
 # A key that only this family's checkpoints have.
 _SIGNATURES = {
     "vim": r"layers\.\d+\.mixer\..+",
@@ -25,7 +26,12 @@ _SIGNATURES = {
 
 
 def from_torch(
-    name: str, source: str | PathLike[str] | Mapping[str, Any], *, entry: str | None = None, **overrides: Any
+    name: str,
+    source: str | PathLike[str] | Mapping[str, Any],
+    *,
+    entry: str | None = None,
+    interpolate_positions: bool = False,
+    **overrides: Any,
 ) -> nnx.Module:
     """The named model with the weights of a PyTorch checkpoint.
 
@@ -35,6 +41,8 @@ def from_torch(
       name: one of `list_models()`.
       source: path of a `.pth`, `.pth.tar` or `.safetensors` file, or {key: array} with the original names.
       entry: entry of a training file that holds the model, e.g. "model_ema"; by default "model", then "state_dict".
+      interpolate_positions: resize the positional embeddings of a checkpoint of another input size, bicubically. Their
+        grid is taken as square where their number allows it, else as shaped like the model's. Only Vim has any.
       **overrides: config fields, `dtype` and `param_dtype`, as `create_model` takes them.
 
     Raises:
@@ -45,7 +53,16 @@ def from_torch(
     model: Any = nnx.eval_shape(lambda: create_model(name, **overrides))
     tensors = load_tensors(source, entry=entry)
     _check_family(name, model.family, tensors)
-    return fill(model, tensors, _RULES[model.family])
+    positional = model.family == "vim"
+    if positional and interpolate_positions:
+        tensors = resize_positions(tensors, model.config)
+    try:
+        return fill(model, tensors, _RULES[model.family](model.config))
+    except ConversionError as error:
+        if positional and has_other_input_size(tensors, model.config):
+            hint = "pass interpolate_positions=True to resize the positions to the model's input size"
+            raise ConversionError(f"{str(error).removesuffix('.')}; {hint}.") from error
+        raise
 
 
 def _check_family(name: str, family: str, tensors: Mapping[str, Any]) -> None:

@@ -92,6 +92,7 @@ def fill(model: nnx.Module, tensors: Mapping[str, np.ndarray], rules: Sequence[R
         if value is not None:
             leaves[path] = variable.replace(value)
     problems += [f"{shown(key)} is not part of this model" for key in tensors if key not in used]
+    problems = list(dict.fromkeys(problems))  # a stacked tensor fills several leaves, each with the same complaint
     if problems:
         rest = "" if len(problems) <= _LISTED else f"; and {len(problems) - _LISTED} more"
         raise ConversionError(

@@ -1,6 +1,14 @@
 """Where the tensors of hustvl/Vim's VisionMamba go; direction 0 runs forward, direction 1 (names with b) backward."""
 
-from ouromamba_jax.convert.keymap import Rule, depthwise1d, linear, patches, squeeze
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ouromamba_jax.convert.keymap import ConversionError, Rule, depthwise1d, linear, patches, squeeze
+from ouromamba_jax.models.vim import VimConfig
 
 _MIXER = "layers.{i}.mixer"
 _TARGET = "blocks.{i}.mixer"
@@ -34,3 +42,59 @@ VIM_RULES = (
     Rule("head.weight", "head.proj.kernel", linear),
     Rule("head.bias", "head.proj.bias"),
 )
+
+
+def has_other_input_size(tensors: Mapping[str, np.ndarray], config: VimConfig) -> bool:
+    """Whether the checkpoint's positions differ from the model's in their number, and in nothing else."""
+    positions = _positions(tensors, config)
+    return positions is not None and positions.shape[1] != config.num_tokens
+
+
+def resize_positions(tensors: Mapping[str, np.ndarray], config: VimConfig) -> dict[str, np.ndarray]:
+    """The tensors with `pos_embed` (1, tokens, embed_dim) resized to the model's grid of patches.
+
+    The positions of the patches are resized bicubically (Keys' kernel, a = -0.5, no antialiasing). The class token's,
+    which stands in the middle of the sequence, is kept as it is and put in the new middle. The checkpoint's grid is
+    square if the number of its patches is a square number, else of the model's shape.
+
+    Raises:
+      ConversionError: if the checkpoint's grid is neither.
+    """
+    positions = _positions(tensors, config)
+    if positions is None:
+        return dict(tensors)  # the table of rules names the problem
+    patches = positions.shape[1] - 1
+    grid = _source_grid(patches, config.grid)
+    if grid == config.grid:
+        return dict(tensors)
+    middle = patches // 2
+    with np.errstate(over="ignore"):  # `fill` refuses what is not finite
+        positions = positions[0].astype(np.float32)
+    source = np.delete(positions, middle, axis=0).reshape(*grid, -1)
+    resized = jax.image.resize(source, (*config.grid, source.shape[-1]), "bicubic", antialias=False)
+    resized = np.asarray(resized).reshape(-1, source.shape[-1])
+    return {**tensors, "pos_embed": np.insert(resized, config.class_index, positions[middle], axis=0)[None]}
+
+
+def _positions(tensors: Mapping[str, np.ndarray], config: VimConfig) -> np.ndarray | None:
+    """`pos_embed` (1, tokens, embed_dim), or None if it is missing or of another width."""
+    positions = tensors.get("pos_embed")
+    if positions is None or positions.ndim != 3 or not jnp.issubdtype(positions.dtype, jnp.floating):
+        return None
+    return positions if (positions.shape[0], positions.shape[2]) == (1, config.embed_dim) else None
+
+
+def _source_grid(patches: int, target: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in patches: a square, else the one grid that is within a patch of the target's aspect ratio."""
+    side = math.isqrt(max(patches, 0))
+    if patches > 0 and side**2 == patches:
+        return side, side
+    ratio = target[1] / target[0]
+    for height in range(1, patches + 1):
+        width = patches // height
+        if height * width == patches and abs(height * ratio - width) < 1 and abs(width / ratio - height) < 1:
+            return height, width
+    raise ConversionError(
+        f"pos_embed has {patches} positions beside the class token, which form neither a square nor a grid shaped like "
+        f"the model's {target[0]} x {target[1]}; build the model at the checkpoint's img_size."
+    )

@@ -5,10 +5,15 @@ the median over rounds of the ratio of neighbouring calls, so that a slow second
 over threads, is measured beside wall-clock time: other processes hardly touch it.
 """
 
+import importlib.metadata
+import json
+import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -76,6 +81,24 @@ def time_ratio(slow: Timing, fast: Timing, *, cpu: bool = False) -> float:
     if cpu:
         return float(np.median(np.divide(slow.cpu_seconds, fast.cpu_seconds)))
     return float(np.median(np.divide(slow.seconds, fast.seconds)))
+
+
+def machine() -> dict[str, str]:
+    """What timings depend on: processor, JAX devices, versions."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        cpu = next((s.split(":")[1].strip() for s in cpuinfo.read_text().splitlines() if "model name" in s), cpu)
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    return {"cpu": cpu, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}", **versions}
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes JSON: the command of the running script, the machine, and `results`."""
+    script = Path(sys.argv[0])
+    command = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"command": command, "machine": machine(), **results}, indent=1) + "\n")
 
 
 def bench_model(

@@ -1,12 +1,18 @@
 """Native checkpoints: a folder with `config.json` (what to build) and `arrays/` (Orbax), float or quantised.
 
+`arrays/` holds one flat array per type: all leaves of that type, one after the other, by name. (Orbax writes more than
+a kilobyte beside every array; a small model has a thousand leaves of a few hundred bytes.) `config.json` has the
+index of the leaves, the settings of the quantised sites, each distinct one once, and the SHA-256 of every file.
+
 4-bit weights are packed two to a byte on disk and unpacked to int8 once, here, when loaded: XLA's CPU integer products
 take int8 operands.
 """
 
 import dataclasses
+import hashlib
 import importlib.resources
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -23,7 +30,7 @@ from ouromamba_jax.models.config import Preprocessing
 from ouromamba_jax.qtensor import pack_int4, unpack_int4
 from ouromamba_jax.quantize.modules import Levels, apply_specs, quantized_specs, spec_from_json, spec_to_json
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class CheckpointError(ValueError):
@@ -40,21 +47,30 @@ def save(path: str | Path, model: VisionModel) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} already exists; choose another path or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    leaves = _leaves(nnx.state(model))
+    arrays = {name: np.asarray(pack_int4(v[...]) if _is_packed(v) else v[...]) for name, v in sorted(leaves.items())}
+    index: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, value in arrays.items():
+        index.setdefault(value.dtype.name, {})[name] = value.shape
+    flat = {dtype: np.concatenate([arrays[name].ravel() for name in names]) for dtype, names in index.items()}
+    configs, sites = _quantization_to_json(model)
     description = {
         "format": _FORMAT,
         "family": model.family,
         "config": dataclasses.asdict(model.config),
         "dtype": jnp.dtype(model.dtype).name,
-        "quantization": {site: spec_to_json(spec) for site, spec in quantized_specs(model).items()},
+        "quantization_configs": configs,
+        "quantization": sites,
+        "arrays": index,
     }
-    leaves = _leaves(nnx.state(model))
-    arrays = {name: pack_int4(leaf[...]) if _is_packed(leaf) else leaf[...] for name, leaf in leaves.items()}
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(staging / "arrays", arrays)
+            checkpointer.save(staging / "arrays", flat)
         (staging / "arrays" / "commit_success.txt").unlink(missing_ok=True)  # names the staging folder
-        (staging / "config.json").write_text(json.dumps(description, indent=1) + "\n")
+        description["files"] = _digests(staging / "arrays")
+        lines = [f"{json.dumps(field)}: {json.dumps(value)}" for field, value in description.items()]
+        (staging / "config.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
         staging.chmod(0o755)
         staging.replace(path)  # one rename: `path` appears whole
     except BaseException:
@@ -77,14 +93,27 @@ def load(path: str | Path) -> VisionModel:
             **{k: tuple(v) if isinstance(v, list) else v for k, v in fields["preprocessing"].items()}
         )
         config = config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-        specs = {site: spec_from_json(spec) for site, spec in description["quantization"].items()}
+        configs = description["quantization_configs"]
+        specs = {
+            site: spec_from_json({**spec, "config": configs[spec["config"]]})
+            for site, spec in description["quantization"].items()
+        }
         dtype = jnp.dtype(description["dtype"])
         model = nnx.eval_shape(lambda: apply_specs(build_model(config, dtype=dtype), specs))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        stored = {
+            name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+            for dtype, names in description["arrays"].items()
+            for name, shape in names.items()
+        }
+        files = dict(description["files"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / 'config.json'} does not describe a model of this version: {error}.") from error
     graphdef, state = nnx.split(model)
-    arrays = _restore(path, _leaves(state))
-    flat = [(key, leaf.replace(arrays[_name(key)])) for key, leaf in nnx.to_flat_state(state)]
+    leaves = _leaves(state)
+    _check_index(path, stored, leaves)
+    _check_files(path / "arrays", files)
+    arrays = _restore(path, stored)
+    flat = [(key, leaf.replace(_value(arrays[_name(key)], leaf))) for key, leaf in nnx.to_flat_state(state)]
     restored: VisionModel = nnx.merge(graphdef, nnx.from_flat_state(flat))  # type: ignore[assignment]
     return restored
 
@@ -119,41 +148,93 @@ def read_description(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'config.json'} is damaged: {error}.") from error
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         found = description.get("format") if isinstance(description, dict) else None
-        raise CheckpointError(f"{path} has checkpoint format {found}; this version reads format {_FORMAT}.")
+        raise CheckpointError(
+            f"{path} has checkpoint format {found}; this version reads format {_FORMAT}, so save the model again."
+        )
     return description
 
 
-def _restore(path: Path, leaves: dict[str, nnx.Variable]) -> dict[str, jax.Array]:
-    """Arrays by name, checked against the model's leaves both ways, in shape and in type."""
-    stored = {name: _stored_shape(leaf) for name, leaf in leaves.items()}
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _quantization_to_json(model: VisionModel) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
+    """(the distinct settings, for every site the number of its settings and its tokens and channels)."""
+    configs: list[dict[str, Any]] = []
+    sites = {}
+    for site, spec in quantized_specs(model).items():
+        data = spec_to_json(spec)
+        config = data.pop("config")
+        if config not in configs:
+            configs.append(config)
+        sites[site] = {"config": configs.index(config), **data}
+    return configs, sites
+
+
+def _check_index(path: Path, stored: dict[str, jax.ShapeDtypeStruct], leaves: dict[str, nnx.Variable]) -> None:
+    """Compares the index with the model's leaves both ways, in shape and in type."""
+    problems = [f"{name} is missing" for name in sorted(leaves.keys() - stored.keys())]
+    problems += [f"{name} is not part of the model" for name in sorted(stored.keys() - leaves.keys())]
+    for name in sorted(stored.keys() & leaves.keys()):
+        have, want = stored[name], _stored_shape(leaves[name])
+        # Parameters come back in the floating type they were saved in: a quantised model keeps them in 16 bits.
+        if isinstance(leaves[name], nnx.Param) and jnp.issubdtype(have.dtype, jnp.floating):
+            want = jax.ShapeDtypeStruct(want.shape, have.dtype)
+        if (have.shape, have.dtype) != (want.shape, want.dtype):
+            problems.append(f"{name} is {have.dtype}{list(have.shape)}, not {want.dtype}{list(want.shape)}")
+    if problems:
+        more = f", and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(f"{path} does not fit its config: {'; '.join(problems[:10])}{more}.")
+
+
+def _check_files(folder: Path, files: dict[str, str]) -> None:
+    """Compares every file below `folder` with its digest, so that no changed bit is ever read as a weight."""
+    found = _digests(folder)
+    problems = [f"{name} is missing" for name in sorted(files.keys() - found.keys())]
+    problems += [f"{name} is not part of it" for name in sorted(found.keys() - files.keys())]
+    problems += [f"{name} is damaged" for name in sorted(files.keys() & found.keys()) if files[name] != found[name]]
+    if problems:
+        more = f", and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(
+            f"{folder} is not as it was saved, so get another copy: {'; '.join(problems[:10])}{more}."
+        )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 by path of every file below `folder`, without hidden ones, which file managers leave behind."""
+    digests = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not file.name.startswith("."):
+            with file.open("rb") as opened:
+                digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
+def _restore(path: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """Arrays by name, as they are stored: views of the flat array of their type."""
+    sizes: dict[np.dtype, int] = {}
+    for leaf in stored.values():
+        sizes[leaf.dtype] = sizes.get(leaf.dtype, 0) + math.prod(leaf.shape)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path / "arrays").item_metadata
-            found = {} if metadata is None else dict(metadata.tree)
-            problems = [f"{name} is missing" for name in sorted(stored.keys() - found.keys())]
-            problems += [f"{name} is not part of the model" for name in sorted(found.keys() - stored.keys())]
-            for name in sorted(stored.keys() & found.keys()):
-                want, have = stored[name], found[name]
-                # Parameters come back in the floating type they were saved in: a quantised model keeps them in 16 bits.
-                if isinstance(leaves[name], nnx.Param) and jnp.issubdtype(have.dtype, jnp.floating):
-                    want = stored[name] = jax.ShapeDtypeStruct(want.shape, have.dtype)
-                if (tuple(have.shape), jnp.dtype(have.dtype)) != (want.shape, want.dtype):
-                    problems.append(f"{name} is {have.dtype}{list(have.shape)}, not {want.dtype}{list(want.shape)}")
-            if problems:
-                more = f", and {len(problems) - 10} more" if len(problems) > 10 else ""
-                raise CheckpointError(f"{path} does not fit its config: {'; '.join(problems[:10])}{more}.")
-            target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in stored.items()}
-            arrays = checkpointer.restore(path / "arrays", target)
-    except CheckpointError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            have = {name: tuple(array.shape) for name, array in metadata.tree.items()}
+            want = {dtype.name: (size,) for dtype, size in sizes.items()}
+            if have != want:
+                raise ValueError(f"they have shapes {have}, but the index in config.json adds up to {want}.")
+            target = {dtype.name: np.empty(size, dtype) for dtype, size in sizes.items()}
+            flat = checkpointer.restore(path / "arrays", target)
+    except Exception as error:  # Orbax and TensorStore raise many types
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"the arrays of {path} cannot be read: {first_line}") from error
-    return {
-        name: unpack_int4(arrays[name], leaf.shape[0]) if _is_packed(leaf) else arrays[name]
-        for name, leaf in leaves.items()
-    }
+    arrays, start = {}, dict.fromkeys(sizes, 0)
+    for name, leaf in sorted(stored.items()):
+        stop = start[leaf.dtype] + math.prod(leaf.shape)
+        arrays[name] = flat[leaf.dtype.name][start[leaf.dtype] : stop].reshape(leaf.shape)
+        start[leaf.dtype] = stop
+    return arrays
+
+
+def _value(stored: np.ndarray, leaf: nnx.Variable) -> jax.Array:
+    """A leaf as the model holds it; a copy, so that no leaf keeps the whole flat array alive."""
+    value = jnp.array(stored)
+    return unpack_int4(value, leaf.shape[0]) if _is_packed(leaf) else value
 
 
 def _leaves(state: nnx.State) -> dict[str, nnx.Variable]:

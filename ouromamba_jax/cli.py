@@ -57,7 +57,13 @@ def _sentence(error: BaseException) -> str:
 
 def convert(arguments: argparse.Namespace) -> None:
     _refuse_existing(arguments.out)
-    model = from_torch(arguments.name, arguments.checkpoint, entry=arguments.entry, **dict(arguments.set or ()))
+    model = from_torch(
+        arguments.name,
+        arguments.checkpoint,
+        entry=arguments.entry,
+        interpolate_positions=arguments.interpolate_positions,
+        **dict(arguments.set or ()),
+    )
     save(arguments.out, model)
     count = sum(leaf.size for _, leaf in nnx.to_flat_state(nnx.state(model)))
     print(f"{arguments.out}: {arguments.name} with {count:,} parameters")
@@ -240,6 +246,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--entry", help="entry of a training file, e.g. model_ema; by default model or state_dict")
     sub.add_argument(
         "--set", action="append", type=_field, metavar="FIELD=NUMBER", help="config field, e.g. img_size=384"
+    )
+    sub.add_argument(
+        "--interpolate-positions",
+        action="store_true",
+        help="resize the positional embeddings to another img_size than the checkpoint's",
     )
 
     sub = verb(

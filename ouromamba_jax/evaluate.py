@@ -3,31 +3,32 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ouromamba_jax.models import VisionModel
+from ouromamba_jax.models.base import VisionModel, apply_stage
 from ouromamba_jax.report import agreement, sqnr_db, top1, topk
 
 
-@partial(jax.jit, static_argnums=0)
-def forward(graphdef: nnx.GraphDef, state: nnx.State, images: Array) -> Float[Array, "N classes"]:
-    """A model's logits; two models of equal structure share one compilation."""
-    return nnx.merge(graphdef, state)(images)
+def _forward(stages: list[tuple[nnx.GraphDef, nnx.State]], images: np.ndarray) -> np.ndarray:
+    """Logits, stage by stage: what compiles is one block, however deep the model."""
+    x: Any = images
+    for graphdef, state in stages:
+        x = apply_stage(graphdef, state, x)
+    return np.asarray(x)
 
 
 def predict(
     model: VisionModel, images: Float[Array | np.ndarray, "N H W 3"], *, batch_size: int = 128
 ) -> Float[np.ndarray, "N classes"]:
     """Logits of all images, in batches under `jax.jit`; a short last batch is filled up, so nothing is retraced."""
-    graphdef, state = nnx.split(model)
+    stages = [nnx.split(stage) for _, stage in model.stages]
     size = min(batch_size, len(images))
     batches = [np.asarray(images[start : start + size]) for start in range(0, len(images), size)]
-    return np.concatenate([np.asarray(forward(graphdef, state, _fill(b, size)))[: len(b)] for b in batches])
+    return np.concatenate([_forward(stages, _fill(b, size))[: len(b)] for b in batches])
 
 
 def _fill(batch: np.ndarray, size: int) -> np.ndarray:
@@ -67,12 +68,12 @@ def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]
     Raises:
       ValueError: if there are no batches.
     """
-    graphdef, state = nnx.split(model)
+    stages = [nnx.split(stage) for _, stage in model.stages]
     logits, labels, timed, seconds, size = [], [], 0, 0.0, 0
     for images, batch_labels in batches:
         size = max(size, len(images))
         start = time.perf_counter()
-        logits.append(np.asarray(forward(graphdef, state, _fill(images, size)))[: len(images)])
+        logits.append(_forward(stages, _fill(images, size))[: len(images)])
         if len(logits) > 1:
             seconds += time.perf_counter() - start
             timed += len(images)

@@ -11,7 +11,7 @@ reorder nor contract them, and the result of a sample has the same bits in any b
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -107,10 +107,12 @@ def _tree_sum(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
     while (n := x.shape[-1]) > 1:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n % 2)])
         x = x[..., : (n + 1) // 2] + x[..., (n + 1) // 2 :]
+        if n > 64 >= (n + 1) // 2:  # XLA would compute the wide halves twice, for two loops over the narrow ones
+            x = lax.optimization_barrier(x)
     return x
 
 
-def _mean_and_std(magnitude: Float32[Array, "*rows C"]) -> tuple[Float32[Array, "*rows 1"], Float32[Array, "*rows 1"]]:
+def mean_and_std(magnitude: Float32[Array, "*rows C"]) -> tuple[Float32[Array, "*rows 1"], Float32[Array, "*rows 1"]]:
     """Mean and ddof=1 standard deviation over the last axis, with the same bits in every program."""
     count = magnitude.shape[-1]
     mean = divide(_tree_sum(magnitude), count)
@@ -128,7 +130,7 @@ def _windows(x: Array, n_refresh: int, fill: float) -> Array:
     return jnp.pad(x, pad, constant_values=fill).reshape(B, windows, n_refresh, *x.shape[2:])
 
 
-def _walk_windows(
+def walk_windows(
     x: Float32[Array, "B L C"], n_refresh: int, grow: Callable[[Array, Array, Array], tuple[Array, Array]], extra: Array
 ) -> tuple[Bool[Array, "B L C"], Array]:
     """Walk all windows token by token; `grow(x_t, listed, extra_t) -> (listed, per-row output)`.
@@ -141,19 +143,16 @@ def _walk_windows(
     windows = x_w.shape[1]
 
     def step(i, carry):
-        listed, mask, rows = carry
+        unlisted, rows = carry
         x_t = lax.dynamic_index_in_dim(x_w, i, 2, keepdims=False)
         extra_t = lax.dynamic_index_in_dim(extra_w, i, 2, keepdims=False)
-        listed, row = grow(x_t, listed, extra_t)
-        mask = lax.dynamic_update_index_in_dim(mask, listed, i, 2)
-        return listed, mask, lax.dynamic_update_index_in_dim(rows, row, i, 2)
+        listed, row = grow(x_t, unlisted < i, extra_t)
+        return unlisted + (~listed).astype(unlisted.dtype), lax.dynamic_update_index_in_dim(rows, row, i, 2)
 
-    start = (
-        jnp.zeros((B, windows, C), bool),
-        jnp.zeros((B, windows, n, C), bool),
-        jnp.zeros((B, windows, n), jnp.float32),
-    )
-    _, mask, rows = lax.fori_loop(0, n, step, start)
+    # A channel that is listed stays listed, so the number of its tokens before that holds a window's whole mask.
+    start = jnp.zeros((B, windows, C), jnp.int32), jnp.zeros((B, windows, n), jnp.float32)
+    unlisted, rows = lax.fori_loop(0, n, step, start)
+    mask = lax.broadcasted_iota(jnp.int32, (B, windows, n, C), 2) >= unlisted[:, :, None]
     return mask.reshape(B, -1, C)[:, :L], rows.reshape(B, -1)[:, :L]
 
 
@@ -169,14 +168,14 @@ def _detect(x: Float32[Array, "B L C"], scale: Float32[Array, " L"], config: Out
         if config.spec == "released":
             overflows = jnp.any(overflows)[None, None, None]
         if online:
-            mean, std = _mean_and_std(free)
+            mean, std = mean_and_std(free)
             reach, limit = free - mean, config.sigma * std
         else:
             reach, limit = free, extra_t[..., 1:]
         above = reach > limit if config.spec == "released" else reach >= limit
         return listed | (overflows & above), jnp.zeros(x_t.shape[:2], jnp.float32)
 
-    return _walk_windows(x, config.n_refresh, grow, extra)[0]
+    return walk_windows(x, config.n_refresh, grow, extra)[0]
 
 
 def _mask(x, scale, config, theta, channels) -> Bool[Array, "B L C"]:
@@ -189,9 +188,8 @@ def _mask(x, scale, config, theta, channels) -> Bool[Array, "B L C"]:
 
 def _outlier_scale(x, scale, mask, config: OutlierConfig) -> Float32[Array, "B L"]:
     """Scale of each token's outliers; differentiable in x ("free") and scale ("pow2")."""
-    magnitude = jnp.abs(x)
-    finite = jnp.isfinite(jnp.max(magnitude, axis=-1))
-    largest = jnp.max(jnp.where(mask, magnitude, 0.0), axis=-1)
+    finite = jnp.isfinite(jnp.max(x, axis=-1)) & jnp.isfinite(jnp.min(x, axis=-1))
+    largest = jnp.max(jnp.where(mask, jnp.abs(x), 0.0), axis=-1)
     if config.outlier_bits == 16:
         own = jnp.ones(largest.shape, jnp.float32)
     elif config.outlier_scale == "free":
@@ -317,19 +315,18 @@ def fake_quant(
     return step * jnp.where(mask, outlier, inlier)
 
 
-def _calibration_mask(x: Float32[Array, "B L C"], config: OutlierConfig, channels) -> Bool[Array, "B L C"]:
+def calibration_mask(x: Float32[Array, "B L C"], config: OutlierConfig, channels) -> Bool[Array, "B L C"]:
     """Outliers before any scale exists: magnitudes above mean + sigma*std over all channels, kept for the window."""
     if config.detection == "none":
         return jnp.zeros(x.shape, bool)
     if config.detection == "static":
         return jnp.broadcast_to(channels[None, None, :], x.shape)
     magnitude = jnp.abs(x)
-    mean, std = _mean_and_std(magnitude)
+    mean, std = mean_and_std(magnitude)
     above = _windows((magnitude - mean > config.sigma * std).astype(jnp.int8), config.n_refresh, 0)
     return (lax.cummax(above, axis=2) > 0).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
 
 
-@partial(jax.jit, static_argnames="config")
 def search_token_scales(
     x: Float[Array, "B L C"], config: OutlierConfig, *, channels: Bool[Array, " C"] | None = None
 ) -> Float32[Array, " L"]:
@@ -344,11 +341,18 @@ def search_token_scales(
     """
     if config.detection == "static" and (channels is None or channels.shape != x.shape[2:]):
         raise ValueError('detection="static" needs channels of shape (C,): pass the result of calibrate_channels')
+    # The bits enter as a number, not as a constant: one compilation serves all of them.
+    shared = replace(config, act_bits=8, outlier_bits=8)
+    return _search_token_scales(x, jnp.float32(max_level(config.act_bits)), shared, channels)
+
+
+@partial(jax.jit, static_argnames="config")
+def _search_token_scales(x, limit, config, channels):
     x = x.astype(jnp.float32)
-    inliers = jnp.where(_calibration_mask(x, config, channels), 0.0, x)
+    inliers = jnp.where(calibration_mask(x, config, channels), 0.0, x)
     released = tuple(1 - i / 100 for i in range(1, 101))
     fractions = released if config.spec == "released" else FULL_RANGE_FRACTIONS
-    return search_scale(inliers, config.act_bits, axes=(0, 2), fractions=fractions)[0, :, 0]
+    return search_scale(inliers, limit, axes=(0, 2), fractions=fractions)[0, :, 0]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -360,39 +364,39 @@ def calibrate_theta(x: Float[Array, "B L C"], config: OutlierConfig) -> Float32[
 
     def grow(x_t, listed, _):
         free = jnp.where(listed, 0.0, jnp.abs(x_t))
-        mean, std = _mean_and_std(free)
+        mean, std = mean_and_std(free)
         # Compared as in `_detect`; the strict sign keeps an all-zero token from listing everything.
         return listed | (free - mean > config.sigma * std), (mean + config.sigma * std)[..., 0]
 
     x = x.astype(jnp.float32)
-    _, thetas = _walk_windows(x, config.n_refresh, grow, jnp.ones((1, x.shape[1]), jnp.float32))
+    _, thetas = walk_windows(x, config.n_refresh, grow, jnp.ones((1, x.shape[1]), jnp.float32))
     return jnp.mean(thetas, axis=0)
 
 
 @partial(jax.jit, static_argnames="config")
 def calibrate_channels(x: Float[Array, "B L C"], config: OutlierConfig) -> Bool[Array, " C"]:
-    """Channels for detection="static": those that the dynamic algorithm lists most often.
+    """Channels for detection="static": those of the largest mean magnitude over samples and tokens.
 
-    There are as many as it lists on average: static and dynamic detection have one budget, spent differently. No scale
-    exists yet, so every token counts as overflowing.
+    Mean magnitude is the statistic of the published code's channel list. There are as many channels as the dynamic
+    algorithm lists on average: both detections have one budget and spend it differently. No scale exists yet, so every
+    token counts as overflowing.
     """
-    listed = _calibration_mask(x.astype(jnp.float32), replace(config, detection="dynamic"), None)
-    frequency = jnp.mean(listed.astype(jnp.float32), axis=(0, 1))
-    budget = jnp.ceil(jnp.sum(frequency)).astype(jnp.int32)
-    rank = jnp.argsort(jnp.argsort(-frequency, stable=True), stable=True)
-    return (rank < budget) & (frequency > 0)
+    x = x.astype(jnp.float32)
+    listed = calibration_mask(x, replace(config, detection="dynamic"), None)
+    budget = jnp.ceil(jnp.mean(jnp.sum(listed.astype(jnp.float32), axis=-1)))
+    rank = jnp.argsort(jnp.argsort(-jnp.mean(jnp.abs(x), axis=(0, 1)), stable=True), stable=True)
+    return rank.astype(jnp.float32) < budget
 
 
-@dataclass(frozen=True)
-class OutlierStats:
+class OutlierStats(NamedTuple):
     """Share of entries that are outliers, and of tokens whose outliers need a larger step than the inliers."""
 
-    rate: float
-    shifted_rows: float
+    rate: Float32[Array, ""]
+    shifted_rows: Float32[Array, ""]
 
 
 def outlier_statistics(split: OutlierSplit) -> OutlierStats:
     """Outlier rate and share of tokens with j > 0 ("pow2"; always 0 for 16-bit outliers, which have no step)."""
     integer = split.outlier_q.dtype == jnp.int8
     shifted = (split.outlier_scale > split.inlier_scale[None]) & jnp.any(split.mask, axis=-1)
-    return OutlierStats(float(jnp.mean(split.mask)), float(jnp.mean(shifted)) if integer else 0.0)
+    return OutlierStats(jnp.mean(split.mask), jnp.mean(shifted) if integer else jnp.zeros(()))

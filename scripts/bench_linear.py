@@ -1,12 +1,11 @@
 """Quantised against float32 linear layers of Vim-Base on CPU, `split_outliers` included.
 
-    python scripts/bench_linear.py [--batch 4] [--repeats 15]
+    python scripts/bench_linear.py [--batch 4] [--repeats 15] [--json scripts/results/bench_linear_cpu.json]
 
-Takes about a minute on two CPU cores. Expected with AVX512-VNNI: W4A4 with 8-bit outliers has in_proj 2.8x, out_proj
-1.9x and a whole block 2x as fast as float32; W6A6 and W8A8 with 8-bit outliers 1.2-1.5x (outliers beyond the int8 range
-of the inlier step need a second product). x_proj is slower: its 80 outputs do not repay a pass over 1536 inputs.
-16-bit outliers are slower than float32 on this data (0.7x): Gaussian tails list most channels somewhere in a sample,
-so that the compacted product does not fit and the dense float product is taken.
+Takes one to two minutes on two CPU cores. Measured with AVX512-VNNI at batch 2, beside other work on the machine: the
+linear layers of a block are 2.1x as fast as float32 at W4A4 with 8-bit outliers and 1.3x at W8A8 with 16-bit ones
+(processor time; wall-clock 2.1x and 1.1x). 16-bit outliers cost a second int8 product. x_proj alone is slower than
+float32 (0.6-0.7x): its 80 outputs do not repay the splitting of 1536 inputs; dt_proj is even (0.8-1.3x).
 
 One jitted function per entry; the fastest of the interleaved repeats counts, so that all entries of a row saw the same
 machine. Activations are Gaussian with 1 % of heavy channels; scales come from `search_token_scales`.
@@ -14,11 +13,13 @@ machine. Activations are Gaussian with 1 % of heavy channels; scales come from `
 
 import argparse
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ouromamba_jax.bench import write_results
 from ouromamba_jax.matmul import outlier_matmul
 from ouromamba_jax.outliers import OutlierConfig, outlier_statistics, search_token_scales, split_outliers
 from ouromamba_jax.qtensor import quantize_array
@@ -39,16 +40,17 @@ def quantized_layer(weight, scale, config):
     return jax.jit(lambda x: outlier_matmul(split_outliers(x, scale, config), weight))
 
 
-def fastest(functions, x, repeats: int) -> list[float]:
-    """Milliseconds of each function's fastest run, runs interleaved."""
+def fastest(functions, x, repeats: int) -> np.ndarray:
+    """Milliseconds of each function's fastest run, runs interleaved: (2, functions), wall-clock and processor time."""
     for function in functions:
         function(x).block_until_ready()
-    best = [float("inf")] * len(functions)
+    best = np.full((2, len(functions)), np.inf)
     for _ in range(repeats):
         for i, function in enumerate(functions):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             function(x).block_until_ready()
-            best[i] = min(best[i], 1e3 * (time.perf_counter() - start))
+            taken = time.perf_counter() - start[0], time.process_time() - start[1]
+            best[:, i] = np.minimum(best[:, i], 1e3 * np.asarray(taken))
     return best
 
 
@@ -56,10 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="also write the numbers, the machine and the command to this file")
     arguments = parser.parse_args()
 
     rng = np.random.default_rng(0)
-    totals = np.zeros(1 + len(BITS))
+    totals = np.zeros((2, 1 + len(BITS)))
+    rows = []
     print(f"batch {arguments.batch} x {TOKENS} tokens; milliseconds, in brackets the speed-up over float32")
     print(f"{'':10}{'float32':>9}" + "".join(f"{name:>18}" for name in BITS) + "   outliers (W4A4)")
     for name, (inputs, outputs) in LAYERS.items():
@@ -74,15 +78,33 @@ def main() -> None:
             functions.append(quantized_layer(quantize_array(w, weight_bits), scale, config))
             stats = outlier_statistics(split_outliers(x, scale, config))
             rate = rate or f"{stats.rate:.1%}, j > 0 in {stats.shifted_rows:.1%} of tokens"
-        times = np.asarray(fastest(functions, x, arguments.repeats))
+        times = fastest(functions, x, arguments.repeats)
         totals += PER_BLOCK[name] * times
-        print(row(name, times) + f"   {rate}")
-    print(row("block", totals) + "   (x_proj and dt_proj twice)")
+        rows.append(record(name, times))
+        print(row(name, times[0]) + f"   {rate}")
+    rows.append(record("block", totals))
+    print(row("block", totals[0]) + "   (x_proj and dt_proj twice)")
+    print(row("block, CPU", totals[1]) + "   (processor time, summed over threads)")
+    if arguments.json is not None:
+        write_results(arguments.json, {"batch": arguments.batch, "tokens": TOKENS, "rows": rows})
+        print(f"wrote {arguments.json}")
 
 
 def row(name: str, times: np.ndarray) -> str:
     cells = "".join(f"{t:>10.2f} ({times[0] / t:4.2f}x)" for t in times[1:])
     return f"{name:10}{times[0]:>9.2f}{cells}"
+
+
+def record(name: str, times: np.ndarray) -> dict:
+    """One layer's wall-clock and processor milliseconds, and their ratios float32 / quantised."""
+    names = ("float32", *BITS)
+    entry = {"layer": name}
+    for kind, values in zip(("ms", "cpu_ms"), times, strict=True):
+        entry[kind] = {n: round(float(t), 4) for n, t in zip(names, values, strict=True)}
+        entry[kind.replace("ms", "speed_up")] = {
+            n: round(float(values[0] / t), 3) for n, t in zip(BITS, values[1:], strict=True)
+        }
+    return entry
 
 
 if __name__ == "__main__":

@@ -4,15 +4,16 @@
     python scripts/bench_scan.py --shape 64 17 96 16            # a micro model
     python scripts/bench_scan.py --shape 2 196 768 1 --groups 4 # a VMamba stage
 
-Takes about a minute on two busy CPU cores. Measured so at the default shape: forward 17 to 31x faster than the
-associative scan (goal: 5x), backward 2.9 to 3.0x the forward (goal: at most 3.5x), and about half the memory that all
-states would take.
+Takes about a minute on two busy CPU cores. Measured so at the default shape: forward 14 to 31x faster than the
+associative scan (goal: 5x), backward 2.9 to 3.4x the forward (goal: at most 3.5x), and about half the memory that all
+states would take. With --json PATH the numbers go to a file as well.
 
 All functions are timed in turn, round after round, and each reports its fastest: the ratios hold on a busy machine.
 """
 
 import argparse
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ouromamba_jax import selective_scan
+from ouromamba_jax.bench import write_results
 
 
 def ours(u, delta, A, B, C):
@@ -54,6 +56,8 @@ def plain(u, delta, A, B, C):
     return jnp.swapaxes(y, 0, 1)
 
 
+TIME_HEADERS = ("formulation", "forward ms", "backward ms", "backward / forward", "forward / ours", "backward / ours")
+MEMORY_HEADERS = ("L", "ours", "lax.scan + autodiff", "all states (L, B, D, N)")
 FORMULATIONS = {"ours": ours, "associative_scan": associative, "lax.scan + autodiff": plain}
 
 
@@ -87,38 +91,44 @@ def fastest(calls, rounds):
     return seconds
 
 
-def time_table(shape, groups, rounds):
+def time_rows(shape, groups, rounds):
+    """(formulation, forward ms, backward ms, backward / forward, forward / ours, backward / ours)."""
     inputs = make_inputs(*shape, groups)
     calls = {}
     for name, function in FORMULATIONS.items():
         calls[name, "forward"] = jax.jit(function), inputs
         calls[name, "backward"] = pull_back(function, inputs)
     seconds = fastest(calls, rounds)
-    table = Table(title=f"(B, L, D, N) = {shape}, {groups} group(s), {jax.default_backend()}")
-    table.add_column("formulation", no_wrap=True)
-    for column in ("forward ms", "backward ms", "backward / forward", "forward / ours", "backward / ours"):
-        table.add_column(column, justify="right")
+    rows = []
     for name in FORMULATIONS:
         forward, backward = seconds[name, "forward"], seconds[name, "backward"]
         ratios = backward / forward, forward / seconds["ours", "forward"], backward / seconds["ours", "backward"]
-        table.add_row(name, f"{forward * 1e3:.2f}", f"{backward * 1e3:.2f}", *(f"{ratio:.2f}" for ratio in ratios))
-    return table
+        rows.append((name, forward * 1e3, backward * 1e3, *ratios))
+    return rows
 
 
-def memory_table(shape, groups):
+def memory_rows(shape, groups):
+    """(tokens, temporary MB of forward and backward: ours, lax.scan, and all states for comparison)."""
     batch, length, channels, d_state = shape
-    table = Table("L", title="Forward and backward, temporary memory in MB")
-    for column in ("ours", "lax.scan + autodiff", "all states (L, B, D, N)"):
-        table.add_column(column, justify="right")
+    rows = []
     for tokens in (length, 2 * length, 4 * length):
         inputs = make_inputs(batch, tokens, channels, d_state, groups)
-        row = []
+        sizes = []
         for function in (ours, plain):
             gradient = jax.jit(lambda *x, function=function: jax.vjp(function, *x)[1](x[0]))
-            row.append(gradient.lower(*inputs).compile().memory_analysis().temp_size_in_bytes)
-        row.append(4 * batch * tokens * channels * d_state)
-        table.add_row(str(tokens), *(f"{size / 1e6:.1f}" for size in row))
-    return table
+            sizes.append(gradient.lower(*inputs).compile().memory_analysis().temp_size_in_bytes)
+        sizes.append(4 * batch * tokens * channels * d_state)
+        rows.append((str(tokens), *(size / 1e6 for size in sizes)))
+    return rows
+
+
+def show(console, rows, headers, title, digits):
+    table = Table(title=title)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="right" if i else "left", no_wrap=not i)
+    for name, *values in rows:
+        table.add_row(name, *(f"{value:.{digits}f}" for value in values))
+    console.print(table)
 
 
 def main():
@@ -126,10 +136,22 @@ def main():
     parser.add_argument("--shape", type=int, nargs=4, default=(8, 197, 384, 16), metavar=("B", "L", "D", "N"))
     parser.add_argument("--groups", type=int, default=1, help="groups of B and C; 4 in VMamba")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
+    parser.add_argument("--json", type=Path, help="also write the numbers, the machine and the command to this file")
     arguments = parser.parse_args()
+    shape, groups = tuple(arguments.shape), arguments.groups
     console = Console()
-    console.print(time_table(tuple(arguments.shape), arguments.groups, arguments.rounds))
-    console.print(memory_table(tuple(arguments.shape), arguments.groups))
+    times = time_rows(shape, groups, arguments.rounds)
+    title = f"(B, L, D, N) = {shape}, {groups} group(s), {jax.default_backend()}"
+    show(console, times, TIME_HEADERS, title, 2)
+    memory = memory_rows(shape, groups)
+    show(console, memory, MEMORY_HEADERS, "Forward and backward, temporary memory in MB", 1)
+    if arguments.json is not None:
+        tables = {
+            "time": dict(headers=TIME_HEADERS, rows=times),
+            "memory_mb": dict(headers=MEMORY_HEADERS, rows=memory),
+        }
+        write_results(arguments.json, {"shape": shape, "groups": groups, **tables})
+        print(f"wrote {arguments.json}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def main() -> None:
             quantised, report = quantize(
                 model, images, QuantConfig.preset(bits, tune_epochs=arguments.tune_epochs, **kw)
             )
-            scored = score(predict(quantised, test.images), reference, test.labels)
+            scored = score(predict(quantised, test.images, batch_size=QuantConfig.batch_size), reference, test.labels)
             shifted = mean(s.shifted_rows for s in report.sites if s.kind == "matmul")
             setting = ", ".join(kw.values()) or "dynamic, pow2"
             results.setdefault((source, bits, setting), []).append(

@@ -1,5 +1,7 @@
 """Timing, the breakdown of a block, and what a quantised model weighs by its shapes."""
 
+import json
+import sys
 import time
 
 import jax
@@ -68,6 +70,18 @@ def test_asynchronous_work_is_waited_for():
 def test_repeats_must_be_positive():
     with pytest.raises(ValueError, match="at least 1"):
         bench.time_interleaved({"f": lambda: None}, repeats=0)
+
+
+def test_results_name_the_machine_but_no_folder_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/scripts/bench_x.py", "--batch", "2"])
+    path = tmp_path / "new" / "results.json"
+    bench.write_results(path, {"rows": [["float", 1.5]]})
+    written = json.loads(path.read_text())
+    assert written["command"] == "python scripts/bench_x.py --batch 2"
+    assert written["rows"] == [["float", 1.5]]
+    assert written["machine"]["jax"] == jax.__version__
+    assert written["machine"]["cpu"]
+    assert str(tmp_path) not in path.read_text()
 
 
 def test_a_float_model_is_quantised_for_comparison(model, quantised, monkeypatch):

@@ -1,6 +1,7 @@
 """Conversion: the official numbers come out, and a checkpoint that does not fit is refused by name."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from tolerances import PARITY
+from tolerances import INTERPOLATION, INTERPOLATION_FLOAT16, PARITY
 
 from ouromamba_jax.convert import ConversionError, from_torch, load_tensors
 from ouromamba_jax.convert.keymap import Rule, fill
@@ -232,3 +233,102 @@ def test_overlapping_patches_of_a_wide_image(tensors):
     expected = np.asarray(patches).reshape(2, 45, 48) + tensors["patch_embed.proj.bias"]
     expected = np.insert(expected, 22, tensors["cls_token"][0], axis=1) + positions
     np.testing.assert_allclose(model.stem(images), expected, rtol=0, atol=PARITY)
+
+
+# --- positions of another input size
+
+
+def ramp(height: int, width: int, stretch: tuple[float, float] = (1, 1)) -> np.ndarray:
+    """(height, width, 48): each channel a plane over the image, sampled at the centres of the patches."""
+    rng = np.random.default_rng(8)
+    slopes = rng.uniform(0.5, 2, (2, 48))
+    rows, columns = ((np.arange(n) + 0.5) * s for n, s in zip((height, width), stretch, strict=True))
+    return (rows[:, None, None] * slopes[0] + columns[None, :, None] * slopes[1] - 7).astype(np.float32)
+
+
+def with_positions(tensors: dict, patches: np.ndarray, class_position: np.ndarray) -> dict:
+    rows = patches.reshape(-1, 48)
+    return {**tensors, "pos_embed": np.insert(rows, len(rows) // 2, class_position, axis=0)[None]}
+
+
+@pytest.mark.parametrize("interpolate", [False, True])
+@pytest.mark.parametrize("img_size", [32, (24, 40)])
+def test_positions_of_the_same_size_are_kept(tensors, img_size, interpolate):
+    rng = np.random.default_rng(6)
+    source = tensors["pos_embed"] if img_size == 32 else rng.standard_normal((1, 3 * 5 + 1, 48), np.float32)
+    config = {**VIM_A, "img_size": img_size}
+    model = from_torch("vim_tiny", {**tensors, "pos_embed": source}, interpolate_positions=interpolate, **config)
+    np.testing.assert_array_equal(model.stem.positions[...], source[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [((6, 6), (9, 9)), ((6, 6), (4, 4)), ((6, 6), (7, 12)), ((6, 9), (12, 18)), ((9, 6), (12, 8)), ((5, 8), (13, 20))],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_ramp_of_positions_stays_a_ramp(tensors, source, target, dtype):
+    """Cubic interpolation is exact for planes where its four taps lie inside; the class token's position moves only."""
+    class_position = np.random.default_rng(7).standard_normal(48).astype(dtype)
+    wrong = with_positions(tensors, ramp(*source).astype(dtype), class_position)
+    config = {**VIM_A, "img_size": (8 * target[0], 8 * target[1])}
+    model = from_torch("vim_tiny", wrong, interpolate_positions=True, **config)
+    positions = np.asarray(model.stem.positions[...])
+    middle = target[0] * target[1] // 2
+    np.testing.assert_array_equal(positions[middle], class_position.astype(np.float32))
+    grid = np.delete(positions, middle, axis=0).reshape(*target, 48)
+    stretch = tuple(s / t for s, t in zip(source, target, strict=True))
+    inside = tuple(slice(math.ceil(2 / x), -math.ceil(2 / x)) for x in stretch)
+    inside = tuple(s if n + 2 * s.stop > 0 else slice(n // 2, n // 2 + 1) for s, n in zip(inside, target, strict=True))
+    atol = INTERPOLATION if dtype is np.float32 else INTERPOLATION_FLOAT16
+    np.testing.assert_allclose(grid[inside], ramp(*target, stretch)[inside], rtol=0, atol=atol)
+    assert grid[inside].size
+    assert np.isfinite(grid).all()
+
+
+def test_interpolated_positions_keep_rows_and_columns_apart(tensors):
+    """A field that varies along rows only stays constant along columns, also where the grid becomes wide."""
+    field = np.random.default_rng(9).standard_normal((4, 1, 48), np.float32)
+    wrong = with_positions(tensors, np.broadcast_to(field, (4, 4, 48)), np.zeros(48, np.float32))
+    model = from_torch("vim_tiny", wrong, interpolate_positions=True, **{**VIM_A, "img_size": (40, 64)})
+    grid = np.delete(np.asarray(model.stem.positions[...]), 20, axis=0).reshape(5, 8, 48)
+    np.testing.assert_allclose(grid, np.broadcast_to(grid[:, :1], grid.shape), rtol=0, atol=INTERPOLATION)
+    assert np.std(grid[:, 0], axis=0).min() > 0.1
+
+
+def test_positions_are_not_interpolated_silently(tensors):
+    """The refusal names the flag, but only where the flag helps."""
+    config = {**VIM_A, "img_size": 48}
+    hint = r"pos_embed has shape.*; pass interpolate_positions=True to resize"
+    with pytest.raises(ConversionError, match=hint) as caught:
+        from_torch("vim_tiny", tensors, **config)
+    assert str(caught.value).count(". ") == 0
+    model = from_torch("vim_tiny", tensors, interpolate_positions=True, **config)
+    assert model(jnp.asarray(np.random.default_rng(1).standard_normal((1, 48, 48, 3), np.float32))).shape == (1, 10)
+    for wrong in (tensors["pos_embed"][0], tensors["pos_embed"][..., :-1], tensors["pos_embed"].astype(np.int32)):
+        (problem,) = refusal("vim_tiny", {**tensors, "pos_embed": wrong}, interpolate_positions=True, **config)
+        assert problem.startswith("pos_embed has")
+    without = {key: value for key, value in tensors.items() if key != "pos_embed"}
+    assert refusal("vim_tiny", without, **config) == ["pos_embed is missing"]
+    assert refusal("vim_tiny", without, interpolate_positions=True, **config) == ["pos_embed is missing"]
+
+
+@pytest.mark.parametrize(
+    ("patches", "img_size"), [(12, 32), (20, 32), (13, (24, 40)), (30, (24, 72)), (0, 32), (2, 48)]
+)
+def test_positions_of_an_unknown_grid(tensors, patches, img_size):
+    positions = np.random.default_rng(4).standard_normal((1, patches + 1, 48), np.float32)
+    with pytest.raises(ConversionError, match=rf"pos_embed has {patches} positions beside the class token.*img_size"):
+        from_torch(
+            "vim_tiny",
+            {**tensors, "pos_embed": positions},
+            interpolate_positions=True,
+            **{**VIM_A, "img_size": img_size},
+        )
+
+
+def test_positions_that_are_not_finite_are_refused_after_interpolation(tensors):
+    positions = tensors["pos_embed"].astype(np.float64)
+    positions[0, 3, 5] = 1e300
+    wrong = {**tensors, "pos_embed": positions}
+    (problem,) = refusal("vim_tiny", wrong, interpolate_positions=True, **{**VIM_A, "img_size": 40})
+    assert problem.startswith("pos_embed has values that are not finite")

@@ -32,7 +32,7 @@ def activations(rng, B, L, C, *, heavy=0.05, size=20.0):
 
 
 def loop_algorithm_2(x, scale, config, theta=None):
-    """design.md's pseudo-code, one channel list at a time. Float32 divisions, float64 statistics."""
+    """Algorithm 2 as loops, one channel list at a time. Float32 divisions, float64 statistics."""
     q_in, q_out = 2 ** (config.act_bits - 1) - 1, 2 ** (config.outlier_bits - 1) - 1
     B, L, C = x.shape
     inlier, outlier = np.zeros((B, L, C), np.int8), np.zeros((B, L, C), np.int8)
@@ -286,6 +286,16 @@ def test_static_channels_are_the_heavy_ones():
         jnp.asarray(x), search_token_scales(jnp.asarray(x), config, channels=channels), config, channels=channels
     )
     np.testing.assert_array_equal(split.mask, np.broadcast_to(np.asarray(channels), x.shape))
+
+
+def test_the_static_list_has_the_dynamic_budget_and_the_largest_channels():
+    x = activations(np.random.default_rng(23), 6, 20, 64)
+    listed = split_outliers(jnp.asarray(x), jnp.full((20,), 1e-6, jnp.float32), OutlierConfig(n_refresh=1)).mask
+    channels = np.asarray(calibrate_channels(jnp.asarray(x), OutlierConfig(detection="static", n_refresh=1)))
+    budget = int(np.ceil(np.asarray(listed).sum(axis=-1).mean()))
+    assert 0 < budget < 32
+    order = np.argsort(-np.abs(x).mean(axis=(0, 1)))
+    np.testing.assert_array_equal(np.flatnonzero(channels), np.sort(order[:budget]))
 
 
 def test_statistics_count_outliers_and_shifted_tokens():

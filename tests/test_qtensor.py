@@ -136,6 +136,6 @@ def test_errors_name_the_way_out():
 
 def test_search_does_not_materialise_the_candidates():
     x = jax.ShapeDtypeStruct((512, 256), jnp.float32)
-    search = jax.jit(lambda x: search_scale(x, 4, axes=(0,), fractions=[i / 100 for i in range(1, 101)]))
+    search = jax.jit(lambda x: search_scale(x, max_level(4), axes=(0,), fractions=[i / 100 for i in range(1, 101)]))
     memory = search.lower(x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 10 * 512 * 256 * 4

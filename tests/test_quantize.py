@@ -1,5 +1,6 @@
 """The quantiser: the integer path against its trainable stand-in, the tuning, the report, and what is refused."""
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -122,7 +123,7 @@ AGREEMENT = [
 @pytest.mark.parametrize(("name", "fields"), AGREEMENT)
 def test_fake_and_integer_paths_agree(name, fields):
     """With the same scales the trainable stand-ins compute what the quantised model computes: sites and logits."""
-    config = QuantConfig.preset(name, **{**EXACT, **fields})
+    config = dataclasses.replace(QuantConfig.preset(name), **EXACT, **fields)
     model, x = float_model(), images(1)
     specs, scales, fixed, seen = with_plain_scales(model, x, config)
     low = nnx.clone(model)
@@ -338,6 +339,18 @@ def test_every_variant_runs(fields, tmp_path):
     assert ("blocks.0.mixer.z" in named) == ("z" in fields.get("operands", ()))
     save(tmp_path / "model", low)
     assert bits_of(load(tmp_path / "model")) == bits_of(low)
+
+
+def test_a_rule_for_an_operand_that_is_not_quantised():
+    with pytest.raises(ValueError, match="matches no site"):
+        quantize(float_model(), images(), QuantConfig.preset("w4a4", rules=(QuantRule(r"mixer\.z$", act_bits=8),)))
+
+
+def test_rules_come_before_those_of_a_preset():
+    config = QuantConfig.preset("w4a4", rules=(QuantRule(r"^head", weight_bits=6), QuantRule("in_proj", act_bits=8)))
+    assert (config.resolve("head.proj").weight_bits, config.resolve("head.proj").act_bits) == (6, 4)
+    assert config.resolve("stem.proj").weight_bits == 8
+    assert config.resolve("blocks.0.mixer.in_proj").act_bits == 8
 
 
 @pytest.mark.parametrize(

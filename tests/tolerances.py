@@ -40,3 +40,14 @@ FAKE_AGAINST_INTEGER = 5e-6
 """One float product of rounded values against integers with a float epilogue; no level flips on the tested data."""
 FAKE_AGAINST_INTEGER_16 = 2e-4
 """With 16-bit outliers the integer path keeps them as fixed point: 2^-15 of the token's largest entry each."""
+
+# --- interpolated positions (test_convert.py)
+
+INTERPOLATION = 2e-5
+"""Four taps per axis on values up to 70: a few roundings of 4e-6."""
+INTERPOLATION_FLOAT16 = 0.05
+"""The checkpoint's own rounding at values up to 70 (half a unit in the last place: 0.03), slightly amplified."""
+
+# VMamba (test_vmamba)
+VMAMBA_SCAN = 2e-6
+"""y of one scan against float64 loops, relative to its largest entry: a dozen float32 roundings of inputs and state."""

@@ -13,12 +13,15 @@ from jaxtyping import Array, DTypeLike
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace, Trace
 from ouromamba_jax.models.vim import VIM_PRESETS, Vim, VimConfig
+from ouromamba_jax.models.vmamba import VMAMBA_PRESETS, VMamba, VMambaConfig
 
 __all__ = [
     "LayerTrace",
     "ScanOrder",
     "ScanTrace",
     "Trace",
+    "VMamba",
+    "VMambaConfig",
     "Vim",
     "VimConfig",
     "VisionModel",
@@ -30,8 +33,8 @@ __all__ = [
     "pure",
 ]
 
-_FAMILIES: dict[type, Any] = {VimConfig: Vim}
-_PRESETS: dict[str, Any] = {**VIM_PRESETS}
+_FAMILIES: dict[type, Any] = {VimConfig: Vim, VMambaConfig: VMamba}
+_PRESETS: dict[str, Any] = {**VIM_PRESETS, **VMAMBA_PRESETS}
 
 
 def list_models(pattern: str = "*") -> tuple[str, ...]:

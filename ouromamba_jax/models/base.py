@@ -1,8 +1,10 @@
 """What every model family offers to the rest of the library."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -46,3 +48,9 @@ class VisionModel(nnx.Module):
             x, layer = block.trace(x, collect=collect)
             layers.append(layer)
         return self.head(x), Trace(tokens=tokens, layers=tuple(layers), features=self.head.features(x))
+
+
+@partial(jax.jit, static_argnums=0)
+def apply_stage(graphdef: nnx.GraphDef, state: nnx.State, x: Array) -> Array:
+    """One stage's output. Stages of equal structure share one compilation: 24 equal blocks compile as one."""
+    return nnx.merge(graphdef, state)(x)

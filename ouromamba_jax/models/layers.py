@@ -95,6 +95,10 @@ class SelectiveScan(nnx.Module):
         A = -jnp.exp(self.A_log[...].astype(jnp.float32))
         return u, delta, A, B, C, self.D[...].astype(jnp.float32)
 
+    def delta_bias(self, delta: Float[Array, "B L G E"]) -> Float[Array, "1 1 G E"]:
+        """The bias that the scan adds to `delta`, in its shape and type."""
+        return self.dt_bias[...].astype(delta.dtype).reshape(1, 1, *delta.shape[2:])
+
     def __call__(
         self,
         u: Float[Array, "B L G E"],

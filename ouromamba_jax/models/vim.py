@@ -158,13 +158,13 @@ class VimMixer(nnx.Module):
         x, z = jnp.split(self.in_proj(x), 2, axis=-1)
         z = self.z(z)
         forward = self.directions[0](x)
-        backward = self.directions[1](jnp.flip(x, axis=1))  # the convolution, too, is causal in reversed time
+        backward = self.directions[1](flip_tokens(x))  # the convolution, too, is causal in reversed time
         u, delta, B, C = (jnp.stack(pair, axis=2) for pair in zip(forward, backward, strict=True))
         return (u, delta, B, C), z
 
     def _merge(self, y: Float[Array, "B L 2 E"], z: Float[Array, "B L E"]) -> Float[Array, "B L C"]:
         # Both directions are gated by the same silu(z), so the gate follows the mean.
-        y = (y[:, :, 0] + jnp.flip(y[:, :, 1], axis=1)) * 0.5
+        y = (y[:, :, 0] + flip_tokens(y[:, :, 1])) * 0.5
         return self.out_proj(y * jax.nn.silu(z))
 
 
@@ -220,6 +220,11 @@ class Vim(VisionModel):
         self.stem = VimStem(config, **types)
         self.blocks = nnx.List([VimBlock(config, **types) for _ in range(config.depth)])
         self.head = VimHead(config, **types)
+
+
+def flip_tokens(x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+    """Tokens in reverse, as an array of its own: fused into its consumer, XLA's CPU backend reads entry by entry."""
+    return jax.lax.optimization_barrier(jnp.flip(x, axis=1))
 
 
 def uniform(bound: float):

@@ -13,7 +13,15 @@ from ouromamba_jax.outliers import calibrate_channels, calibrate_theta, search_t
 from ouromamba_jax.qtensor import search_weight_scale
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.fake import scan_parameter, search_parameter_scale
-from ouromamba_jax.quantize.modules import ACTIVATION_OPERANDS, SiteSpec, as_tokens, iter_sites, set_module
+from ouromamba_jax.quantize.modules import (
+    ACTIVATION_OPERANDS,
+    SiteSpec,
+    as_tokens,
+    is_asymmetric,
+    iter_sites,
+    set_module,
+)
+from ouromamba_jax.released import search_ranges
 from ouromamba_jax.scan import ScanOutput
 
 Captured = dict[str, dict[str, Array]]
@@ -81,6 +89,14 @@ def find_scales(
     for name in ACTIVATION_OPERANDS:
         if name in config.operands:
             x = seen[name]
+            if is_asymmetric(name, config):
+                ranges = [
+                    search_ranges(x[:, :, g] + site.delta_bias(x)[:, :, g], spec.operand_config(name).splitting)
+                    for g in range(site.directions)
+                ]
+                scales[name] = jnp.stack([scale for scale, _ in ranges])
+                fixed_by_operand[name] = [{"zero": zero} for _, zero in ranges]
+                continue
             found = [_activation_scale(x[:, :, g], spec.operand_config(name)) for g in range(site.directions)]
             scales[name] = jnp.stack([scale for scale, _ in found])
             fixed_by_operand[name] = [fixed for _, fixed in found]
@@ -100,17 +116,24 @@ def _activation_scale(x: Array, config: QuantConfig) -> tuple[Array, dict[str, A
         fixed["theta"] = calibrate_theta(x, config.splitting)
     tokens, channels = x.shape[1:]
     if config.spec == "paper" and channels - 1 <= config.sigma * channels**0.5:
-        # No channel can lie sigma deviations above the mean of so few: what does not fit is clipped, always. A scale
-        # per token from so few values would not cover images that calibration has not seen; one for all tokens does.
+        # No channel can lie sigma deviations above the mean of so few (a single one always reaches its own mean, and is
+        # an outlier as soon as it does not fit): what does not fit is clipped. A scale per token from so few values
+        # would not cover images that calibration has not seen; one for all tokens does.
         x = x.reshape(-1, 1, channels)
     scale = search_token_scales(x, config.splitting, channels=fixed.get("channels"))
     return jnp.broadcast_to(scale, (tokens,)), fixed
 
 
-def check_coverage(stage: nnx.Module, x: Any, name: str) -> None:
-    """Raises if the stage multiplies matrices anywhere but at its sites, so that no matmul is left out unseen.
+def check_coverage(stage: nnx.Module, x: jax.ShapeDtypeStruct, name: str) -> jax.ShapeDtypeStruct:
+    """Checks that every matrix product of a stage belongs to a site, so that none is left in float unseen.
 
-    `x` may be a ShapeDtypeStruct: the stage is traced with every site replaced by zeros.
+    The stage is traced, not run, with every site replaced by zeros.
+
+    Returns:
+      what the stage makes of `x`.
+
+    Raises:
+      ValueError: naming the stage and the first product that no site covers.
     """
     graphdef, state = nnx.split(stage)
 
@@ -120,12 +143,14 @@ def check_coverage(stage: nnx.Module, x: Any, name: str) -> None:
             set_module(stripped, path, partial(_zeros_like_output, site))
         return stripped(x)
 
-    left = _matmuls(jax.make_jaxpr(without_sites)(state, x).jaxpr)
+    jaxpr, shape = jax.make_jaxpr(without_sites, return_shape=True)(state, x)
+    left = _matmuls(jaxpr.jaxpr)
     if left:
         raise ValueError(
             f"{name} has {len(left)} matrix products outside of its linear layers and scans ({left[0]}); "
             "make them nnx.Linear layers, so that they can be quantised or named by a rule."
         )
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
 
 
 def _zeros_like_output(site: Any, *args: Array, **kwargs: Any) -> Any:

@@ -91,14 +91,15 @@ class QuantConfig(OutlierConfig):
     def preset(cls, name: str, **overrides: Any) -> "QuantConfig":
         """ "w4a4", "w4a8", "w6a6" or "w8a8" as in the paper: 8-bit outliers with 4- and 6-bit inliers, else 16-bit.
 
-        The first and the last layer (stem and head) stay at 8 bits.
+        The first and the last layer (stem and head) stay at 8 bits: a rule that comes after those in `overrides`.
 
         Raises:
           ValueError: for another name.
         """
         if name not in _PRESETS:
             raise ValueError(f"there is no preset {name!r}; choose among {', '.join(_PRESETS)}.")
-        return cls(**{**_PRESETS[name], "rules": _EDGES, **overrides})
+        rules = (*overrides.pop("rules", ()), *_EDGES)
+        return cls(**{**_PRESETS[name], **overrides}, rules=rules)
 
     @property
     def splitting(self) -> OutlierConfig:

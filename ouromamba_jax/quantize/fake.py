@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.outliers import fake_quant
+from ouromamba_jax.outliers import OutlierConfig, fake_quant
 from ouromamba_jax.qtensor import FULL_RANGE_FRACTIONS, QTensor, max_level, search_scale
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.modules import (
@@ -25,6 +25,7 @@ from ouromamba_jax.quantize.modules import (
     set_module,
     straight_through_round,
 )
+from ouromamba_jax.released import quantize_asymmetric
 from ouromamba_jax.scan import ScanOutput
 
 Scales = dict[str, dict[str, Array]]
@@ -52,6 +53,7 @@ class FakeSelectiveScan(RoundedOperands):
     def __init__(self, scan: SelectiveScan, spec: SiteSpec, scales: dict[str, Array], fixed: dict[str, Any]):
         self.spec, self.scales, self.fixed = spec, scales, fixed
         self.directions, self.A_log, self.D, self.dt_bias = scan.directions, scan.A_log, scan.D, scan.dt_bias
+        self.delta_bias = scan.delta_bias
 
     def __call__(self, u: Array, delta: Array, B: Array, C: Array, *, collect: Any = None) -> ScanOutput:
         return self.scan(*self.operands(u, delta, B, C), collect=collect)
@@ -60,16 +62,23 @@ class FakeSelectiveScan(RoundedOperands):
         if name not in self.scales:
             return x
         config, fixed = self.spec.operand_config(name), self.fixed.get(name, [{}] * self.directions)
-        groups = [fake_quant(x[:, :, g], self.scales[name][g], config, **fixed[g]) for g in range(self.directions)]
+        scales = self.scales[name]
+        groups = [_fake_activation(x[:, :, g], scales[g], config, **fixed[g]) for g in range(self.directions)]
         return jnp.stack(groups, axis=2).astype(x.dtype)
 
-    def _parameter(self, name: str) -> Array | None:
+    def parameter(self, name: str) -> Array | None:
         if name not in self.scales:
             return None
         return fake_parameter(scan_parameter(self, name), self.scales[name], self.spec.config)
 
-    def _state_transform(self, u: Array):
+    def state_transform(self, u: Array):
         return None if "h" not in self.scales else round_states(self.scales["h"], u.shape[3])
+
+
+def _fake_activation(x: Array, scale: Array, config: OutlierConfig, *, zero: Array | None = None, **fixed: Any):
+    if zero is not None:
+        return quantize_asymmetric(x, scale, zero, config)[0]
+    return fake_quant(x, scale, config, **fixed)
 
 
 class FakePoint:
@@ -107,6 +116,7 @@ def fake_parameter(x: Float[Array, "D N"], scale: Float[Array, "G N"], config: Q
     return straight_through_round(jnp.clip(x / s, -limit, limit)) * s
 
 
+@partial(jax.jit, static_argnames="config")
 def quantize_parameter(x: Float[Array, "D N"], scale: Float[Array, "G N"], config: QuantConfig) -> QTensor:
     """A or D as int8 levels: entries beyond the outlier threshold may use all eight bits, the others `act_bits`."""
     s = jnp.repeat(scale, x.shape[0] // scale.shape[0], axis=0)
@@ -121,7 +131,7 @@ def search_parameter_scale(x: Float[Array, "D N"], groups: int, config: QuantCon
     grouped = x.reshape(groups, -1, x.shape[1])
     inliers = jnp.where(_parameter_outliers(grouped, config), 0.0, grouped)
     fractions = FULL_RANGE_FRACTIONS if config.scale_search == "norm" else (1.0,)
-    return search_scale(inliers, config.act_bits, axes=(1,), fractions=fractions)[:, 0]
+    return search_scale(inliers, max_level(config.act_bits), axes=(1,), fractions=fractions)[:, 0]
 
 
 def _parameter_outliers(grouped: Float[Array, "G E N"], config: QuantConfig) -> Array:

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ouromamba_jax.matmul import outlier_matmul
 from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
 from ouromamba_jax.outliers import OutlierSplit, merge, split_outliers
 from ouromamba_jax.qtensor import QTensor
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
+from ouromamba_jax.released import quantize_asymmetric
 from ouromamba_jax.scan import ScanOutput
 
 Site = nnx.Linear | SelectiveScan | QuantPoint
@@ -50,21 +51,29 @@ class SiteSpec:
 class ActScales:
     """What calibration found for one activation (B, L, C).
 
-    scale (L,) > 0; theta (L,) for the offline threshold; channels (C,) bool for static detection; else None.
+    scale (L,) > 0; theta (L,) for the offline threshold; channels (C,) bool for static detection; zero (L,) for the
+    published code's delta; else None.
     """
 
     scale: Array
     theta: Array | None = None
     channels: Array | None = None
+    zero: Array | None = None
 
     @classmethod
-    def zeros(cls, config: QuantConfig, tokens: int, channels: int) -> "ActScales":
+    def zeros(cls, config: QuantConfig, tokens: int, channels: int, *, operand: str = "") -> "ActScales":
         """Placeholders of the right shapes."""
         return cls(
             scale=jnp.zeros((tokens,)),
             theta=jnp.zeros((tokens,)) if config.threshold == "offline" else None,
             channels=jnp.zeros((channels,), bool) if config.detection == "static" else None,
+            zero=jnp.zeros((tokens,)) if is_asymmetric(operand, config) else None,
         )
+
+
+def is_asymmetric(operand: str, config: QuantConfig) -> bool:
+    """Whether a scan operand is rounded as the published code rounds delta (see `released.py`)."""
+    return operand == "delta" and config.spec == "released"
 
 
 class ActQuantizer(nnx.Module):
@@ -75,6 +84,7 @@ class ActQuantizer(nnx.Module):
         self.scale = Scale(scales.scale)
         self.theta = None if scales.theta is None else Scale(scales.theta)
         self.channels = None if scales.channels is None else Scale(scales.channels)
+        self.zero = None if scales.zero is None else Scale(scales.zero)
 
     def split(self, x: Float[Array, "B L C"]) -> OutlierSplit:
         """Inliers, outliers and their scales.
@@ -82,18 +92,25 @@ class ActQuantizer(nnx.Module):
         Raises:
           ValueError: if x has another number of tokens than the calibration had.
         """
+        self._check(x)
+        theta = None if self.theta is None else self.theta[...]
+        channels = None if self.channels is None else self.channels[...]
+        return split_outliers(x, self.scale[...], self.config, theta=theta, channels=channels)
+
+    def round(self, x: Float[Array, "B L C"]) -> tuple[Float[Array, "B L C"], Bool[Array, "B L C"]]:
+        """(x after rounding, in float32; where its outliers are). Raises as `split` does."""
+        if self.zero is None:
+            split = self.split(x)
+            return merge(split), split.mask
+        self._check(x)
+        return quantize_asymmetric(x, self.scale[...], self.zero[...], self.config)
+
+    def _check(self, x: Array) -> None:
         if x.shape[1] != self.scale.shape[0]:
             raise ValueError(
                 f"this model was calibrated at {self.scale.shape[0]} tokens per sample and got {x.shape[1]}; "
                 "quantise it again at this input size."
             )
-        theta = None if self.theta is None else self.theta[...]
-        channels = None if self.channels is None else self.channels[...]
-        return split_outliers(x, self.scale[...], self.config, theta=theta, channels=channels)
-
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        """x after rounding, in float32."""
-        return merge(self.split(x))
 
 
 class QuantLinear(nnx.Module):
@@ -124,19 +141,22 @@ class QuantLinear(nnx.Module):
 class RoundedOperands:
     """How a scan runs on rounded operands; the quantised scan and its trainable stand-in share it.
 
-    They supply `_round(name, x (B, L, G, C))`, `_parameter(name) -> (D, N)` or None, and `_state_transform(u)`.
+    They supply `_round(name, x (B, L, G, C))`, `parameter(name) -> (D, N)` or None, and `state_transform(u)`.
     """
 
     def operands(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
-        u, delta = self._round("u", u), self._round("delta", delta)
+        # The published code rounds delta with its bias on.
+        bias = self.delta_bias(delta) if is_asymmetric("delta", self.spec.config) else None
+        u = self._round("u", u)
+        delta = self._round("delta", delta) if bias is None else self._round("delta", delta + bias) - bias
         B, C = self._round("B", B), self._round("C", C)
-        A, D = self._parameter("A"), self._parameter("D")
+        A, D = self.parameter("A"), self.parameter("D")
         A = -jnp.exp(self.A_log[...].astype(jnp.float32)) if A is None else A
         D = self.D[...].astype(jnp.float32) if D is None else D[:, 0]
         return u, delta, A, B, C, D
 
     def scan(self, u, delta, A, B, C, D, *, collect=None) -> ScanOutput:
-        transform = self._state_transform(u)
+        transform = self.state_transform(u)
         out = SelectiveScan.scan(self, u, delta, A, B, C, D, collect=collect, state_transform=transform)
         return out._replace(y=self._round("y", out.y))
 
@@ -171,15 +191,15 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
     def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array:
         if name not in self.act:
             return x
-        return jnp.stack([q(x[:, :, g]) for g, q in enumerate(self.act[name])], axis=2).astype(x.dtype)
+        return jnp.stack([q.round(x[:, :, g])[0] for g, q in enumerate(self.act[name])], axis=2).astype(x.dtype)
 
-    def _parameter(self, name: str) -> Array | None:
+    def parameter(self, name: str) -> Array | None:
         if name not in self.parameter_levels:
             return None
         levels, scale = self.parameter_levels[name][...], self.parameter_scale[name][...]
         return QTensor(levels, scale, bits=8, group=levels.shape[0] // self.directions).dequantize()
 
-    def _state_transform(self, u: Array):
+    def state_transform(self, u: Array):
         return None if self.state_scale is None else round_states(self.state_scale[...], u.shape[3])
 
 
@@ -191,7 +211,7 @@ class QuantizedPoint(QuantPoint):
         self.act = ActQuantizer(scales, spec.config)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        return self.act(as_tokens(x)).reshape(x.shape).astype(x.dtype)
+        return self.act.round(as_tokens(x))[0].reshape(x.shape).astype(x.dtype)
 
 
 def as_tokens(x: Float[Array, "... C"]) -> Float[Array, "B L C"]:
@@ -277,7 +297,9 @@ def _empty(site: Site, spec: SiteSpec) -> nnx.Module:
         channels = {"B": states, "C": states}
         activations = {
             name: [
-                ActScales.zeros(spec.operand_config(name), spec.tokens, channels.get(name, rows // site.directions))
+                ActScales.zeros(
+                    spec.operand_config(name), spec.tokens, channels.get(name, rows // site.directions), operand=name
+                )
                 for _ in range(site.directions)
             ]
             for name in ACTIVATION_OPERANDS

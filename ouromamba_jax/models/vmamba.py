@@ -1,0 +1,331 @@
+"""VMamba (VSSM, Liu et al. 2024) as released ("v05_noz"): four selective scans across the feature maps of a pyramid."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.config import Preprocessing, height_width
+from ouromamba_jax.models.layers import SelectiveScan, broadcast_last
+from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace, Trace
+from ouromamba_jax.models.vim import uniform
+
+# Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
+DIRECTIONS = ((False, False), (True, False), (False, True), (True, True))
+
+
+@dataclass(frozen=True)
+class VMambaConfig:
+    """Widths, depths and input of a VMamba; defaults are those of VMamba-Tiny, s1l8.
+
+    `img_size` is an int or (height, width) in pixels. It is what the model was made for; no parameter depends on it,
+    and a float model takes images of any size. `dims` holds the width of every stage, or the first stage's, to be
+    doubled from stage to stage; `depths` the blocks of every stage.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    dims: int | tuple[int, ...] = 96
+    depths: tuple[int, ...] = (2, 2, 8, 2)
+    ssm_ratio: float = 1.0
+    d_state: int = 1
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    preprocessing: Preprocessing = Preprocessing()
+
+    def __post_init__(self):
+        for name in ("img_size", "dims", "depths"):  # lists, as JSON has them, would not be hashable
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if isinstance(value, int) else tuple(value))
+        if min(height_width(self.img_size)) < 1:
+            raise ValueError(f"img_size is {self.img_size}, but an image has at least one pixel; use a larger one.")
+        if not self.depths or min(self.depths) < 1:
+            raise ValueError(f"depths are {self.depths}, but every stage needs at least one block; leave stages out.")
+        if not isinstance(self.dims, int) and len(self.dims) != len(self.depths):
+            raise ValueError(
+                f"dims {self.dims} and depths {self.depths} must have one entry per stage, or dims be one."
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of every stage."""
+        if isinstance(self.dims, int):
+            return tuple(self.dims * 2**i for i in range(len(self.depths)))
+        return self.dims
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every stage's map at `img_size`: each convolution of stride 2 rounds up."""
+        height, width = height_width(self.img_size)
+        return tuple((-(-height // 2**i), -(-width // 2**i)) for i in range(2, 2 + len(self.depths)))
+
+    def d_inner(self, dim: int) -> int:
+        """Channels of the scans in a block of width `dim`."""
+        return int(self.ssm_ratio * dim)
+
+    def dt_rank(self, dim: int) -> int:
+        """Rank of the step sizes' projection in a block of width `dim`; it does not grow with ssm_ratio."""
+        return math.ceil(dim / 16)
+
+
+VMAMBA_PRESETS = {
+    "vmamba_tiny_s1l8": VMambaConfig(),
+    "vmamba_small_s1l20": VMambaConfig(depths=(2, 2, 20, 2)),
+    "vmamba_base_s1l20": VMambaConfig(dims=128, depths=(2, 2, 20, 2)),
+    "vmamba_tiny_s2l5": VMambaConfig(depths=(2, 2, 5, 2), ssm_ratio=2.0),
+    "vmamba_small_s2l15": VMambaConfig(depths=(2, 2, 15, 2), ssm_ratio=2.0),
+    "vmamba_base_s2l15": VMambaConfig(dims=128, depths=(2, 2, 15, 2), ssm_ratio=2.0),
+    # Maps of 8x8 and 4x4 tokens; a third stage would leave 2x2, too few for patch contrast.
+    "vmamba_micro": VMambaConfig(
+        img_size=32,
+        dims=32,
+        depths=(2, 4),
+        num_classes=10,
+        preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0),
+    ),
+}
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, dtype: DTypeLike, param_dtype: DTypeLike):
+        self.eps = eps
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype))
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (broadcast_last(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
+        return (x * scale + bias).astype(self.dtype)
+
+
+class DepthwiseConv2d(nnx.Module):
+    """Depthwise 3x3 convolution of maps, zero padding, no bias; kernel (row, column, channel)."""
+
+    def __init__(self, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.kernel = nnx.Param(uniform(1 / 3)(rngs.params(), (3, 3, dim), param_dtype))
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        # As in DepthwiseConv1d: shifted multiply-adds fuse, a grouped convolution does not.
+        taps = zip(kernel.reshape(9, -1), windows(x.astype(self.dtype), stride=1), strict=True)
+        return functools.reduce(jnp.add, (shifted * broadcast_last(tap, shifted) for tap, shifted in taps))
+
+
+class HalvingConv(nnx.Module):
+    """3x3 convolution of stride 2, zero padding, and LayerNorm: maps of half the size, rounded up.
+
+    The convolution is a linear layer over patches flattened as (row, column, channel), so that it can be quantised.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        types = dict(dtype=dtype, param_dtype=param_dtype)
+        init = uniform((9 * inputs) ** -0.5)
+        self.proj = nnx.Linear(9 * inputs, outputs, kernel_init=init, bias_init=init, rngs=rngs, **types)
+        self.norm = LayerNorm(outputs, **types)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
+        return self.norm(self.proj(jnp.concatenate(windows(x, stride=2), axis=-1)))
+
+
+class VMambaStem(nnx.Module):
+    """Images to maps of a quarter of their size: two halving convolutions with a GELU between."""
+
+    def __init__(self, config: VMambaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width = config.widths[0]
+        self.first = HalvingConv(3, width // 2, **types)
+        self.second = HalvingConv(width // 2, width, **types)
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+            raise ValueError(f"images have shape {images.shape}, but this model takes (batch, height, width, 3).")
+        return self.second(jax.nn.gelu(self.first(images), approximate=False)).astype(jnp.float32)
+
+
+class VMambaDirection(nnx.Module):
+    """What one scan direction owns: the projections that make delta, B and C."""
+
+    def __init__(self, config: VMambaConfig, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        rank, width = config.dt_rank(dim), config.d_inner(dim)
+        self.splits = (rank, rank + config.d_state)
+        types = dict(use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.x_proj = nnx.Linear(width, rank + 2 * config.d_state, kernel_init=uniform(width**-0.5), **types)
+        self.dt_proj = nnx.Linear(rank, width, kernel_init=uniform(rank**-0.5), **types)
+
+    def __call__(self, u: Float[Array, "B L E"]) -> tuple[Array, Array, Array]:
+        """(delta before bias and softplus, B, C) for tokens in this direction's scan order."""
+        dt, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
+        return self.dt_proj(dt), B, C
+
+
+class VMambaMixer(nnx.Module):
+    """SS2D without gate ("v05_noz"): projection, depthwise convolution, four scans across the map, sum, projection."""
+
+    def __init__(self, config: VMambaConfig, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width = config.d_inner(dim)
+        self.in_proj = nnx.Linear(dim, width, use_bias=False, kernel_init=_INIT, **types)
+        self.conv = DepthwiseConv2d(width, **types)
+        self.directions = nnx.List([VMambaDirection(config, dim, **types) for _ in DIRECTIONS])
+        self.scan = SelectiveScan(len(DIRECTIONS), width, config.d_state, **types)
+        self.norm = LayerNorm(width, dtype=dtype, param_dtype=param_dtype)
+        self.out_proj = nnx.Linear(width, dim, use_bias=False, kernel_init=_INIT, **types)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return self._merge(self.scan(*self._operands(x)).y, x.shape)
+
+    def trace(
+        self, x: Float[Array, "B H W C"], *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "B H W C"], tuple[ScanTrace, ...]]:
+        """(output, one ScanTrace per direction, as in `DIRECTIONS`)."""
+        orders = tuple(ScanOrder(*x.shape[1:3], transpose=t, reverse=r) for t, r in DIRECTIONS)
+        out, scans = self.scan.trace(*self._operands(x), orders, collect=collect)
+        return self._merge(out.y, x.shape), scans
+
+    def _operands(self, x: Array) -> tuple[Array, Array, Array, Array]:
+        u = jax.nn.silu(self.conv(self.in_proj(x)))
+        rows, columns = tokens_of(u), tokens_of(u.swapaxes(1, 2))
+        routes = [rows, columns, jnp.flip(rows, axis=1), jnp.flip(columns, axis=1)]
+        made = [direction(route) for direction, route in zip(self.directions, routes, strict=True)]
+        delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
+        return jnp.stack(routes, axis=2), delta, B, C
+
+    def _merge(self, y: Float[Array, "B L 4 E"], shape: tuple[int, ...]) -> Float[Array, "B H W C"]:
+        batch, height, width, _ = shape
+        y = y[:, :, :2] + jnp.flip(y[:, :, 2:], axis=1)
+        columns = y[:, :, 1].reshape(batch, width, height, -1).swapaxes(1, 2)
+        return self.out_proj(self.norm(y[:, :, 0].reshape(columns.shape) + columns))
+
+
+class VMambaMLP(nnx.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, config: VMambaConfig, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        types = dict(kernel_init=_INIT, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        hidden = int(config.mlp_ratio * dim)
+        self.fc1 = nnx.Linear(dim, hidden, **types)
+        self.fc2 = nnx.Linear(hidden, dim, **types)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class VMambaBlock(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm2(x)); x is the float32 map between blocks.
+
+    The first block of a later stage halves the map before that: it takes `inputs` channels and works on `dim`.
+    """
+
+    def __init__(
+        self,
+        config: VMambaConfig,
+        inputs: int | None,
+        dim: int,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.downsample = None if inputs is None else HalvingConv(inputs, dim, **types)
+        self.norm = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
+        self.mixer = VMambaMixer(config, dim, **types)
+        self.norm2 = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
+        self.mlp = VMambaMLP(config, dim, **types)
+
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
+        x = self._enter(x)
+        return self._leave(x, self.mixer(self.norm(x)))
+
+    def trace(
+        self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "B h w C"], LayerTrace]:
+        """(output, LayerTrace); the trace's tokens are in row-major order."""
+        x = self._enter(x)
+        mixer_in = self.norm(x)
+        out, scans = self.mixer.trace(mixer_in, collect=collect)
+        return self._leave(x, out), LayerTrace(scans, tokens_of(mixer_in), tokens_of(out))
+
+    def _enter(self, x: Array) -> Array:
+        return x if self.downsample is None else self.downsample(x).astype(jnp.float32)
+
+    def _leave(self, x: Array, mixer_out: Array) -> Array:
+        x = x + mixer_out.astype(jnp.float32)
+        return x + self.mlp(self.norm2(x)).astype(jnp.float32)
+
+
+class VMambaHead(nnx.Module):
+    """Every token normalised, their mean, and logits."""
+
+    def __init__(self, config: VMambaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        width = config.widths[-1]
+        types = dict(dtype=dtype, param_dtype=param_dtype)
+        self.norm = LayerNorm(width, **types)
+        self.proj = nnx.Linear(width, config.num_classes, kernel_init=_INIT, rngs=rngs, **types)
+
+    def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
+        """The vector that the linear head sees."""
+        return jnp.mean(self.norm(x), axis=(1, 2))
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
+        return self.proj(self.features(x)).astype(jnp.float32)
+
+
+class VMamba(VisionModel):
+    """VMamba classifier. Between its blocks flow maps (B, H, W, C); its trace shows them as tokens (B, H * W, C)."""
+
+    family = "vmamba"
+
+    def __init__(
+        self,
+        config: VMambaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        self.config = config
+        self.dtype = dtype
+        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.stem = VMambaStem(config, **types)
+        blocks = []
+        before = None
+        for width, depth in zip(config.widths, config.depths, strict=True):
+            blocks += [VMambaBlock(config, before if i == 0 else None, width, **types) for i in range(depth)]
+            before = width
+        self.blocks = nnx.List(blocks)
+        self.head = VMambaHead(config, **types)
+
+    def trace(
+        self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "B classes"], Trace]:
+        logits, trace = super().trace(images, collect=collect)
+        return logits, dataclasses.replace(trace, tokens=tokens_of(trace.tokens))
+
+
+def tokens_of(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:
+    """A map read row by row."""
+    return x.reshape(x.shape[0], -1, x.shape[3])
+
+
+def windows(x: Float[Array, "B H W C"], *, stride: int) -> list[Float[Array, "B h w C"]]:
+    """The nine inputs of a 3x3 convolution, one border of zeros: at tap (i, j), in row-major order, map 3 * i + j."""
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
+
+
+_INIT = nnx.initializers.normal(0.02)

@@ -1,0 +1,152 @@
+"""What rounding costs at every site, measured on the float model's activations."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ouromamba_jax.matmul import outlier_matmul
+from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.outliers import merge, outlier_statistics
+from ouromamba_jax.quantize.calibrate import Captured
+from ouromamba_jax.quantize.fake import scan_parameter
+from ouromamba_jax.quantize.modules import (
+    ActQuantizer,
+    QuantLinear,
+    QuantSelectiveScan,
+    SiteSpec,
+    is_asymmetric,
+    iter_sites,
+)
+from ouromamba_jax.quantize.report import SiteReport
+
+
+class Measured(NamedTuple):
+    """Sums over the entries of some samples, and shares of them."""
+
+    signal: Array
+    noise: Array
+    outlier_rate: Array
+    shifted_rows: Array
+
+
+def measure(
+    stage: nnx.Module, low: nnx.Module, specs: dict[str, SiteSpec], captured: Captured, batch_size: int
+) -> Iterator[SiteReport]:
+    """One report per matmul and scan operand of a stage, its path relative to the stage.
+
+    Args:
+      stage: the float stage.
+      low: the same stage quantised.
+      captured: what entered every site on the calibration images.
+    """
+    if not specs:
+        return
+    graphdefs, states = zip(*(nnx.split(module) for module in (stage, low)), strict=True)
+    count = len(jax.tree.leaves(captured)[0])
+    batches = [
+        _measure_batch(graphdefs, tuple(specs), states, jax.tree.map(itemgetter(slice(i, i + batch_size)), captured))
+        for i in range(0, count, batch_size)
+    ]
+    sites = dict(iter_sites(stage))
+    for path, spec in specs.items():
+        for name in batches[0][path]:
+            parts = [Measured(*map(float, batch[path][name])) for batch in batches]
+            facts = _describe(name, spec, isinstance(sites[path], nnx.Linear))
+            yield _site_report(f"{path}.{name}" if name else path, facts, parts)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _measure_batch(graphdefs: Any, paths: tuple[str, ...], states: Any, captured: Captured):
+    stage, low = (nnx.merge(graphdef, state) for graphdef, state in zip(graphdefs, states, strict=True))
+    floats = dict(iter_sites(stage))
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(low)}
+    return {path: _measure_site(floats[path], modules[path], captured[path]) for path in paths}
+
+
+def _measure_site(site: Any, module: Any, seen: dict[str, Array]) -> dict[str, Measured]:
+    """By operand; "" stands for the site itself."""
+    if isinstance(module, QuantLinear):
+        x = seen["act"]
+        split = module.act.split(x)
+        stats = outlier_statistics(split)
+        exact = x.astype(jnp.float32) @ site.kernel[...].astype(jnp.float32)
+        return {"": _compare(exact, outlier_matmul(split, module.weight), stats.rate, stats.shifted_rows)}
+    if isinstance(module, QuantSelectiveScan):
+        return _measure_scan(site, module, seen)
+    return {"": _measure_activation([module.act], seen["act"][:, :, None])}
+
+
+def _measure_scan(scan: SelectiveScan, module: QuantSelectiveScan, seen: dict[str, Array]) -> dict[str, Measured]:
+    found = {}
+    for name, quantizers in module.act.items():
+        x = seen[name]
+        if is_asymmetric(name, module.spec.config):
+            x = x + scan.delta_bias(x)
+        found[name] = _measure_activation(list(quantizers), x)
+    for name, levels in module.parameter_levels.items():
+        largest_inlier = 2 ** (module.spec.config.act_bits - 1) - 1
+        rate = jnp.mean((jnp.abs(levels[...].astype(jnp.int32)) > largest_inlier).astype(jnp.float32))
+        found[name] = _compare(scan_parameter(scan, name), module.parameter(name), rate, jnp.zeros(()))
+    if module.state_scale is not None:
+        # States never leave the scan, so the rounding of h is judged by what it does to y, all else exact.
+        operands = scan.operands(*(seen[name] for name in ("u", "delta", "B", "C")))
+        rounded = scan.scan(*operands, state_transform=module.state_transform(seen["u"]))
+        found["h"] = _compare(seen["y"], rounded.y, jnp.zeros(()), jnp.zeros(()))
+    return found
+
+
+def _measure_activation(quantizers: Sequence[ActQuantizer], x: Float[Array, "B L G C"]) -> Measured:
+    """All directions together."""
+    if quantizers[0].zero is not None:
+        pairs = [quantizer.round(x[:, :, g]) for g, quantizer in enumerate(quantizers)]
+        rate = jnp.mean(jnp.stack([mask for _, mask in pairs]).astype(jnp.float32))
+        return _compare(x, jnp.stack([value for value, _ in pairs], axis=2), rate, jnp.zeros(()))
+    splits = [quantizer.split(x[:, :, g]) for g, quantizer in enumerate(quantizers)]
+    stats = [outlier_statistics(split) for split in splits]
+    rate = jnp.mean(jnp.stack([s.rate for s in stats]))
+    shifted = jnp.mean(jnp.stack([s.shifted_rows for s in stats]))
+    return _compare(x, jnp.stack([merge(split) for split in splits], axis=2), rate, shifted)
+
+
+def _compare(exact: Array, rounded: Array, rate: Array, shifted: Array) -> Measured:
+    exact = exact.astype(jnp.float32)
+    return Measured(jnp.sum(exact**2), jnp.sum((exact - rounded.astype(jnp.float32)) ** 2), rate, shifted)
+
+
+def _site_report(path: str, facts: dict[str, Any], parts: list[Measured]) -> SiteReport:
+    signal, noise = sum(part.signal for part in parts), sum(part.noise for part in parts)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sqnr = float(10 * np.log10(np.divide(signal, noise)))
+    return SiteReport(
+        path=path,
+        **facts,
+        outlier_rate=float(np.mean([part.outlier_rate for part in parts])),
+        shifted_rows=float(np.mean([part.shifted_rows for part in parts])),
+        sqnr_db=sqnr,
+    )
+
+
+def _describe(name: str, spec: SiteSpec, matmul: bool) -> dict[str, Any]:
+    """Kind, bits and granularity of the operand `name`, "" being the site itself."""
+    config = spec.config
+    bits = dict(weight_bits=None, act_bits=config.act_bits, outlier_bits=config.outlier_bits)
+    if name in ("A", "D"):
+        granularity = "direction x state" if name == "A" else "direction"
+        return dict(kind="parameter", granularity=granularity, **{**bits, "outlier_bits": 8})
+    if name == "h":
+        return dict(kind="operand", granularity="direction x token", weight_bits=None, act_bits=8, outlier_bits=None)
+    if name:
+        return dict(kind="operand", granularity="direction x token", **bits)
+    if not matmul:
+        return dict(kind="operand", granularity="token", **bits)
+    group = config.weight_group
+    weights = "output channel" if group is None else f"{group} inputs x output channel"
+    granularity = f"weight: {weights}; input: token"
+    return dict(kind="matmul", granularity=granularity, **{**bits, "weight_bits": config.weight_bits})
