@@ -89,10 +89,8 @@ def load(path: str | Path) -> VisionModel:
     try:
         config_type = config_class(description["family"])
         fields = dict(description["config"])
-        fields["preprocessing"] = Preprocessing(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in fields["preprocessing"].items()}
-        )
-        config = config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        fields["preprocessing"] = Preprocessing(**_tuples(fields["preprocessing"]))
+        config = config_type(**_tuples(fields))
         configs = description["quantization_configs"]
         specs = {
             site: spec_from_json({**spec, "config": configs[spec["config"]]})
@@ -116,6 +114,11 @@ def load(path: str | Path) -> VisionModel:
     flat = [(key, leaf.replace(_value(arrays[_name(key)], leaf))) for key, leaf in nnx.to_flat_state(state)]
     restored: VisionModel = nnx.merge(graphdef, nnx.from_flat_state(flat))  # type: ignore[assignment]
     return restored
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only; frozen configs hold tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def resolve(path: str | Path) -> Path:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -77,10 +78,9 @@ def generate(arguments: argparse.Namespace) -> None:
     generated = generate_images(
         model, config, jax.random.key(arguments.seed), progress=True, checkpoint_dir=arguments.resume
     )
-    arrays = dict(images=np.asarray(generated.images), labels=np.asarray(generated.targets))
     with _whole(arguments.out) as file:
-        np.savez_compressed(file, **arrays)
-    print(f"{arguments.out}: {len(arrays['images'])} images")
+        np.savez_compressed(file, images=np.asarray(generated.images), labels=np.asarray(generated.targets))
+    print(f"{arguments.out}: {len(generated.images)} images")
     if arguments.figure:
         pixels = to_pixels(generated.images[:64], model.config.preprocessing)
         image_grid(arguments.figure, pixels, [str(int(t)) for t in generated.targets[:64]])
@@ -97,7 +97,7 @@ def quantize_verb(arguments: argparse.Namespace) -> None:
         arguments.images, arguments.split, model.config.img_size, model.config.preprocessing, limit=arguments.limit
     ).images
     with _bar("quantising") as advance:
-        quantised, report = quantize(model, images, config, progress=advance)
+        quantised, report = quantize(model, jnp.asarray(images), config, progress=advance)
     save(arguments.out, quantised)
     print(report)
     print(f"\n{arguments.out}: {memory_report(quantised)}")

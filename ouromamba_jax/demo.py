@@ -72,8 +72,9 @@ def run_demo(
     config = model.config
     train = load_images("digits", "train", config.img_size, config.preprocessing)
     test = load_images("digits", "test", config.img_size, config.preprocessing)
+    labels = np.asarray(test.labels)
     reference = predict(model, test.images)
-    float_score = score(reference, reference, test.labels)
+    float_score = score(reference, reference, labels)
     say(f"float {model_name}: top-1 {100 * float_score.top1:.1f} % on {len(test.images)} held-out digits")
 
     say(f"generating {num_images} images from the weights alone, {iterations} iterations")
@@ -100,7 +101,7 @@ def run_demo(
             quantised, report = quantize(model, images, QuantConfig.preset(bits, **overrides))
             # The batch of calibration, so that its compiled programs serve again.
             logits = predict(quantised, test.images, batch_size=QuantConfig.batch_size)
-            scored = score(logits, reference, test.labels)
+            scored = score(logits, reference, labels)
             runs.append(Run(source, bits, scored, report.mean_sqnr_db, report.outlier_rate, memory_report(quantised)))
             low[source, bits] = quantised
 

@@ -212,6 +212,11 @@ def train(config: TrainConfig, *, progress: bool = True) -> tuple[nnx.Module, di
         raise ValueError(f"{config.model} has running statistics, which this script does not update; train a Vim.")
     forward = jax.jit(fn)
     batch = min(config.batch_size, len(data.images))
+    # One part of each batch per device, as far as it divides.
+    axis = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((math.gcd(batch, jax.device_count()),), ("data",), axis_types=axis)
+    by_sample, everywhere = (jax.NamedSharding(mesh, jax.P(spec)) for spec in ("data", None))
+    state = jax.device_put(state, everywhere)
     per_epoch = len(data.images) // batch
     tx = optimizer(config, config.epochs * per_epoch)
     preprocessing = model.config.preprocessing
@@ -239,7 +244,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> tuple[nnx.Module, di
             losses = []
             for chosen in order.permutation(len(data.images))[: per_epoch * batch].reshape(per_epoch, batch):
                 key, step_key = jax.random.split(key)
-                pictures, labels = jnp.asarray(data.images[chosen]), jnp.asarray(data.labels[chosen])
+                pictures, labels = jax.device_put((data.images[chosen], data.labels[chosen]), by_sample)
                 state, averaged, opt_state, loss = step(state, averaged, opt_state, pictures, labels, step_key)
                 losses.append(loss)
             history.append(float(np.mean(jax.device_get(losses))))

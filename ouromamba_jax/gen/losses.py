@@ -21,6 +21,15 @@ def cosine_similarities(features: Float[Array, "B M F"]) -> Float[Array, "B M M"
     return jnp.einsum("btf,bkf->btk", x, x)
 
 
+def contrastive_pairs(
+    grid: tuple[int, int], neighbourhood: int, positives: int, negatives: Literal["neighbourhood", "all"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whom each token may be drawn to (M, M), pushed from (M, M), and how many it is pushed from (M,), on one grid."""
+    near = neighbourhood_mask(grid, neighbourhood) & ~np.eye(grid[0] * grid[1], dtype=bool)
+    pool = near if negatives == "neighbourhood" else ~np.eye(len(near), dtype=bool)
+    return near, pool, pool.sum(axis=1) - np.minimum(near.sum(axis=1), positives)
+
+
 def contrastive_loss(
     features: Float[Array, "B M F"],
     *,
@@ -44,11 +53,9 @@ def contrastive_loss(
     Raises:
       ValueError: if no token of the grid has a negative.
     """
-    near = neighbourhood_mask(grid, neighbourhood) & ~np.eye(grid[0] * grid[1], dtype=bool)
+    near, pool, count = contrastive_pairs(grid, neighbourhood, positives, negatives)
     candidates = near.sum(axis=1)
     positives = min(positives, int(candidates.max()))
-    pool = near if negatives == "neighbourhood" else ~np.eye(len(near), dtype=bool)
-    count = pool.sum(axis=1) - np.minimum(candidates, positives)  # |Neg(t)|
     if not positives or not count.any():
         raise ValueError(
             f"on a grid of {grid[0]} x {grid[1]} tokens the contrastive loss has no negatives; "

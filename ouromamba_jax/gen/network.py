@@ -10,7 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from ouromamba_jax.attention import implicit_attention, patched_readout
 from ouromamba_jax.gen.config import GenConfig
-from ouromamba_jax.gen.losses import contrastive_loss, output_loss, patch_similarity_entropy, total_variation
+from ouromamba_jax.gen.losses import (
+    contrastive_loss,
+    contrastive_pairs,
+    output_loss,
+    patch_similarity_entropy,
+    total_variation,
+)
 from ouromamba_jax.models.config import Preprocessing
 
 
@@ -41,10 +47,11 @@ def patch_losses(layer: Any, config: GenConfig) -> dict[str, Float[Array, " B"]]
         readouts = [patched_readout(scan, neighbourhood=window, weighting=weighting) for scan in layer.scans]
         features = functools.reduce(jnp.add, readouts)
     losses = {}
-    if config.contrastive:
+    grid = (layer.scans[0].order.height, layer.scans[0].order.width)
+    if config.contrastive and has_contrast(grid, config):
         losses["contrastive"] = contrastive_loss(
             features,
-            grid=(layer.scans[0].order.height, layer.scans[0].order.width),
+            grid=grid,
             neighbourhood=config.neighbourhood,
             positives=config.positives,
             negatives=config.negatives,
@@ -53,6 +60,11 @@ def patch_losses(layer: Any, config: GenConfig) -> dict[str, Float[Array, " B"]]
     if config.pse:
         losses["pse"] = patch_similarity_entropy(features)
     return losses
+
+
+def has_contrast(grid: tuple[int, int], config: GenConfig) -> bool:
+    """Whether any token of the grid has a negative: the last maps of a pyramid can be too small for that."""
+    return bool(contrastive_pairs(grid, config.neighbourhood, config.positives, config.negatives)[2].any())
 
 
 def image_losses(
@@ -75,6 +87,11 @@ def image_losses(
     losses = {}
     for name in ("contrastive", "pse"):
         values = [layer[name] for layer in layers if name in layer]
+        if getattr(config, name) and not values:
+            raise ValueError(
+                f"no layer of this model can have the {name} loss: it has no scan, or its maps leave no negatives; use "
+                f'fewer positives, negatives="all", or {name}=0.'
+            )
         if values:
             losses[name] = functools.reduce(jnp.add, values) / len(values)
     if config.output:

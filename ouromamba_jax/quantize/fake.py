@@ -97,7 +97,7 @@ def install_fakes(stage: nnx.Module, specs: dict[str, SiteSpec], scales: Scales,
     """Replaces the sites of a float stage by their stand-ins, in place. Only for use inside a traced function."""
     for path, site in list(iter_sites(stage)):
         if path in specs:
-            kind = next(fake for base, fake in _FAKES if isinstance(site, base))
+            kind: Any = next(fake for base, fake in _FAKES if isinstance(site, base))
             set_module(stage, path, kind(site, specs[path], scales[path], fixed.get(path, {})))
     return stage
 

@@ -30,10 +30,10 @@ from ouromamba_jax.quantize.report import SiteReport
 class Measured(NamedTuple):
     """Sums over the entries of some samples, and shares of them."""
 
-    signal: Array
-    noise: Array
-    outlier_rate: Array
-    shifted_rows: Array
+    signal: Array | float
+    noise: Array | float
+    outlier_rate: Array | float
+    shifted_rows: Array | float
 
 
 def measure(
@@ -115,7 +115,7 @@ def _measure_activation(quantizers: Sequence[ActQuantizer], x: Float[Array, "B L
     return _compare(x, jnp.stack([merge(split) for split in splits], axis=2), rate, shifted)
 
 
-def _compare(exact: Array, rounded: Array, rate: Array, shifted: Array) -> Measured:
+def _compare(exact: Array, rounded: Any, rate: Array, shifted: Array) -> Measured:
     exact = exact.astype(jnp.float32)
     return Measured(jnp.sum(exact**2), jnp.sum((exact - rounded.astype(jnp.float32)) ** 2), rate, shifted)
 

@@ -141,8 +141,26 @@ class QuantLinear(nnx.Module):
 class RoundedOperands:
     """How a scan runs on rounded operands; the quantised scan and its trainable stand-in share it.
 
-    They supply `_round(name, x (B, L, G, C))`, `parameter(name) -> (D, N)` or None, and `state_transform(u)`.
+    They supply the three methods that raise here.
     """
+
+    spec: SiteSpec
+    directions: int
+    A_log: Any
+    D: Any
+    dt_bias: Any
+    delta_bias: Callable[[Array], Array]
+
+    def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array:
+        raise NotImplementedError
+
+    def parameter(self, name: str) -> Float[Array, "D N"] | None:
+        """A (D, N) or D (D, 1) after rounding, in float; None if it stays as it is."""
+        raise NotImplementedError
+
+    def state_transform(self, u: Array) -> Callable[[Array, Array], Array] | None:
+        """What happens to h after every step, for `selective_scan`."""
+        raise NotImplementedError
 
     def operands(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
         # The published code rounds delta with its bias on.
@@ -155,7 +173,7 @@ class RoundedOperands:
         D = self.D[...].astype(jnp.float32) if D is None else D[:, 0]
         return u, delta, A, B, C, D
 
-    def scan(self, u, delta, A, B, C, D, *, collect=None) -> ScanOutput:
+    def scan(self: Any, u, delta, A, B, C, D, *, collect=None) -> ScanOutput:
         transform = self.state_transform(u)
         out = SelectiveScan.scan(self, u, delta, A, B, C, D, collect=collect, state_transform=transform)
         return out._replace(y=self._round("y", out.y))
@@ -327,6 +345,6 @@ def spec_to_json(spec: SiteSpec) -> dict[str, Any]:
 
 def spec_from_json(data: dict[str, Any]) -> SiteSpec:
     """The inverse of `spec_to_json`."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data["config"].items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["config"].items()}
     fields["rules"] = tuple(QuantRule(**rule) for rule in fields["rules"])
     return SiteSpec(config=QuantConfig(**fields), tokens=int(data["tokens"]), channels=int(data["channels"]))
