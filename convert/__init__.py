@@ -7,7 +7,8 @@ from typing import Any
 
 from flax import nnx
 
-from ouromamba_jax.convert.keymap import ConversionError, Rule, fill
+from ouromamba_jax.convert.keymap import ConversionError, fill
+from ouromamba_jax.convert.mambavision import fill_mambavision
 from ouromamba_jax.convert.torch_file import CheckpointError, load_tensors, read_torch
 from ouromamba_jax.convert.unpickle import shown
 from ouromamba_jax.convert.vim import VIM_RULES, has_other_input_size, resize_positions
@@ -16,12 +17,17 @@ from ouromamba_jax.models import create_model
 
 __all__ = ["CheckpointError", "ConversionError", "from_torch", "load_tensors", "read_torch"]
 
-_RULES: dict[str, Callable[[Any], tuple[Rule, ...]]] = {"vim": lambda config: VIM_RULES, "vmamba": vmamba_rules}
+# By family: (model, tensors) -> the model with these weights.
+_FILL: dict[str, Callable[[Any, Mapping[str, Any]], nnx.Module]] = {
+    "vim": lambda model, tensors: fill(model, tensors, VIM_RULES),
+    "vmamba": lambda model, tensors: fill(model, tensors, vmamba_rules(model.config)),
+    "mambavision": fill_mambavision,
+}
 # A key that only this family's checkpoints have.
 _SIGNATURES = {
     "vim": r"layers\.\d+\.mixer\..+",
     "vmamba": r"layers\.\d+\.blocks\.\d+\..+",
-    "mambavision": r"levels\.\d+\..+",
+    "mambavision": r"(?:encoder\.)?levels\.\d+\..+",
 }
 
 
@@ -57,7 +63,7 @@ def from_torch(
     if positional and interpolate_positions:
         tensors = resize_positions(tensors, model.config)
     try:
-        return fill(model, tensors, _RULES[model.family](model.config))
+        return _FILL[model.family](model, tensors)
     except ConversionError as error:
         if positional and has_other_input_size(tensors, model.config):
             hint = "pass interpolate_positions=True to resize the positions to the model's input size"

@@ -59,6 +59,7 @@ def load_images(
     preprocessing: PreprocessingConfig,
     *,
     limit: int | None = None,
+    seed: int | None = None,
 ) -> Dataset:
     """The images of a source in memory, ready for a model.
 
@@ -74,12 +75,15 @@ def load_images(
       img_size: input side of the model, or (height, width).
       preprocessing: the model's `config.preprocessing`.
       limit: take this many images, evenly spaced over the source.
+      seed: draw those at random instead, by this seed.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: one sentence that names the file and what to do.
     """
     opened = _open(str(source), split)
     indices = _spread(opened.length, limit)
+    if seed is not None:
+        indices = np.random.default_rng(seed).permutation(opened.length)[: len(indices)]
     with ThreadPoolExecutor() as pool:
         return _read(opened, indices, img_size, preprocessing, pool)
 

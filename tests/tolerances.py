@@ -51,3 +51,14 @@ INTERPOLATION_FLOAT16 = 0.05
 # VMamba (test_vmamba)
 VMAMBA_SCAN = 2e-6
 """y of one scan against float64 loops, relative to its largest entry: a dozen float32 roundings of inputs and state."""
+
+# MambaVision (test_mambavision)
+MAMBAVISION_SCAN = 5e-6
+"""y and h of one scan, relative to the largest entry: float32 behind two convolutional levels; the official code itself
+is 2e-6 away from float64 there."""
+
+# baselines (test_baselines)
+BATCHED_FLOAT = 2e-6
+"""Logits of size 1 after float products (a float stem, kSQ-VMM's products), whose sums' order may vary with the batch."""
+FLOAT64_LOOP = 5e-6
+"""y of a scan against a float64 recurrence on rescaled states, relative to its largest entry: roundings of the former."""

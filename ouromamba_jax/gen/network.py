@@ -18,6 +18,7 @@ from ouromamba_jax.gen.losses import (
     total_variation,
 )
 from ouromamba_jax.models.config import Preprocessing
+from ouromamba_jax.models.trace import AttentionTrace, LayerTrace
 
 
 class Network(NamedTuple):
@@ -36,18 +37,23 @@ def split(model: Any) -> tuple[Network, tuple[Any, tuple[Any, ...], Any]]:
     return network, (stem[1], tuple(state for _, state in blocks), head[1])
 
 
-def patch_losses(layer: Any, config: GenConfig) -> dict[str, Float[Array, " B"]]:
-    """The losses of one block's patched attention; none for a block without scans."""
-    if not layer.scans or not (config.contrastive or config.pse):
+def patch_losses(layer: LayerTrace, config: GenConfig, batch: int) -> dict[str, Float[Array, " B"]]:
+    """The losses of one block, means over its windows: of the patched attention of a scan, or of what an attention
+    block adds to its tokens (OuroMamba, supplement H); none for a block with neither."""
+    is_attention = isinstance(layer, AttentionTrace)
+    if not (layer.scans or is_attention) or not (config.contrastive or config.pse):
         return {}
     window, weighting = config.neighbourhood, config.weighting
-    if config.features == "attention":
+    order = layer.order if isinstance(layer, AttentionTrace) else layer.scans[0].order
+    if is_attention:
+        features = order.to_image(layer.mixer_out)
+    elif config.features == "attention":
         features = implicit_attention(layer, neighbourhood=window, weighting=weighting)
     else:
         readouts = [patched_readout(scan, neighbourhood=window, weighting=weighting) for scan in layer.scans]
         features = functools.reduce(jnp.add, readouts)
     losses = {}
-    grid = (layer.scans[0].order.height, layer.scans[0].order.width)
+    grid = (order.height, order.width)
     if config.contrastive and has_contrast(grid, config):
         losses["contrastive"] = contrastive_loss(
             features,
@@ -59,7 +65,7 @@ def patch_losses(layer: Any, config: GenConfig) -> dict[str, Float[Array, " B"]]
         )
     if config.pse:
         losses["pse"] = patch_similarity_entropy(features)
-    return losses
+    return {name: jnp.mean(loss.reshape(batch, -1), axis=1) for name, loss in losses.items()}
 
 
 def has_contrast(grid: tuple[int, int], config: GenConfig) -> bool:
@@ -76,7 +82,7 @@ def image_losses(
 
     def run_block(graph: Any, state: Any, x: Array) -> tuple[Array, dict[str, Array]]:
         x, layer = nnx.merge(graph, state).trace(x, collect=collect)
-        return x, patch_losses(layer, config)
+        return x, patch_losses(layer, config, images.shape[0])
 
     x = nnx.merge(network.stem, stem)(images)
     layers = []

@@ -11,12 +11,22 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike
 
 from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.mambavision import (
+    MAMBAVISION_PRESETS,
+    AttentionTrace,
+    MambaVision,
+    MambaVisionConfig,
+    WindowOrder,
+)
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace, Trace
 from ouromamba_jax.models.vim import VIM_PRESETS, Vim, VimConfig
 from ouromamba_jax.models.vmamba import VMAMBA_PRESETS, VMamba, VMambaConfig
 
 __all__ = [
+    "AttentionTrace",
     "LayerTrace",
+    "MambaVision",
+    "MambaVisionConfig",
     "ScanOrder",
     "ScanTrace",
     "Trace",
@@ -25,6 +35,7 @@ __all__ = [
     "Vim",
     "VimConfig",
     "VisionModel",
+    "WindowOrder",
     "build_model",
     "config_class",
     "create_model",
@@ -33,8 +44,8 @@ __all__ = [
     "pure",
 ]
 
-_FAMILIES: dict[type, Any] = {VimConfig: Vim, VMambaConfig: VMamba}
-_PRESETS: dict[str, Any] = {**VIM_PRESETS, **VMAMBA_PRESETS}
+_FAMILIES: dict[type, Any] = {VimConfig: Vim, VMambaConfig: VMamba, MambaVisionConfig: MambaVision}
+_PRESETS: dict[str, Any] = {**VIM_PRESETS, **VMAMBA_PRESETS, **MAMBAVISION_PRESETS}
 
 
 def list_models(pattern: str = "*") -> tuple[str, ...]:

@@ -27,6 +27,37 @@ class RMSNorm(nnx.Module):
         return (x * broadcast_last(self.scale[...].astype(jnp.float32), x)).astype(self.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, dtype: DTypeLike, param_dtype: DTypeLike):
+        self.eps = eps
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype))
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (broadcast_last(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
+        return (x * scale + bias).astype(self.dtype)
+
+
+class MLP(nnx.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        types: dict[str, Any] = dict(
+            kernel_init=nnx.initializers.normal(0.02), dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.fc1 = nnx.Linear(dim, hidden, **types)
+        self.fc2 = nnx.Linear(hidden, dim, **types)
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
 class DepthwiseConv1d(nnx.Module):
     """Depthwise convolution along the tokens, kernel (width, C): causal, or centred ("same")."""
 
@@ -164,6 +195,34 @@ class QuantPoint(nnx.Module):
         return x
 
 
+class DotProductAttention(nnx.Module):
+    """softmax(q k^T / sqrt(head width)) v with several heads, each a contiguous part of the channels.
+
+    No product but these two multiplies activations by activations. `q`, `k`, `v` (B, L, C) and `probs` (B, heads, L, L)
+    mark their operands, so that a quantised model can round them.
+    """
+
+    def __init__(self, heads: int, *, dtype: DTypeLike):
+        self.heads = heads
+        self.dtype = dtype
+        self.q, self.k, self.v, self.probs = (QuantPoint() for _ in range(4))
+
+    def __call__(self, q: Float[Array, "B L C"], k: Float[Array, "B L C"], v: Float[Array, "B L C"]) -> Array:
+        return self.trace(q, k, v)[0]
+
+    def trace(
+        self, q: Float[Array, "B L C"], k: Float[Array, "B L C"], v: Float[Array, "B L C"]
+    ) -> tuple[Float[Array, "B L C"], Float[Array, "B heads L L"]]:
+        """(output, attention maps); every row of a map sums to 1."""
+        q, k, v = (
+            point(x).reshape(*x.shape[:2], self.heads, -1) for point, x in ((self.q, q), (self.k, k), (self.v, v))
+        )
+        scores = jnp.einsum("blhd,bmhd->bhlm", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+        probs = self.probs(jax.nn.softmax(scores, axis=-1).astype(self.dtype))
+        out = jnp.einsum("bhlm,bmhd->blhd", probs, v)
+        return out.reshape(*out.shape[:2], -1), probs
+
+
 def merge_groups(x: Float[Array, "B L G E"]) -> Float[Array, "B L GE"]:
     """Channels of all directions side by side, group-major, as `selective_scan` takes them."""
     return x.reshape(*x.shape[:2], -1)
@@ -188,3 +247,15 @@ def extract_patches(
     columns = jnp.arange(width)[:, None] * stride + jnp.arange(size)[None]
     grid = images[:, rows[:, None, :, None], columns[None, :, None, :]]  # (B, height, width, size, size, 3)
     return grid.reshape(images.shape[0], height * width, size * size * 3), (height, width)
+
+
+def tokens_of(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:
+    """A map read row by row."""
+    return x.reshape(x.shape[0], -1, x.shape[3])
+
+
+def conv_taps(x: Float[Array, "B H W C"], *, stride: int) -> list[Float[Array, "B h w C"]]:
+    """The nine inputs of a 3x3 convolution, one border of zeros: at tap (i, j), in row-major order, map 3 * i + j."""
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]

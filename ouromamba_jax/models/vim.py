@@ -114,7 +114,7 @@ class VimDirection(nnx.Module):
 
     def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.splits = (config.dt_rank, config.dt_rank + config.d_state)
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config.d_inner
         self.conv = DepthwiseConv1d(width, config.d_conv, **types)
         self.x_proj = nnx.Linear(width, config.dt_rank + 2 * config.d_state, use_bias=False, **types)
@@ -134,7 +134,7 @@ class VimMixer(nnx.Module):
 
     def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config.d_inner
         self.in_proj = nnx.Linear(config.embed_dim, 2 * width, use_bias=False, **types)
         self.directions = nnx.List([VimDirection(config, **types) for _ in range(2)])
@@ -216,7 +216,7 @@ class Vim(VisionModel):
     ):
         self.config = config
         self.dtype = dtype
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.stem = VimStem(config, **types)
         self.blocks = nnx.List([VimBlock(config, **types) for _ in range(config.depth)])
         self.head = VimHead(config, **types)

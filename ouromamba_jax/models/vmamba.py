@@ -14,7 +14,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.config import Preprocessing, height_width
-from ouromamba_jax.models.layers import SelectiveScan, broadcast_last
+from ouromamba_jax.models.layers import MLP, LayerNorm, SelectiveScan, broadcast_last, conv_taps, tokens_of
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace, Trace
 from ouromamba_jax.models.vim import uniform
 
@@ -93,23 +93,6 @@ VMAMBA_PRESETS = {
 }
 
 
-class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32 (Ba et al. 2016)."""
-
-    def __init__(self, dim: int, *, eps: float = 1e-5, dtype: DTypeLike, param_dtype: DTypeLike):
-        self.eps = eps
-        self.dtype = dtype
-        self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype))
-
-    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        scale, bias = (broadcast_last(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
-        return (x * scale + bias).astype(self.dtype)
-
-
 class DepthwiseConv2d(nnx.Module):
     """Depthwise 3x3 convolution of maps, zero padding, no bias; kernel (row, column, channel)."""
 
@@ -120,7 +103,7 @@ class DepthwiseConv2d(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         kernel = self.kernel[...].astype(self.dtype)
         # As in DepthwiseConv1d: shifted multiply-adds fuse, a grouped convolution does not.
-        taps = zip(kernel.reshape(9, -1), windows(x.astype(self.dtype), stride=1), strict=True)
+        taps = zip(kernel.reshape(9, -1), conv_taps(x.astype(self.dtype), stride=1), strict=True)
         return functools.reduce(jnp.add, (shifted * broadcast_last(tap, shifted) for tap, shifted in taps))
 
 
@@ -131,20 +114,20 @@ class HalvingConv(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        types = dict(dtype=dtype, param_dtype=param_dtype)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         init = uniform((9 * inputs) ** -0.5)
         self.proj = nnx.Linear(9 * inputs, outputs, kernel_init=init, bias_init=init, rngs=rngs, **types)
         self.norm = LayerNorm(outputs, **types)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
-        return self.norm(self.proj(jnp.concatenate(windows(x, stride=2), axis=-1)))
+        return self.norm(self.proj(jnp.concatenate(conv_taps(x, stride=2), axis=-1)))
 
 
 class VMambaStem(nnx.Module):
     """Images to maps of a quarter of their size: two halving convolutions with a GELU between."""
 
     def __init__(self, config: VMambaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config.widths[0]
         self.first = HalvingConv(3, width // 2, **types)
         self.second = HalvingConv(width // 2, width, **types)
@@ -161,7 +144,7 @@ class VMambaDirection(nnx.Module):
     def __init__(self, config: VMambaConfig, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         rank, width = config.dt_rank(dim), config.d_inner(dim)
         self.splits = (rank, rank + config.d_state)
-        types = dict(use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.x_proj = nnx.Linear(width, rank + 2 * config.d_state, kernel_init=uniform(width**-0.5), **types)
         self.dt_proj = nnx.Linear(rank, width, kernel_init=uniform(rank**-0.5), **types)
 
@@ -175,7 +158,7 @@ class VMambaMixer(nnx.Module):
     """SS2D without gate ("v05_noz"): projection, depthwise convolution, four scans across the map, sum, projection."""
 
     def __init__(self, config: VMambaConfig, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config.d_inner(dim)
         self.in_proj = nnx.Linear(dim, width, use_bias=False, kernel_init=_INIT, **types)
         self.conv = DepthwiseConv2d(width, **types)
@@ -191,7 +174,7 @@ class VMambaMixer(nnx.Module):
         self, x: Float[Array, "B H W C"], *, collect: Callable[[Array], Any] | None = None
     ) -> tuple[Float[Array, "B H W C"], tuple[ScanTrace, ...]]:
         """(output, one ScanTrace per direction, as in `DIRECTIONS`)."""
-        orders = tuple(ScanOrder(*x.shape[1:3], transpose=t, reverse=r) for t, r in DIRECTIONS)
+        orders = tuple(ScanOrder(x.shape[1], x.shape[2], transpose=t, reverse=r) for t, r in DIRECTIONS)
         out, scans = self.scan.trace(*self._operands(x), orders, collect=collect)
         return self._merge(out.y, x.shape), scans
 
@@ -210,19 +193,6 @@ class VMambaMixer(nnx.Module):
         return self.out_proj(self.norm(y[:, :, 0].reshape(columns.shape) + columns))
 
 
-class VMambaMLP(nnx.Module):
-    """Linear, exact GELU, linear."""
-
-    def __init__(self, config: VMambaConfig, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        types = dict(kernel_init=_INIT, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        hidden = int(config.mlp_ratio * dim)
-        self.fc1 = nnx.Linear(dim, hidden, **types)
-        self.fc2 = nnx.Linear(hidden, dim, **types)
-
-    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
-
-
 class VMambaBlock(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm2(x)); x is the float32 map between blocks.
 
@@ -239,12 +209,12 @@ class VMambaBlock(nnx.Module):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.downsample = None if inputs is None else HalvingConv(inputs, dim, **types)
         self.norm = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
         self.mixer = VMambaMixer(config, dim, **types)
         self.norm2 = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
-        self.mlp = VMambaMLP(config, dim, **types)
+        self.mlp = MLP(dim, int(config.mlp_ratio * dim), **types)
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
         x = self._enter(x)
@@ -272,7 +242,7 @@ class VMambaHead(nnx.Module):
 
     def __init__(self, config: VMambaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.widths[-1]
-        types = dict(dtype=dtype, param_dtype=param_dtype)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.norm = LayerNorm(width, **types)
         self.proj = nnx.Linear(width, config.num_classes, kernel_init=_INIT, rngs=rngs, **types)
 
@@ -299,7 +269,7 @@ class VMamba(VisionModel):
     ):
         self.config = config
         self.dtype = dtype
-        types = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.stem = VMambaStem(config, **types)
         blocks = []
         before = None
@@ -314,18 +284,6 @@ class VMamba(VisionModel):
     ) -> tuple[Float[Array, "B classes"], Trace]:
         logits, trace = super().trace(images, collect=collect)
         return logits, dataclasses.replace(trace, tokens=tokens_of(trace.tokens))
-
-
-def tokens_of(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:
-    """A map read row by row."""
-    return x.reshape(x.shape[0], -1, x.shape[3])
-
-
-def windows(x: Float[Array, "B H W C"], *, stride: int) -> list[Float[Array, "B h w C"]]:
-    """The nine inputs of a 3x3 convolution, one border of zeros: at tap (i, j), in row-major order, map 3 * i + j."""
-    _, height, width, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
 
 
 _INIT = nnx.initializers.normal(0.02)

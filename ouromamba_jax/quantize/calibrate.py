@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.models.layers import DotProductAttention, SelectiveScan
 from ouromamba_jax.outliers import calibrate_channels, calibrate_theta, search_token_scales
 from ouromamba_jax.qtensor import search_weight_scale
 from ouromamba_jax.quantize.config import QuantConfig
@@ -139,8 +139,12 @@ def check_coverage(stage: nnx.Module, x: jax.ShapeDtypeStruct, name: str) -> jax
 
     def without_sites(state: nnx.State, x: Array) -> Array:
         stripped = nnx.merge(graphdef, state)
-        for path, site in list(iter_sites(stripped)):
-            set_module(stripped, path, partial(_zeros_like_output, site))
+        # The two products of attention take marked tensors only: `operands` says whether those are quantised.
+        attention = [(path, m) for path, m in nnx.iter_modules(stripped) if isinstance(m, DotProductAttention)]
+        for path, module in attention:
+            set_module(stripped, ".".join(map(str, path)), partial(_zeros_like_output, module))
+        for name, site in list(iter_sites(stripped)):
+            set_module(stripped, name, partial(_zeros_like_output, site))
         return stripped(x)
 
     jaxpr, shape = jax.make_jaxpr(without_sites, return_shape=True)(state, x)

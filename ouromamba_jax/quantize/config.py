@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from ouromamba_jax.outliers import OutlierConfig
 
-OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z")
-"""Tensors in and around a selective scan that can be quantised."""
+OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z", "q", "k", "v", "probs")
+"""Tensors in and around a selective scan, and of dot-product attention, that can be quantised."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class QuantConfig(OutlierConfig):
     Args:
       weight_bits: 2 to 8; symmetric, one scale per output channel.
       weight_group: input channels that share a weight scale; None: all of them.
-      operands: which tensors of each selective scan are quantised. A and D, parameters, are rounded once.
+      operands: which tensors of each selective scan and attention are quantised. A and D, parameters, are rounded once.
       scale_search: "norm" minimises the 2.4 norm of the rounding error over 100 candidates, "max" takes the range.
       tune_epochs: passes over the calibration set in which each block's scales are tuned; 0 leaves them as found.
       tune_learning_rate: AdamW's, for the logarithm of every scale.
@@ -65,7 +65,7 @@ class QuantConfig(OutlierConfig):
 
     weight_bits: int = 4
     weight_group: int | None = None
-    operands: tuple[str, ...] = ("delta", "B", "C", "A", "D")
+    operands: tuple[str, ...] = ("delta", "B", "C", "A", "D", "q", "k", "v", "probs")
     scale_search: Literal["norm", "max"] = "norm"
     tune_epochs: int = 10
     tune_learning_rate: float = 2e-2

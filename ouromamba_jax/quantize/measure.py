@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -37,22 +36,27 @@ class Measured(NamedTuple):
 
 
 def measure(
-    stage: nnx.Module, low: nnx.Module, specs: dict[str, SiteSpec], captured: Captured, batch_size: int
+    stage: nnx.Module, low: nnx.Module, specs: dict[str, SiteSpec], captured: Captured, images: int, batch_size: int
 ) -> Iterator[SiteReport]:
     """One report per matmul and scan operand of a stage, its path relative to the stage.
 
     Args:
       stage: the float stage.
       low: the same stage quantised.
-      captured: what entered every site on the calibration images.
+      captured: what entered every site on the calibration images; a site may see several samples (windows) of each.
+      images: number of calibration images.
     """
     if not specs:
         return
     graphdefs, states = zip(*(nnx.split(module) for module in (stage, low)), strict=True)
-    count = len(jax.tree.leaves(captured)[0])
+
+    def part(start: int, x: Array) -> Array:
+        samples = len(x) // images
+        return x[start * samples : (start + batch_size) * samples]
+
     batches = [
-        _measure_batch(graphdefs, tuple(specs), states, jax.tree.map(itemgetter(slice(i, i + batch_size)), captured))
-        for i in range(0, count, batch_size)
+        _measure_batch(graphdefs, tuple(specs), states, jax.tree.map(partial(part, start), captured))
+        for start in range(0, images, batch_size)
     ]
     sites = dict(iter_sites(stage))
     for path, spec in specs.items():

@@ -80,7 +80,7 @@ def quantize(
             tuning[name] = tuple(losses)
         low = nnx.clone(stage)
         _replace(low, specs, scales, fixed)
-        measured = measure(stage, low, specs, captured, config.batch_size)
+        measured = measure(stage, low, specs, captured, len(images), config.batch_size)
         reports += [dataclasses.replace(report, path=prefix + report.path) for report in measured]
         kept += _store_floats(low, jnp.dtype(config.float_dtype), configs, prefix)
         set_module(quantised, name, low)

@@ -1,0 +1,402 @@
+"""MambaVision (Hatamizadeh and Kautz 2025): convolutions, then Mamba and attention blocks on windows of the maps."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.config import Preprocessing, height_width
+from ouromamba_jax.models.layers import (
+    MLP,
+    DepthwiseConv1d,
+    DotProductAttention,
+    LayerNorm,
+    QuantPoint,
+    SelectiveScan,
+    broadcast_last,
+    conv_taps,
+    tokens_of,
+)
+from ouromamba_jax.models.trace import AttentionTrace, LayerTrace, Trace, WindowOrder, join_windows
+from ouromamba_jax.models.vim import uniform
+
+_D_STATE, _D_CONV = 8, 3
+
+
+@dataclass(frozen=True)
+class MambaVisionConfig:
+    """Widths, depths, windows and input of a MambaVision; defaults are those of MambaVision-T.
+
+    `img_size` is an int or (height, width) in pixels; no parameter depends on it, but the maps' padding does. `dim` is
+    the width of the first level, doubled from level to level, `in_dim` that of the stem. `depths`, `window_size` (in
+    tokens) and `num_heads` have one entry per level; the first `conv_levels` are convolutional and use their depth
+    only. `layer_scale` is the initial factor of every update in the other levels, None for none.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    dim: int = 80
+    in_dim: int = 32
+    depths: tuple[int, ...] = (1, 3, 8, 4)
+    window_size: tuple[int, ...] = (8, 8, 14, 7)
+    num_heads: tuple[int, ...] = (2, 4, 8, 16)
+    mlp_ratio: float = 4.0
+    layer_scale: float | None = None
+    num_classes: int = 1000
+    conv_levels: int = 2
+    preprocessing: Preprocessing = Preprocessing(crop_pct=1.0)
+
+    def __post_init__(self):
+        for name in ("img_size", "depths", "window_size", "num_heads"):  # lists, as JSON has them, are not hashable
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if isinstance(value, int) else tuple(value))
+        if min(height_width(self.img_size)) < 1:
+            raise ValueError(f"img_size is {self.img_size}, but an image has at least one pixel; use a larger one.")
+        if not self.depths or min(self.depths) < 1:
+            raise ValueError(f"depths are {self.depths}, but every level needs at least one block; leave levels out.")
+        if not len(self.depths) == len(self.window_size) == len(self.num_heads):
+            raise ValueError(
+                f"depths {self.depths}, window_size {self.window_size} and num_heads {self.num_heads} must have one "
+                "entry per level."
+            )
+        for level in range(self.conv_levels, len(self.depths)):
+            width, heads, window = self.widths[level], self.num_heads[level], self.window_size[level]
+            if window < 1 or heads < 1 or width % heads or width % 2:
+                raise ValueError(
+                    f"level {level} has {width} channels, {heads} heads and windows of {window} tokens; its channels "
+                    "must be even and a multiple of its heads, and a window has at least one token."
+                )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of every level."""
+        return tuple(self.dim * 2**level for level in range(len(self.depths)))
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every level's map: each convolution of stride 2 rounds up."""
+        height, width = height_width(self.img_size)
+        return tuple((-(-height // 2**i), -(-width // 2**i)) for i in range(2, 2 + len(self.depths)))
+
+    def is_attention(self, level: int, index: int) -> bool:
+        """Whether the `index`-th block of a hybrid level attends: the second half of them, the smaller if odd."""
+        return index >= (self.depths[level] + 1) // 2
+
+
+_BASE = MambaVisionConfig(dim=128, in_dim=64, depths=(3, 3, 10, 5), layer_scale=1e-5)
+_LARGE = dataclasses.replace(_BASE, dim=196, num_heads=(4, 8, 16, 32))
+MAMBAVISION_PRESETS = {
+    "mambavision_t": MambaVisionConfig(),
+    "mambavision_t2": MambaVisionConfig(depths=(1, 3, 11, 4), preprocessing=Preprocessing(crop_pct=0.98)),
+    "mambavision_s": MambaVisionConfig(
+        dim=96, in_dim=64, depths=(3, 3, 7, 5), preprocessing=Preprocessing(crop_pct=0.93)
+    ),
+    "mambavision_b": _BASE,
+    "mambavision_l": _LARGE,
+    "mambavision_l2": dataclasses.replace(_LARGE, depths=(3, 3, 12, 5)),
+    # A convolutional level of 8x8 and a hybrid one of 4x4 tokens; further levels would be too small for patch contrast.
+    "mambavision_micro": MambaVisionConfig(
+        img_size=32,
+        dim=32,
+        in_dim=16,
+        depths=(1, 4),
+        window_size=(8, 4),
+        num_heads=(2, 4),
+        num_classes=10,
+        conv_levels=1,
+        preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0),
+    ),
+}
+
+
+class Conv3x3(nnx.Module):
+    """3x3 convolution with zero padding: a linear layer over patches, so that it can be quantised.
+
+    A BatchNorm that follows it in the published model is part of its weights.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        stride: int = 1,
+        use_bias: bool = True,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.stride = stride
+        self.proj = nnx.Linear(9 * inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
+        return self.proj(jnp.concatenate(conv_taps(x, stride=self.stride), axis=-1))
+
+
+class MambaVisionStem(nnx.Module):
+    """Images to maps of a quarter of their size: two halving convolutions, each with ReLU."""
+
+    def __init__(self, config: MambaVisionConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        types: dict[str, Any] = dict(stride=2, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.size = height_width(config.img_size)
+        self.first = Conv3x3(3, config.in_dim, **types)
+        self.second = Conv3x3(config.in_dim, config.dim, **types)
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        if images.ndim != 4 or images.shape[1:] != (*self.size, 3):
+            raise ValueError(
+                f"images have shape {images.shape}, but this model takes (batch, {self.size[0]}, {self.size[1]}, 3); "
+                "resize them or build the model with another img_size."
+            )
+        return jax.nn.relu(self.second(jax.nn.relu(self.first(images)))).astype(jnp.float32)
+
+
+class ConvBlock(nnx.Module):
+    """x + conv2(gelu(conv1(x))), GELU in its tanh form; x is the float32 map between blocks.
+
+    The first block of a later level halves the map before that.
+    """
+
+    def __init__(
+        self,
+        config: MambaVisionConfig,
+        level: int,
+        index: int,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        dim = config.widths[level]
+        self.downsample = _downsample(config, level, index, **types)
+        self.conv1 = Conv3x3(dim, dim, **types)
+        self.conv2 = Conv3x3(dim, dim, **types)
+
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
+        return self.trace(x)[0]
+
+    def trace(
+        self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "B h w C"], LayerTrace]:
+        """(output, LayerTrace without scans)."""
+        del collect
+        x = _enter(self.downsample, x)
+        update = self.conv2(jax.nn.gelu(self.conv1(x), approximate=True))
+        return x + update.astype(jnp.float32), LayerTrace((), tokens_of(x), tokens_of(update))
+
+
+class MambaVisionMixer(nnx.Module):
+    """One scan over half of the channels beside a branch without one; the halves are concatenated, not gated."""
+
+    def __init__(self, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        linear: dict[str, Any] = dict(use_bias=False, **types)
+        half, rank = dim // 2, math.ceil(dim / 16)
+        self.splits = (rank, rank + _D_STATE)
+        self.in_proj = nnx.Linear(dim, dim, kernel_init=_INIT, **linear)
+        self.conv_x = DepthwiseConv1d(half, _D_CONV, causal=False, use_bias=False, **types)
+        self.conv_z = DepthwiseConv1d(half, _D_CONV, causal=False, use_bias=False, **types)
+        self.x_proj = nnx.Linear(half, rank + 2 * _D_STATE, kernel_init=uniform(half**-0.5), **linear)
+        self.dt_proj = nnx.Linear(rank, half, kernel_init=uniform(rank**-0.5), **linear)
+        self.scan = SelectiveScan(1, half, _D_STATE, **types)
+        self.z = QuantPoint()
+        self.out_proj = nnx.Linear(dim, dim, kernel_init=_INIT, **linear)
+
+    def __call__(self, x: Float[Array, "BW L C"]) -> Float[Array, "BW L C"]:
+        operands, z = self._operands(x)
+        return self._merge(self.scan(*operands).y, z)
+
+    def trace(
+        self, x: Float[Array, "BW L C"], order: WindowOrder, *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "BW L C"], LayerTrace]:
+        """(output, LayerTrace with one scan)."""
+        operands, z = self._operands(x)
+        out, scans = self.scan.trace(*operands, (order,), collect=collect)
+        update = self._merge(out.y, z)
+        return update, LayerTrace(scans, x, update)
+
+    def _operands(self, x: Array) -> tuple[tuple[Array, Array, Array, Array], Array]:
+        x, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        u, z = jax.nn.silu(self.conv_x(x)), self.z(jax.nn.silu(self.conv_z(z)))
+        dt, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
+        return (u[:, :, None], self.dt_proj(dt)[:, :, None], B[:, :, None], C[:, :, None]), z
+
+    def _merge(self, y: Float[Array, "BW L 1 E"], z: Float[Array, "BW L E"]) -> Float[Array, "BW L C"]:
+        return self.out_proj(jnp.concatenate([y[:, :, 0], z], axis=-1))
+
+
+class MambaVisionAttention(nnx.Module):
+    """Multi-head self-attention between the tokens of a window."""
+
+    def __init__(self, dim: int, heads: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        types: dict[str, Any] = dict(kernel_init=_INIT, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.qkv = nnx.Linear(dim, 3 * dim, **types)
+        self.attention = DotProductAttention(heads, dtype=dtype)
+        self.proj = nnx.Linear(dim, dim, **types)
+
+    def __call__(self, x: Float[Array, "BW L C"]) -> Float[Array, "BW L C"]:
+        return self.proj(self.attention(*jnp.split(self.qkv(x), 3, axis=-1)))
+
+    def trace(
+        self, x: Float[Array, "BW L C"], order: WindowOrder, *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "BW L C"], AttentionTrace]:
+        """(output, AttentionTrace)."""
+        del collect
+        out, attention = self.attention.trace(*jnp.split(self.qkv(x), 3, axis=-1))
+        update = self.proj(out)
+        return update, AttentionTrace((), x, update, attention, order)
+
+
+class HybridBlock(nnx.Module):
+    """x + mixer(norm1(x)), then x + mlp(norm2(x)), either update times its layer scale if there is one.
+
+    x is the float32 map between blocks; the mixer, a scan or attention, sees windows of it. The first block of a level
+    pads the map right and below to whole windows, the last one cuts the padding off: in between, padding is as any
+    other token. The first block of a later level halves the map before that.
+    """
+
+    def __init__(
+        self,
+        config: MambaVisionConfig,
+        level: int,
+        index: int,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        dim = config.widths[level]
+        self.window, self.grid = config.window_size[level], config.grids[level]
+        self.crops = index == config.depths[level] - 1
+        self.downsample = _downsample(config, level, index, **types)
+        self.norm1 = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
+        if config.is_attention(level, index):
+            self.mixer: Any = MambaVisionAttention(dim, config.num_heads[level], **types)
+        else:
+            self.mixer = MambaVisionMixer(dim, **types)
+        self.norm2 = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
+        self.mlp = MLP(dim, int(config.mlp_ratio * dim), **types)
+        scale = None if config.layer_scale is None else jnp.full((dim,), config.layer_scale, param_dtype)
+        self.gamma1, self.gamma2 = (None if scale is None else nnx.Param(scale) for _ in range(2))
+
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
+        x = self._enter(x)
+        return self._leave(x, self.mixer(split_windows(self.norm1(x), self.window)))
+
+    def trace(
+        self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "B h w C"], LayerTrace]:
+        """(output, LayerTrace or AttentionTrace); every window is a sample of its own, see `WindowOrder`."""
+        x = self._enter(x)
+        order = WindowOrder(self.window, self.window, map_height=self.grid[0], map_width=self.grid[1])
+        update, layer = self.mixer.trace(split_windows(self.norm1(x), self.window), order, collect=collect)
+        return self._leave(x, update), layer
+
+    def _enter(self, x: Array) -> Array:
+        x = _enter(self.downsample, x)
+        below, right = (-size % self.window for size in x.shape[1:3])
+        return jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))
+
+    def _leave(self, x: Array, update: Array) -> Array:
+        x = x + self._scaled(self.gamma1, join_windows(update, self.window, self.grid))
+        x = x + self._scaled(self.gamma2, self.mlp(self.norm2(x)))
+        return x[:, : self.grid[0], : self.grid[1]] if self.crops else x
+
+    def _scaled(self, gamma: nnx.Param | None, update: Array) -> Array:
+        update = update.astype(jnp.float32)
+        return update if gamma is None else update * broadcast_last(gamma[...].astype(jnp.float32), update)
+
+
+class Affine(nnx.Module):
+    """x * scale + bias per channel, in float32: what is left of a BatchNorm at inference."""
+
+    def __init__(self, dim: int, *, param_dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype))
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        scale, bias = (broadcast_last(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
+        return x.astype(jnp.float32) * scale + bias
+
+
+class MambaVisionHead(nnx.Module):
+    """The mean of all tokens, normalised with fixed statistics, and logits."""
+
+    def __init__(self, config: MambaVisionConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        width = config.widths[-1]
+        self.norm = Affine(width, param_dtype=param_dtype)
+        self.proj = nnx.Linear(
+            width, config.num_classes, kernel_init=_INIT, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+
+    def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
+        """The vector that the linear head sees."""
+        return self.norm(jnp.mean(x, axis=(1, 2)))  # the published order, norm before mean, gives the same
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
+        return self.proj(self.features(x)).astype(jnp.float32)
+
+
+class MambaVision(VisionModel):
+    """MambaVision classifier. Between its blocks flow maps (B, H, W, C), padded within a hybrid level.
+
+    Its trace shows the stem's and the convolutions' maps as tokens (B, H * W, C), and every window of a hybrid level
+    as a sample of its own (B * windows, window^2, C).
+    """
+
+    family = "mambavision"
+
+    def __init__(
+        self,
+        config: MambaVisionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        self.config = config
+        self.dtype = dtype
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.stem = MambaVisionStem(config, **types)
+        self.blocks = nnx.List(
+            [
+                (ConvBlock if level < config.conv_levels else HybridBlock)(config, level, index, **types)
+                for level, depth in enumerate(config.depths)
+                for index in range(depth)
+            ]
+        )
+        self.head = MambaVisionHead(config, **types)
+
+    def trace(
+        self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "B classes"], Trace]:
+        logits, trace = super().trace(images, collect=collect)
+        return logits, dataclasses.replace(trace, tokens=tokens_of(trace.tokens))
+
+
+def split_windows(x: Float[Array, "B H W C"], window: int) -> Float[Array, "BW L C"]:
+    """Square windows, row by row, as samples; their tokens row by row. H and W are multiples of `window`."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // window, window, width // window, window, channels).swapaxes(2, 3)
+    return x.reshape(-1, window * window, channels)
+
+
+def _downsample(config: MambaVisionConfig, level: int, index: int, **types: Any) -> Conv3x3 | None:
+    if level == 0 or index > 0:
+        return None
+    return Conv3x3(config.widths[level - 1], config.widths[level], stride=2, use_bias=False, **types)
+
+
+def _enter(downsample: Conv3x3 | None, x: Array) -> Array:
+    return x if downsample is None else downsample(x).astype(jnp.float32)
+
+
+_INIT = nnx.initializers.normal(0.02)
