@@ -1,0 +1,23 @@
+"""The published rivals, re-implemented: same models, same calibration images, same evaluation as `quantize`."""
+
+from ouromamba_jax.baselines.base import BaselineConfig
+from ouromamba_jax.baselines.ksq_vmm import KSQConfig, quantize_ksq_vmm
+from ouromamba_jax.baselines.ptq4vm import PTQ4VMConfig, quantize_ptq4vm
+from ouromamba_jax.baselines.qmamba_like import QMambaLikeConfig, quantize_qmamba_like
+from ouromamba_jax.baselines.registry import BASELINES, Baseline, quantize_baseline
+from ouromamba_jax.baselines.rtn import RTNConfig, quantize_rtn
+
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "BaselineConfig",
+    "KSQConfig",
+    "PTQ4VMConfig",
+    "QMambaLikeConfig",
+    "RTNConfig",
+    "quantize_baseline",
+    "quantize_ksq_vmm",
+    "quantize_ptq4vm",
+    "quantize_qmamba_like",
+    "quantize_rtn",
+]

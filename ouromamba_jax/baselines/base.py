@@ -1,0 +1,268 @@
+"""What the published rivals share: settings, one walk over the model's stages, and the account of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.quantize.calibrate import Captured, capture, check_coverage
+from ouromamba_jax.quantize.config import QuantConfig, QuantRule
+from ouromamba_jax.quantize.modules import Levels, Scale, iter_sites, set_module
+from ouromamba_jax.quantize.report import QuantReport, SiteReport
+from ouromamba_jax.quantize.run import _apply, _resolve, _store_floats
+
+Progress = Callable[[int, int, str], None]
+
+EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8),)
+"""The first and the last layer at 8 bits, as in the presets of `QuantConfig`."""
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """Widths of a rival and how its calibration is run; every method adds its own fields.
+
+    Args:
+      weight_bits: 2 to 8.
+      act_bits: 2 to 8.
+      batch_size: images per step of calibration.
+      float_dtype: type in which parameters that stay float are kept.
+    """
+
+    weight_bits: int = 4
+    act_bits: int = 4
+    batch_size: int = 16
+    float_dtype: str = "float16"
+
+    def __post_init__(self):
+        self.settings()
+
+    def settings(self, **fields: Any) -> QuantConfig:
+        """The same widths as settings of sites, without outliers.
+
+        Raises:
+          ValueError: for widths that do not exist.
+        """
+        common = dict(detection="none", outlier_bits=8, operands=(), tune_epochs=0)
+        return QuantConfig(
+            **{**common, **fields},
+            weight_bits=self.weight_bits,
+            act_bits=self.act_bits,
+            batch_size=self.batch_size,
+            float_dtype=self.float_dtype,
+        )
+
+
+class StageInputs(NamedTuple):
+    """What a method sees of one stage: its float input and output on the calibration images, what the quantised stages
+    before it give instead of that input, what entered every site, and the settings of those sites."""
+
+    exact: Array
+    exact_out: Array
+    quantised: Array
+    captured: Captured
+    configs: dict[str, QuantConfig]
+
+
+class Fitted(NamedTuple):
+    """What a method puts into a stage, by path; one report per site; and its loss, epoch by epoch, if it learns."""
+
+    modules: dict[str, nnx.Module]
+    reports: tuple[SiteReport, ...]
+    losses: tuple[float, ...] = ()
+
+
+def run_baseline(
+    model: VisionModel,
+    images: Float[Array, "N H W 3"],
+    settings: QuantConfig,
+    fit: Callable[[nnx.Module, StageInputs], Fitted],
+    *,
+    progress: Progress | None = None,
+) -> tuple[VisionModel, QuantReport]:
+    """A copy of `model` with the modules that `fit` made for each of its stages, in the order of the forward pass.
+
+    Args:
+      model: a float model.
+      images: normalised calibration images.
+      settings: of every site, its rules included.
+      progress: called as progress(done, total, stage name).
+
+    Raises:
+      ValueError: if the model is already quantised, the images are not finite, a rule matches nothing, or the model
+        multiplies matrices where no site covers them.
+    """
+    if any(isinstance(leaf, Levels | Scale) for _, leaf in nnx.to_flat_state(nnx.state(model))):
+        raise ValueError("the model is already quantised; quantise the float model it came from.")
+    images = jnp.asarray(images)
+    if images.ndim != 4 or not len(images) or not bool(jnp.isfinite(images).all()):
+        raise ValueError(f"images must be finite and of shape (N, H, W, 3) with N > 0, not {images.shape}.")
+    configs = _resolve(model, settings)
+    shape = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    for name, stage in model.stages:
+        shape = check_coverage(stage, shape, name)
+    low_model = nnx.clone(model)
+    exact = x = images
+    reports: list[SiteReport] = []
+    kept: list[tuple[str, int, str]] = []
+    learning: dict[str, tuple[float, ...]] = {}
+    stages = model.stages
+    for done, (name, stage) in enumerate(stages):
+        if progress is not None:
+            progress(done, len(stages), name)
+        prefix = name + "."
+        local = {path.removeprefix(prefix): c for path, c in configs.items() if path.startswith(prefix)}
+        exact_out, captured = capture(stage, exact, local, settings.batch_size)
+        fitted = fit(stage, StageInputs(exact, exact_out, x, captured, local))
+        low = nnx.clone(stage)
+        for path, module in fitted.modules.items():
+            set_module(low, path, module)
+        reports += [_renamed(report, prefix + report.path) for report in fitted.reports]
+        if fitted.losses:
+            learning[name] = fitted.losses
+        kept += _store_floats(low, jnp.dtype(settings.float_dtype), configs, prefix)
+        set_module(low_model, name, low)
+        exact, x = exact_out, _apply(low, x, settings.batch_size)
+    if progress is not None:
+        progress(len(stages), len(stages), "done")
+    return low_model, QuantReport(tuple(reports), tuple(kept), learning)
+
+
+def _renamed(report: SiteReport, path: str) -> SiteReport:
+    return SiteReport(**{**vars(report), "path": path})
+
+
+def site_report(
+    path: str, stage: nnx.Module, module: Any, inputs: StageInputs, *, granularity: str, weights: bool = True
+) -> SiteReport:
+    """What `module` costs at a site of a float stage: of a linear layer its product, of a scan its output y.
+
+    Signal and noise are taken on the float model's activations. A linear layer's bias is in neither.
+    """
+    site, seen, config = dict(iter_sites(stage))[path], inputs.captured[path], inputs.configs[path]
+    graphdefs, states = zip(*(nnx.split(m) for m in (site, module)), strict=True)
+    names = ("u", "delta", "B", "C") if isinstance(site, SelectiveScan) else ("act",)
+    size = config.batch_size
+    batches = range(0, len(seen[names[0]]), size)
+    sums = [_signal_and_noise(graphdefs, states, *(seen[name][i : i + size] for name in names)) for i in batches]
+    signal, noise = np.sum(np.asarray(sums, np.float64), axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sqnr = float(10 * np.log10(np.divide(signal, noise)))
+    is_linear = isinstance(site, nnx.Linear)
+    return SiteReport(
+        path=path,
+        kind="matmul" if is_linear else "operand",
+        weight_bits=config.weight_bits if is_linear and weights else None,
+        act_bits=config.act_bits,
+        outlier_bits=None,
+        granularity=granularity,
+        outlier_rate=0.0,
+        shifted_rows=0.0,
+        sqnr_db=sqnr,
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _signal_and_noise(graphdefs: Any, states: Any, *inputs: Array) -> tuple[Array, Array]:
+    site, module = (nnx.merge(graphdef, state) for graphdef, state in zip(graphdefs, states, strict=True))
+    exact, low = site(*inputs), module(*inputs)
+    if isinstance(site, SelectiveScan):
+        exact, low = exact.y, low.y
+    exact, low = exact.astype(jnp.float32), low.astype(jnp.float32)
+    bias = getattr(site, "bias", None)
+    signal = exact if bias is None else exact - bias[...].astype(jnp.float32)[None, None]
+    return jnp.sum(signal**2), jnp.sum((exact - low) ** 2)
+
+
+def linear_sites(stage: nnx.Module, configs: dict[str, QuantConfig]) -> dict[str, nnx.Linear]:
+    """The linear layers of a stage that have settings."""
+    return {path: site for path, site in iter_sites(stage) if path in configs and isinstance(site, nnx.Linear)}
+
+
+def scan_sites(stage: nnx.Module, configs: dict[str, QuantConfig]) -> dict[str, SelectiveScan]:
+    """The scans of a stage that have settings."""
+    return {path: site for path, site in iter_sites(stage) if path in configs and isinstance(site, SelectiveScan)}
+
+
+def step_sizes(scan: SelectiveScan, delta: Float[Array, "B L G E"]) -> Float[Array, "B L G E"]:
+    """softplus(delta + bias) in float32."""
+    delta = delta.astype(jnp.float32)
+    return jax.nn.softplus(delta + scan.delta_bias(delta))
+
+
+class Step(NamedTuple):
+    """Token t's part of the recurrence h = decay * h_before + add; y = <C, h>. decay, add and both states are
+    (B, G, E, N), C is (B, G, N)."""
+
+    t: Array
+    h_before: Array
+    decay: Array
+    add: Array
+    h: Array
+    C: Array
+
+
+def walk_scan(
+    u: Float[Array, "B L G E"],
+    delta: Float[Array, "B L G E"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B L G N"],
+    C: Float[Array, "B L G N"],
+    *,
+    round_decay: Callable[[Array], Array] | None = None,
+    round_state: Callable[[Array, Array], Array] | None = None,
+    collect: Callable[[Array], Any] | None = None,
+    observe: Callable[[Step], Any] | None = None,
+) -> tuple[Float[Array, "B L G E"], Array, Any]:
+    """The selective scan token by token, for methods that round exp(delta A) or look at each state.
+
+    Args:
+      delta: step sizes, after bias and softplus.
+      round_decay: applied to exp(delta A), (B, G, E, N).
+      round_state: (h (B, G, E, N), token index) -> h, applied before the state is read and carried on.
+      collect: as in `selective_scan`: reduces the state (B, D, N), stacked over the tokens on axis 1.
+      observe: what else to keep of a step before the state is rounded, stacked over the tokens on axis 0.
+
+    Returns:
+      (y without the skip D u, the last state (B, D, N), what was collected, or else observed).
+    """
+    _, length, groups, channels = u.shape
+
+    def flat(h):
+        return h.reshape(h.shape[0], -1, h.shape[-1])
+
+    A = A.reshape(1, groups, channels, -1)
+
+    def step(h, xs):
+        u, delta, B, C, t = xs
+        decay = jnp.exp(delta[..., None] * A)
+        decay = decay if round_decay is None else round_decay(decay)
+        add = (delta * u)[..., None] * B[:, :, None, :]
+        new = decay * h + add
+        kept = new if round_state is None else round_state(new, t)
+        seen = None if observe is None else observe(Step(t, h, decay, add, new, C))
+        if collect is not None:
+            seen = collect(flat(kept))
+        return kept, (read_state(kept, C), seen)
+
+    inputs = [jnp.moveaxis(x.astype(jnp.float32), 1, 0) for x in (u, delta, B, C)]
+    start = jnp.zeros((*u.shape[:1], *A.shape[1:]), jnp.float32)
+    last, (y, seen) = jax.lax.scan(step, start, (*inputs, jnp.arange(length, dtype=jnp.int32)))
+    if collect is not None:
+        seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), seen)
+    return jnp.moveaxis(y, 0, 1), flat(last), seen
+
+
+def read_state(h: Float[Array, "B G E N"], C: Float[Array, "B G N"]) -> Float[Array, "B G E"]:
+    """<C, h>, one state index after the other: a reduction's order, and so a sample's bits, may depend on the batch."""
+    y = h[..., 0] * C[:, :, None, 0]
+    for n in range(1, h.shape[-1]):
+        y = y + h[..., n] * C[:, :, None, n]
+    return y

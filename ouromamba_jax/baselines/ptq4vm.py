@@ -1,0 +1,273 @@
+"""PTQ4VM (Cho et al., WACV 2025): smoothing, per-token static asymmetric activations, joint learning of scales.
+
+Only linear layers inside the blocks are quantised. Stem, head, downsampling convolutions, the scan and everything
+around it stay float. Smoothing divides the activations at run time; it is not folded into a norm.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from ouromamba_jax.baselines.base import BaselineConfig, Fitted, StageInputs, linear_sites, run_baseline, site_report
+from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.outliers import OutlierConfig
+from ouromamba_jax.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
+from ouromamba_jax.quantize.config import QuantRule
+from ouromamba_jax.quantize.modules import Levels, Scale, as_tokens, set_module, straight_through_round
+from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.tune import update_of
+from ouromamba_jax.released import search_ranges
+
+SMALLEST = {"weight": MIN_SCALE, "act": MIN_SCALE, "smooth": 1e-5}
+"""What learning may shrink a parameter to."""
+
+Params = dict[str, Array]
+"""Of one linear layer: "weight" (1, O) and "act" (L,), the scales, and "smooth" (K,)."""
+
+
+@dataclass(frozen=True)
+class PTQ4VMConfig(BaselineConfig):
+    """PTQ4VM with the settings of its Vim script.
+
+    Args:
+      alpha: share of the activations in the smoothing factors.
+      epochs: passes over the calibration images in the joint learning of scales; 0 leaves everything as found.
+      train_batch: images per step of learning; None takes all, one step per epoch.
+      scale_learning_rate: AdamW's, for the scales of weights and activations themselves.
+      smooth_learning_rate: AdamW's, for the smoothing factors themselves.
+      rules: exceptions by path, first match wins; by default, what the published code leaves in float.
+    """
+
+    alpha: float = 0.5
+    epochs: int = 100
+    train_batch: int | None = None
+    scale_learning_rate: float = 5e-4
+    smooth_learning_rate: float = 1e-2
+    rules: tuple[QuantRule, ...] = (QuantRule(r"^(stem|head)\.|downsample", skip=True),)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must lie in 0..1, not {self.alpha}.")
+        if self.epochs < 0 or (self.train_batch is not None and self.train_batch < 1):
+            raise ValueError("epochs must be at least 0 and train_batch at least 1.")
+        if min(self.scale_learning_rate, self.smooth_learning_rate) <= 0:
+            raise ValueError("scale_learning_rate and smooth_learning_rate must be positive.")
+
+    @classmethod
+    def vmamba(cls, **overrides: Any) -> "PTQ4VMConfig":
+        """The settings of its VMamba script."""
+        published = dict(alpha=0.65, epochs=50, train_batch=32, scale_learning_rate=1e-4, smooth_learning_rate=1e-4)
+        return cls(**{**published, **overrides})
+
+
+def quantize_ptq4vm(
+    model: VisionModel,
+    images: Float[Array, "N H W 3"],
+    config: PTQ4VMConfig,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[VisionModel, QuantReport]:
+    """`model` quantised by PTQ4VM, and the account of it.
+
+    Raises:
+      ValueError: as `run_baseline`.
+    """
+
+    def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
+        linears = linear_sites(stage, inputs.configs)
+        bits = {path: (c.weight_bits, c.act_bits) for path, c in inputs.configs.items() if path in linears}
+        params, zeros = {}, {}
+        for path, linear in linears.items():
+            x, kernel = inputs.captured[path]["act"], linear.kernel[...].astype(jnp.float32)
+            params[path], zeros[path] = find_parameters(x, kernel, *bits[path], config.alpha)
+        losses: tuple[float, ...] = ()
+        if config.epochs and linears:
+            target = update_of(inputs.exact_out, inputs.exact)
+            params, losses = learn(stage, bits, params, zeros, inputs.quantised, target, config)
+        modules: dict[str, nnx.Module] = {
+            path: AsymmetricLinear(linear, params[path], zeros[path], *bits[path]) for path, linear in linears.items()
+        }
+        granularity = "weight: output channel; input: token, smoothed"
+        reports = (site_report(path, stage, m, inputs, granularity=granularity) for path, m in modules.items())
+        return Fitted(modules, tuple(reports), losses)
+
+    return run_baseline(model, images, config.settings(rules=config.rules), fit, progress=progress)
+
+
+@jax.jit
+def smoothing(x: Float[Array, "B L K"], kernel: Float[Array, "K O"], alpha: float) -> Float32[Array, " K"]:
+    """max|x_k|^alpha / max|W_k|^(1 - alpha) of every input channel."""
+    act = jnp.maximum(jnp.max(jnp.abs(x), axis=(0, 1)).astype(jnp.float32), 1e-3)
+    weight = jnp.maximum(jnp.max(jnp.abs(kernel), axis=1), 1e-5)
+    return jnp.maximum(act**alpha / weight ** (1 - alpha), SMALLEST["smooth"])
+
+
+def find_parameters(
+    x: Float[Array, "B L K"], kernel: Float[Array, "K O"], weight_bits: int, act_bits: int, alpha: float
+) -> tuple[Params, Float32[Array, " L"]]:
+    """(scales and smoothing factors, zero points) before learning.
+
+    Both ends of every token's range are shrunk in 100 steps, for the smallest 2.4 norm of the error; the range then
+    holds 0, and the zero point is a level.
+    """
+    smooth = smoothing(x, kernel, alpha)
+    scale, zero = search_ranges(x / smooth[None, None], OutlierConfig(act_bits=act_bits, detection="none"))
+    weight = search_weight_scale(kernel * smooth[:, None], weight_bits)
+    return {"weight": weight, "act": scale, "smooth": smooth}, jnp.clip(zero, 0, 2**act_bits - 1)
+
+
+def centred_levels(x: Float[Array, "B L K"], params: Params, zero: Float[Array, " L"], bits: int) -> Array:
+    """Levels minus zero points, as floats: round(clip(x / (s * smooth) + z, 0, 2^bits - 1) - z)."""
+    step = params["act"][:, None] * params["smooth"][None]
+    offset = zero[None, :, None]
+    return straight_through_round(jnp.clip(divide(x, step[None]) + offset, 0.0, 2.0**bits - 1) - offset)
+
+
+class FakeAsymmetricLinear:
+    """`AsymmetricLinear` in float, with straight-through gradients to scales and smoothing factors."""
+
+    def __init__(self, linear: nnx.Linear, params: Params, zero: Array, weight_bits: int, act_bits: int):
+        self.linear, self.params, self.zero = linear, params, zero
+        self.weight_bits, self.act_bits = weight_bits, act_bits
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
+        levels = centred_levels(as_tokens(x).astype(jnp.float32), self.params, self.zero, self.act_bits)
+        limit, scale = max_level(self.weight_bits), self.params["weight"]
+        kernel = self.linear.kernel[...].astype(jnp.float32) * self.params["smooth"][:, None]
+        kernel = straight_through_round(jnp.clip(kernel / scale, -limit, limit)) * scale
+        y = (levels * self.params["act"][None, :, None]) @ kernel
+        if self.linear.bias is not None:
+            y = y + self.linear.bias[...].astype(y.dtype)[None, None]
+        return y.reshape(*x.shape[:-1], -1).astype(self.linear.dtype)
+
+
+class AsymmetricLinear(nnx.Module):
+    """A linear layer in integers whose inputs have a zero point per token.
+
+    Levels enter the int8 product minus 2^(bits - 1), so that eight bits fit; the exact correction, (2^(bits - 1) - z)
+    times the sum of the weight's column, is added to the int32 accumulator.
+    """
+
+    def __init__(self, linear: nnx.Linear, params: Params, zero: Array, weight_bits: int, act_bits: int):
+        self.act_bits = act_bits
+        self.dtype = linear.dtype
+        kernel = linear.kernel[...].astype(jnp.float32) * params["smooth"][:, None]
+        self.levels = Levels(quantize_with_scale(kernel, params["weight"], weight_bits).values, bits=weight_bits)
+        self.weight_scale = Scale(params["weight"])
+        self.act_scale = Scale(params["act"])
+        self.smooth = Scale(params["smooth"])
+        self.zero = Scale(zero)
+        self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
+
+    @property
+    def weight(self) -> QTensor:
+        """The smoothed weight."""
+        return QTensor(self.levels[...], self.weight_scale[...], bits=self.levels.bits)
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
+        tokens = as_tokens(x).astype(jnp.float32)
+        if tokens.shape[1] != self.act_scale.shape[0]:
+            raise ValueError(
+                f"this model was calibrated at {self.act_scale.shape[0]} tokens per sample and got {tokens.shape[1]}; "
+                "quantise it again at this input size."
+            )
+        params = {"act": self.act_scale[...], "smooth": self.smooth[...]}
+        centred, zero = centred_levels(tokens, params, self.zero[...], self.act_bits), self.zero[...]
+        shift = 2.0 ** (self.act_bits - 1)
+        signed = (centred + zero[None, :, None] - shift).astype(jnp.int8)
+        weight = self.levels[...]
+        contraction = (((2,), (0,)), ((), ()))
+        products = lax.dot_general(signed, weight, contraction, preferred_element_type=jnp.int32)
+        columns = jnp.sum(weight.astype(jnp.int32), axis=0)
+        total = products + (shift - zero).astype(jnp.int32)[None, :, None] * columns[None, None]
+        finite = jnp.isfinite(jnp.max(jnp.abs(tokens), axis=-1, keepdims=True))  # no silent clip of what is not
+        rows = jnp.where(finite, params["act"][None, :, None], jnp.nan)
+        y = rows * total.astype(jnp.float32) * self.weight_scale[...][None]
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)[None, None]
+        return y.reshape(*x.shape[:-1], -1).astype(self.dtype)
+
+
+def learn(
+    stage: nnx.Module,
+    bits: dict[str, tuple[int, int]],
+    params: dict[str, Params],
+    zeros: dict[str, Array],
+    x: Array,
+    target: Array,
+    config: PTQ4VMConfig,
+) -> tuple[dict[str, Params], tuple[float, ...]]:
+    """Joint learning of scales and smoothing factors: the stage's update on x is brought close to `target`.
+
+    Minimises the mean over samples and tokens of 1 - cosine over channels by AdamW (weight decay 1e-5, gradients
+    clipped at 2.0, constant rates, on the parameters themselves), with straight-through roundings. Zero points stay.
+    One more epoch only measures, and the parameters that opened the epoch of the smallest loss are kept: with fixed
+    rates, scales far smaller than a step may otherwise end up worse than they began.
+
+    Returns:
+      (parameters, mean loss of every epoch, the last one after all steps).
+    """
+    graphdef, state = nnx.split(stage)
+    batch = min(config.train_batch or len(x), len(x))
+    rng = np.random.default_rng(0)
+    epochs = [rng.permutation(len(x))[: len(x) - len(x) % batch] for _ in range(config.epochs + 1)]
+    order = np.stack(epochs).reshape(config.epochs + 1, -1, batch)
+    rates = {
+        "weight": jnp.float32(config.scale_learning_rate),
+        "act": jnp.float32(config.scale_learning_rate),
+        "smooth": jnp.float32(config.smooth_learning_rate),
+    }
+    params, losses = _learn(graphdef, tuple(bits.items()), rates, state, params, zeros, x, target, order)
+    return params, tuple(np.asarray(losses).tolist())
+
+
+def stage_loss(params, graphdef, bits, state, zeros, x, target) -> Float[Array, ""]:
+    """Mean of 1 - cos(update, target) over samples and tokens."""
+    stage = nnx.merge(graphdef, state)
+    linears = linear_sites(stage, dict(bits))
+    for path, widths in bits:
+        set_module(stage, path, FakeAsymmetricLinear(linears[path], params[path], zeros[path], *widths))
+    update = update_of(stage(x), x)
+    dot = jnp.sum(update * target, axis=-1)
+    norms = jnp.sum(update * update, axis=-1) * jnp.sum(target * target, axis=-1)
+    return jnp.mean(1 - dot * lax.rsqrt(norms + 1e-12))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _learn(graphdef, bits, rates, state, params, zeros, x, target, order):
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(2.0), optax.scale_by_adam(), optax.add_decayed_weights(1e-5)
+    )  # AdamW, but for the rate
+
+    def step(carry, chosen):
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(stage_loss)(params, graphdef, bits, state, zeros, x[chosen], target[chosen])
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes its int32 step count with floats
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = {
+            path: {name: jnp.maximum(p - rates[name] * updates[path][name], SMALLEST[name]) for name, p in own.items()}
+            for path, own in params.items()
+        }
+        return (params, opt_state), loss
+
+    def epoch(carry, chosen):
+        (params, opt_state), best, best_loss = carry
+        after, losses = lax.scan(step, (params, opt_state), chosen)
+        loss = jnp.mean(losses)
+        better = loss < best_loss
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, best)
+        return (after, best, jnp.where(better, loss, best_loss)), loss
+
+    start = ((params, optimizer.init(params)), params, jnp.float32(jnp.inf))
+    (_, best, _), losses = lax.scan(epoch, start, order)
+    return best, losses

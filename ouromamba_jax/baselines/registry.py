@@ -1,0 +1,70 @@
+"""The rivals by name, for scripts that loop over them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from ouromamba_jax.baselines.base import Progress
+from ouromamba_jax.baselines.ksq_vmm import KSQConfig, quantize_ksq_vmm
+from ouromamba_jax.baselines.ptq4vm import PTQ4VMConfig, quantize_ptq4vm
+from ouromamba_jax.baselines.qmamba_like import QMambaLikeConfig, quantize_qmamba_like
+from ouromamba_jax.baselines.rtn import RTNConfig, quantize_rtn
+from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.quantize.report import QuantReport
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A rival: its name in tables, and how to make its config and run it."""
+
+    title: str
+    config: Callable[..., Any]
+    run: Callable[..., tuple[VisionModel, QuantReport]]
+
+
+def _rtn(granularity: str) -> Callable[..., RTNConfig]:
+    def config(**fields: Any) -> RTNConfig:
+        return RTNConfig(**{"granularity": granularity, **fields})
+
+    return config
+
+
+BASELINES: dict[str, Baseline] = {
+    "rtn_tensor": Baseline("RTN, per tensor", _rtn("tensor"), quantize_rtn),
+    "rtn_token": Baseline("RTN, per token", _rtn("token"), quantize_rtn),
+    "ptq4vm": Baseline("PTQ4VM", PTQ4VMConfig, quantize_ptq4vm),
+    "ksq_vmm": Baseline("kSQ-VMM", KSQConfig, quantize_ksq_vmm),
+    "qmamba_like": Baseline("QMamba-like", QMambaLikeConfig, quantize_qmamba_like),
+}
+
+
+def quantize_baseline(
+    model: VisionModel,
+    images: Float[Array, "N H W 3"],
+    name: str,
+    *,
+    weight_bits: int,
+    act_bits: int,
+    progress: Progress | None = None,
+    **fields: Any,
+) -> tuple[VisionModel, QuantReport]:
+    """A copy of `model` quantised by the rival `name`, and the account of it; `model` itself is left as it is.
+
+    Args:
+      model: a float model.
+      images: normalised calibration images, synthetic or real.
+      name: one of `BASELINES`.
+      weight_bits, act_bits: 2 to 8.
+      progress: called as progress(done, total, stage name).
+      fields: other fields of the method's config.
+
+    Raises:
+      ValueError: for an unknown name, widths that do not exist, or as `run_baseline`.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"there is no baseline {name!r}; choose among {', '.join(BASELINES)}.")
+    baseline = BASELINES[name]
+    config = baseline.config(weight_bits=weight_bits, act_bits=act_bits, **fields)
+    return baseline.run(model, images, config, progress=progress)

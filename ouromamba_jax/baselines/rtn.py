@@ -1,0 +1,96 @@
+"""Round to nearest: the range of every tensor onto the grid, no search, no learning, no outliers.
+
+The floor that every method must beat. It rounds what `quantize` rounds by default: the linear layers, the scans' delta,
+B, C, A and D, and the operands of attention.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from ouromamba_jax.baselines.base import EDGES, BaselineConfig, Fitted, StageInputs, run_baseline
+from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
+from ouromamba_jax.quantize.calibrate import find_scales
+from ouromamba_jax.quantize.config import QuantConfig, QuantRule
+from ouromamba_jax.quantize.measure import measure
+from ouromamba_jax.quantize.modules import iter_sites, set_module
+from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.run import _quantised
+
+
+@dataclass(frozen=True)
+class RTNConfig(BaselineConfig):
+    """Round to nearest, symmetric and static: max|x| over the calibration images and channels is the largest level.
+
+    Args:
+      granularity: activations have one scale per "token" position, or one for the "tensor" (of each scan direction).
+        Weights have one per output channel.
+      rules: exceptions by path, first match wins.
+    """
+
+    granularity: Literal["token", "tensor"] = "token"
+    rules: tuple[QuantRule, ...] = EDGES
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.granularity not in ("token", "tensor"):
+            raise ValueError(f"granularity must be 'token' or 'tensor', not {self.granularity!r}.")
+
+
+def quantize_rtn(
+    model: VisionModel,
+    images: Float[Array, "N H W 3"],
+    config: RTNConfig,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[VisionModel, QuantReport]:
+    """`model` rounded to nearest, and the account of it.
+
+    Per token it is `quantize` without outliers, search and tuning; the scales of activations are not searched, either.
+
+    Raises:
+      ValueError: as `run_baseline`.
+    """
+    settings = config.settings(rules=config.rules, scale_search="max", operands=QuantConfig.operands)
+
+    def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
+        sites = dict(iter_sites(stage))
+        specs, modules = {}, {}
+        for path, site_config in inputs.configs.items():
+            seen = inputs.captured[path]
+            spec, scales, fixed = find_scales(sites[path], seen, site_config)
+            for operand in scales.keys() & seen.keys():
+                scales[operand] = range_scale(seen[operand], spec.operand_config(operand), config.granularity)
+            specs[path], modules[path] = spec, _quantised(sites[path], spec, scales, fixed)
+        low = nnx.clone(stage)
+        for path, module in modules.items():
+            set_module(low, path, module)
+        reports = measure(stage, low, specs, inputs.captured, len(inputs.exact), config.batch_size)
+        if config.granularity == "tensor":
+            reports = (
+                dataclasses.replace(report, granularity=report.granularity.replace("token", "tensor"))
+                for report in reports
+            )
+        return Fitted(modules, tuple(reports))
+
+    return run_baseline(model, images, settings, fit, progress=progress)
+
+
+def range_scale(
+    x: Float[Array, "B L *G C"], config: QuantConfig, granularity: Literal["token", "tensor"]
+) -> Float32[Array, "*G L"]:
+    """max|x| / (2^(bits - 1) - 1) over samples, channels and, per tensor, tokens; repeated for every token.
+
+    Tokens of so few channels that `quantize` lets them share one scale share it here, too.
+    """
+    channels = x.shape[-1]
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=(0, -1))  # (L, *G)
+    if granularity == "tensor" or channels - 1 <= config.sigma * channels**0.5:
+        largest = jnp.broadcast_to(jnp.max(largest, axis=0, keepdims=True), largest.shape)
+    return jnp.maximum(divide(largest, max_level(config.act_bits)), MIN_SCALE).T
