@@ -171,7 +171,11 @@ def demo(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             say=say,
         )
-    print_table([run.row() for run in runs], HEADERS, title=f"{arguments.model}: float top-1 {100 * float_top1:.1f} %; shares in %, SQNR in dB")
+    print_table(
+        [run.row() for run in runs],
+        HEADERS,
+        title=f"{arguments.model}: float top-1 {100 * float_top1:.1f} %; shares in %, SQNR in dB",
+    )
     figures = ", ".join(sorted(p.name for p in Path(arguments.out).glob("*.png")))
     print(f"{arguments.out}: {figures}; {time.perf_counter() - start:.0f} s")
 

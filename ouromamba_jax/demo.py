@@ -21,7 +21,7 @@ from ouromamba_jax.report import attention_maps, image_grid, line_chart, outlier
 
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
 HEADERS = ("images", "bits", "top-1", "agree", "SQNR", "sites", "outl.", "MB", "FP16/")
-"""Columns of the table, narrow enough for 80 characters; shares in %, SQNR of the logits and mean of the sites in dB."""
+"""The table's columns, narrow enough for 80 characters; shares in %, SQNR of the logits and mean of the sites in dB."""
 ROUND_TO_NEAREST = dict(detection="none", scale_search="max", tune_epochs=0)
 
 

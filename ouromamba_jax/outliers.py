@@ -25,6 +25,7 @@ Threshold = Literal["online", "offline"]
 Detection = Literal["dynamic", "static", "none"]
 OutlierScale = Literal["pow2", "free"]
 Spec = Literal["paper", "released"]
+StaticList = Literal["mean", "max"]
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -40,6 +41,7 @@ class OutlierConfig:
       sigma: standard deviations above the mean magnitude at which a channel is an outlier.
       threshold: "online" takes that statistic from the token itself, "offline" from calibration.
       detection: "dynamic" is Algorithm 2; "static" a fixed list of channels; "none" clips everything.
+      static_list: statistic of the magnitude by which calibration picks the channels of detection="static".
       outlier_scale: "pow2" takes the inlier scale times a power of two, "free" the token's own maximum.
       spec: "released" reproduces the published code, whose trigger is shared by the whole batch.
     """
@@ -50,6 +52,7 @@ class OutlierConfig:
     sigma: float = 3.0
     threshold: Threshold = "online"
     detection: Detection = "dynamic"
+    static_list: StaticList = "mean"
     outlier_scale: OutlierScale = "pow2"
     spec: Spec = "paper"
 
@@ -62,7 +65,13 @@ class OutlierConfig:
             raise ValueError(f"n_refresh must be at least 1 token, not {self.n_refresh}")
         if not self.sigma > 0:
             raise ValueError(f"sigma must be positive, not {self.sigma}")
-        choices = (("threshold", Threshold), ("detection", Detection), ("outlier_scale", OutlierScale), ("spec", Spec))
+        choices = (
+            ("threshold", Threshold),
+            ("detection", Detection),
+            ("static_list", StaticList),
+            ("outlier_scale", OutlierScale),
+            ("spec", Spec),
+        )
         for name, kind in choices:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
@@ -328,7 +337,7 @@ def calibration_mask(x: Float32[Array, "B L C"], config: OutlierConfig, channels
 
 
 def search_token_scales(
-    x: Float[Array, "B L C"], config: OutlierConfig, *, channels: Bool[Array, " C"] | None = None
+    x: Float[Array, "B L C"], config: OutlierConfig, *, channels: Bool[Array, " C"] | None = None, search: bool = True
 ) -> Float32[Array, " L"]:
     """Static inlier scale of every token position, from calibration samples.
 
@@ -338,20 +347,22 @@ def search_token_scales(
     Args:
       x: (B, L, C) calibration activations, tokens in scan order.
       channels: (C,) outlier channels, needed by detection="static".
+      search: False takes the inliers' range as it is.
     """
     if config.detection == "static" and (channels is None or channels.shape != x.shape[2:]):
         raise ValueError('detection="static" needs channels of shape (C,): pass the result of calibrate_channels')
     # The bits enter as a number, not as a constant: one compilation serves all of them.
     shared = replace(config, act_bits=8, outlier_bits=8)
-    return _search_token_scales(x, jnp.float32(max_level(config.act_bits)), shared, channels)
+    return _search_token_scales(x, jnp.float32(max_level(config.act_bits)), shared, channels, search)
 
 
-@partial(jax.jit, static_argnames="config")
-def _search_token_scales(x, limit, config, channels):
+@partial(jax.jit, static_argnames=("config", "search"))
+def _search_token_scales(x, limit, config, channels, search):
     x = x.astype(jnp.float32)
     inliers = jnp.where(calibration_mask(x, config, channels), 0.0, x)
     released = tuple(1 - i / 100 for i in range(1, 101))
     fractions = released if config.spec == "released" else FULL_RANGE_FRACTIONS
+    fractions = fractions if search else (1.0,)
     return search_scale(inliers, limit, axes=(0, 2), fractions=fractions)[0, :, 0]
 
 
@@ -375,16 +386,17 @@ def calibrate_theta(x: Float[Array, "B L C"], config: OutlierConfig) -> Float32[
 
 @partial(jax.jit, static_argnames="config")
 def calibrate_channels(x: Float[Array, "B L C"], config: OutlierConfig) -> Bool[Array, " C"]:
-    """Channels for detection="static": those of the largest mean magnitude over samples and tokens.
+    """Channels for detection="static": those of the largest magnitude over samples and tokens.
 
-    Mean magnitude is the statistic of the published code's channel list. There are as many channels as the dynamic
-    algorithm lists on average: both detections have one budget and spend it differently. No scale exists yet, so every
-    token counts as overflowing.
+    `static_list` says which magnitude: the mean, the statistic of the published code's channel list, or the largest.
+    There are as many channels as the dynamic algorithm lists on average: both detections have one budget and spend it
+    differently. No scale exists yet, so every token counts as overflowing.
     """
     x = x.astype(jnp.float32)
     listed = calibration_mask(x, replace(config, detection="dynamic"), None)
     budget = jnp.ceil(jnp.mean(jnp.sum(listed.astype(jnp.float32), axis=-1)))
-    rank = jnp.argsort(jnp.argsort(-jnp.mean(jnp.abs(x), axis=(0, 1)), stable=True), stable=True)
+    statistic = jnp.mean if config.static_list == "mean" else jnp.max
+    rank = jnp.argsort(jnp.argsort(-statistic(jnp.abs(x), axis=(0, 1)), stable=True), stable=True)
     return rank.astype(jnp.float32) < budget
 
 

@@ -32,6 +32,7 @@ SETTINGS = (
     ("w4a8", {}),
     ("w4a4", dict(detection="none")),
     ("w4a4", dict(detection="static")),
+    ("w4a4", dict(detection="static", static_list="max")),
     ("w4a4", dict(outlier_scale="free")),
     ("w4a4", {}),
 )

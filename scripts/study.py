@@ -88,7 +88,11 @@ def tables(images: int, iterations: int) -> dict[str, list[Run]]:
             *(r for s in ("real", "noise") for r in _without_gen(vary(bits=BITS, source=s))),
         ],
         # Table 5: how outliers are found.
-        "detection": [run for detection in ("none", "static", "dynamic") for run in ours(detection=detection)],
+        "detection": [
+            *ours(detection="none"),
+            *(run for statistic in ("mean", "max") for run in ours(detection="static", static_list=statistic)),
+            *ours(detection="dynamic"),
+        ],
         # The ablation of the losses; "plain pixels" is the same without our image prior.
         "losses": [
             *vary(gen=dict(contrastive=0.0)),

@@ -20,7 +20,7 @@ from ouromamba_jax.checkpoint import CheckpointError, load, read_description, re
 from ouromamba_jax.models import create_model
 from ouromamba_jax.quantize import OPERANDS, QuantConfig, memory_report
 from ouromamba_jax.quantize.modules import Levels
-from ouromamba_jax.quantize.run import _store_floats
+from ouromamba_jax.quantize.run import store_floats
 
 CONFIGS = {
     "w4a4": QuantConfig.preset("w4a4"),
@@ -417,7 +417,7 @@ def test_floats_are_never_stored_as_infinities(name):
         variable = dict(nnx.to_flat_state(nnx.state(model)))[leaf]
         variable.set_value(variable[...].at[0].set(-value))
         nnx.update(model, nnx.from_flat_state([(leaf, variable)]))
-        _store_floats(model, jnp.dtype(dtype), {}, "")
+        store_floats(model, jnp.dtype(dtype), {}, "")
         return np.asarray(dict(nnx.to_flat_state(nnx.state(model)))[leaf][...]), model
 
     message = f"^{re.escape(name)} has values beyond the range of float16; quantise with float_dtype='float32' or"

@@ -156,7 +156,7 @@ def layer(model):
 )
 def test_every_switch_changes_the_patch_losses(layer, switch):
     def total(layer, config):
-        return sum(jnp.sum(value) * getattr(config, name) for name, value in patch_losses(layer, config).items())
+        return sum(jnp.sum(value) * getattr(config, name) for name, value in patch_losses(layer, config, 2).items())
 
     config = dataclasses.replace(SMALL, **switch)
     value, gradient = jax.value_and_grad(total)(layer, config)
@@ -168,7 +168,7 @@ def test_every_switch_changes_the_patch_losses(layer, switch):
 def test_attention_features_see_the_weighting(layer):
     config = dataclasses.replace(SMALL, features="attention")
     uniform = dataclasses.replace(config, weighting="uniform")
-    delta, equal = (patch_losses(layer, c)["contrastive"] for c in (config, uniform))
+    delta, equal = (patch_losses(layer, c, 2)["contrastive"] for c in (config, uniform))
     assert np.all(np.abs(delta - equal) > 1e-4 * np.abs(delta))
 
 

@@ -288,13 +288,16 @@ def test_static_channels_are_the_heavy_ones():
     np.testing.assert_array_equal(split.mask, np.broadcast_to(np.asarray(channels), x.shape))
 
 
-def test_the_static_list_has_the_dynamic_budget_and_the_largest_channels():
+@pytest.mark.parametrize("statistic", ["mean", "max"])
+def test_the_static_list_has_the_dynamic_budget_and_the_largest_channels(statistic):
     x = activations(np.random.default_rng(23), 6, 20, 64)
     listed = split_outliers(jnp.asarray(x), jnp.full((20,), 1e-6, jnp.float32), OutlierConfig(n_refresh=1)).mask
-    channels = np.asarray(calibrate_channels(jnp.asarray(x), OutlierConfig(detection="static", n_refresh=1)))
+    channels = np.asarray(
+        calibrate_channels(jnp.asarray(x), OutlierConfig(detection="static", static_list=statistic, n_refresh=1))
+    )
     budget = int(np.ceil(np.asarray(listed).sum(axis=-1).mean()))
     assert 0 < budget < 32
-    order = np.argsort(-np.abs(x).mean(axis=(0, 1)))
+    order = np.argsort(-getattr(np.abs(x), statistic)(axis=(0, 1)))
     np.testing.assert_array_equal(np.flatnonzero(channels), np.sort(order[:budget]))
 
 

@@ -59,6 +59,6 @@ is 2e-6 away from float64 there."""
 
 # baselines (test_baselines)
 BATCHED_FLOAT = 2e-6
-"""Logits of size 1 after float products (a float stem, kSQ-VMM's products), whose sums' order may vary with the batch."""
+"""Logits of size 1 after float products (a float stem, kSQ-VMM), whose sums' order may vary with the batch."""
 FLOAT64_LOOP = 5e-6
-"""y of a scan against a float64 recurrence on rescaled states, relative to its largest entry: roundings of the former."""
+"""y of a scan against a float64 recurrence on rescaled states, relative to its largest entry."""

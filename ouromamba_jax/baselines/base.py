@@ -17,7 +17,7 @@ from ouromamba_jax.quantize.calibrate import Captured, capture, check_coverage
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 from ouromamba_jax.quantize.modules import Levels, Scale, iter_sites, set_module
 from ouromamba_jax.quantize.report import QuantReport, SiteReport
-from ouromamba_jax.quantize.run import _apply, _resolve, _store_floats
+from ouromamba_jax.quantize.run import apply_in_batches, resolve_sites, store_floats
 
 Progress = Callable[[int, int, str], None]
 
@@ -104,7 +104,7 @@ def run_baseline(
     images = jnp.asarray(images)
     if images.ndim != 4 or not len(images) or not bool(jnp.isfinite(images).all()):
         raise ValueError(f"images must be finite and of shape (N, H, W, 3) with N > 0, not {images.shape}.")
-    configs = _resolve(model, settings)
+    configs = resolve_sites(model, settings)
     shape = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     for name, stage in model.stages:
         shape = check_coverage(stage, shape, name)
@@ -127,9 +127,9 @@ def run_baseline(
         reports += [_renamed(report, prefix + report.path) for report in fitted.reports]
         if fitted.losses:
             learning[name] = fitted.losses
-        kept += _store_floats(low, jnp.dtype(settings.float_dtype), configs, prefix)
+        kept += store_floats(low, jnp.dtype(settings.float_dtype), configs, prefix)
         set_module(low_model, name, low)
-        exact, x = exact_out, _apply(low, x, settings.batch_size)
+        exact, x = exact_out, apply_in_batches(low, x, settings.batch_size)
     if progress is not None:
         progress(len(stages), len(stages), "done")
     return low_model, QuantReport(tuple(reports), tuple(kept), learning)
@@ -139,46 +139,67 @@ def _renamed(report: SiteReport, path: str) -> SiteReport:
     return SiteReport(**{**vars(report), "path": path})
 
 
-def site_report(
-    path: str, stage: nnx.Module, module: Any, inputs: StageInputs, *, granularity: str, weights: bool = True
-) -> SiteReport:
-    """What `module` costs at a site of a float stage: of a linear layer its product, of a scan its output y.
+def site_reports(
+    stage: nnx.Module, modules: dict[str, nnx.Module], inputs: StageInputs, granularity: dict[str, str]
+) -> tuple[SiteReport, ...]:
+    """What `modules` cost at the sites of a float stage: of a linear layer its product, of a scan its output y.
 
     Signal and noise are taken on the float model's activations. A linear layer's bias is in neither.
+
+    Args:
+      granularity: which entries share a scale, in words, for every site to report.
     """
-    site, seen, config = dict(iter_sites(stage))[path], inputs.captured[path], inputs.configs[path]
-    graphdefs, states = zip(*(nnx.split(m) for m in (site, module)), strict=True)
-    names = ("u", "delta", "B", "C") if isinstance(site, SelectiveScan) else ("act",)
-    size = config.batch_size
-    batches = range(0, len(seen[names[0]]), size)
-    sums = [_signal_and_noise(graphdefs, states, *(seen[name][i : i + size] for name in names)) for i in batches]
-    signal, noise = np.sum(np.asarray(sums, np.float64), axis=0)
+    if not granularity:
+        return ()
+    sites = dict(iter_sites(stage))
+    seen = []
+    for path in granularity:
+        names = ("u", "delta", "B", "C") if isinstance(sites[path], SelectiveScan) else ("act",)
+        seen.append(tuple(inputs.captured[path][name] for name in names))
+    splits = [nnx.split(module) for path in granularity for module in (sites[path], modules[path])]
+    graphdefs, states = zip(*splits, strict=True)
+    images, size = len(inputs.exact), next(iter(inputs.configs.values())).batch_size
+
+    def part(start: int, x: Array) -> Array:  # a site may see several samples, windows, of each image
+        samples = len(x) // images
+        return x[start * samples : (start + size) * samples]
+
+    sums = [
+        np.asarray(_signal_and_noise(graphdefs, states, jax.tree.map(partial(part, i), seen)))
+        for i in range(0, images, size)
+    ]
     with np.errstate(divide="ignore", invalid="ignore"):
-        sqnr = float(10 * np.log10(np.divide(signal, noise)))
-    is_linear = isinstance(site, nnx.Linear)
-    return SiteReport(
-        path=path,
-        kind="matmul" if is_linear else "operand",
-        weight_bits=config.weight_bits if is_linear and weights else None,
-        act_bits=config.act_bits,
-        outlier_bits=None,
-        granularity=granularity,
-        outlier_rate=0.0,
-        shifted_rows=0.0,
-        sqnr_db=sqnr,
+        signal, noise = np.sum(np.asarray(sums, np.float64), axis=0).T
+        sqnr = 10 * np.log10(signal / noise)
+    return tuple(
+        SiteReport(
+            path=path,
+            kind="matmul" if isinstance(sites[path], nnx.Linear) else "operand",
+            weight_bits=inputs.configs[path].weight_bits if isinstance(sites[path], nnx.Linear) else None,
+            act_bits=inputs.configs[path].act_bits,
+            outlier_bits=None,
+            granularity=text,
+            outlier_rate=0.0,
+            shifted_rows=0.0,
+            sqnr_db=float(sqnr[i]),
+        )
+        for i, (path, text) in enumerate(granularity.items())
     )
 
 
 @partial(jax.jit, static_argnums=0)
-def _signal_and_noise(graphdefs: Any, states: Any, *inputs: Array) -> tuple[Array, Array]:
-    site, module = (nnx.merge(graphdef, state) for graphdef, state in zip(graphdefs, states, strict=True))
-    exact, low = site(*inputs), module(*inputs)
-    if isinstance(site, SelectiveScan):
-        exact, low = exact.y, low.y
-    exact, low = exact.astype(jnp.float32), low.astype(jnp.float32)
-    bias = getattr(site, "bias", None)
-    signal = exact if bias is None else exact - bias[...].astype(jnp.float32)[None, None]
-    return jnp.sum(signal**2), jnp.sum((exact - low) ** 2)
+def _signal_and_noise(graphdefs: Any, states: Any, inputs: list[tuple[Array, ...]]) -> Float[Array, "sites 2"]:
+    modules = [nnx.merge(graphdef, state) for graphdef, state in zip(graphdefs, states, strict=True)]
+    found = []
+    for site, module, seen in zip(modules[::2], modules[1::2], inputs, strict=True):
+        exact, low = site(*seen), module(*seen)
+        if isinstance(site, SelectiveScan):
+            exact, low = exact.y, low.y
+        exact, low = exact.astype(jnp.float32), low.astype(jnp.float32)
+        bias = getattr(site, "bias", None)
+        signal = exact if bias is None else exact - bias[...].astype(jnp.float32)[None, None]
+        found.append(jnp.stack([jnp.sum(signal**2), jnp.sum((exact - low) ** 2)]))
+    return jnp.stack(found)
 
 
 def linear_sites(stage: nnx.Module, configs: dict[str, QuantConfig]) -> dict[str, nnx.Linear]:

@@ -27,7 +27,7 @@ from ouromamba_jax.baselines.base import (
     read_state,
     run_baseline,
     scan_sites,
-    site_report,
+    site_reports,
     step_sizes,
     walk_scan,
 )
@@ -112,9 +112,7 @@ def quantize_ksq_vmm(
             granularity[path] = (
                 f"weight: tensor; output: {'tensor' if axis == 'tensor' else f'{config.k} token clusters'}"
             )
-        reports = tuple(
-            site_report(path, stage, modules[path], inputs, granularity=text) for path, text in granularity.items()
-        )
+        reports = site_reports(stage, modules, inputs, granularity)
         outputs = capture_outputs(stage, inputs.exact, config.batch_size)
         for path, output in outputs.items():
             modules[path] = RoundedModule(_module(stage, path), output, config)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.baselines.base import BaselineConfig, Fitted, StageInputs, linear_sites, run_baseline, site_report
+from ouromamba_jax.baselines.base import BaselineConfig, Fitted, StageInputs, linear_sites, run_baseline, site_reports
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.outliers import OutlierConfig
 from ouromamba_jax.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
@@ -97,9 +97,8 @@ def quantize_ptq4vm(
         modules: dict[str, nnx.Module] = {
             path: AsymmetricLinear(linear, params[path], zeros[path], *bits[path]) for path, linear in linears.items()
         }
-        granularity = "weight: output channel; input: token, smoothed"
-        reports = (site_report(path, stage, m, inputs, granularity=granularity) for path, m in modules.items())
-        return Fitted(modules, tuple(reports), losses)
+        granularity = dict.fromkeys(modules, "weight: output channel; input: token, smoothed")
+        return Fitted(modules, site_reports(stage, modules, inputs, granularity), losses)
 
     return run_baseline(model, images, config.settings(rules=config.rules), fit, progress=progress)
 

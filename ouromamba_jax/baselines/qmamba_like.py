@@ -23,7 +23,7 @@ from ouromamba_jax.baselines.base import (
     linear_sites,
     run_baseline,
     scan_sites,
-    site_report,
+    site_reports,
     step_sizes,
     walk_scan,
 )
@@ -85,17 +85,15 @@ def quantize_qmamba_like(
 
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
         modules: dict[str, nnx.Module] = {}
-        reports = []
+        granularity = {}
         for path, linear in linear_sites(stage, inputs.configs).items():
             modules[path] = _linear(linear, inputs.captured[path]["act"], inputs.configs[path], config.groups)
-            text = f"weight: output channel; input: {config.groups} groups of tokens"
-            reports.append(site_report(path, stage, modules[path], inputs, granularity=text))
+            granularity[path] = f"weight: output channel; input: {config.groups} groups of tokens"
         for path, scan in scan_sites(stage, inputs.configs).items():
             seen = [inputs.captured[path][name] for name in ("u", "delta", "B", "C")]
             modules[path] = calibrate_scan(scan, *seen, bits=inputs.configs[path].act_bits, groups=config.groups)
-            text = f"exp(delta A): direction; h: direction x {config.groups} groups of tokens"
-            reports.append(site_report(path, stage, modules[path], inputs, granularity=text))
-        return Fitted(modules, tuple(reports))
+            granularity[path] = f"exp(delta A): direction; h: direction x {config.groups} groups of tokens"
+        return Fitted(modules, site_reports(stage, modules, inputs, granularity))
 
     return run_baseline(model, images, config.settings(rules=config.rules), fit, progress=progress)
 

@@ -11,17 +11,16 @@ from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from ouromamba_jax.baselines.base import EDGES, BaselineConfig, Fitted, StageInputs, run_baseline
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
 from ouromamba_jax.quantize.calibrate import find_scales
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 from ouromamba_jax.quantize.measure import measure
 from ouromamba_jax.quantize.modules import iter_sites, set_module
 from ouromamba_jax.quantize.report import QuantReport
-from ouromamba_jax.quantize.run import _quantised
+from ouromamba_jax.quantize.run import quantized_module
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,7 @@ def quantize_rtn(
     *,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[VisionModel, QuantReport]:
-    """`model` rounded to nearest, and the account of it.
-
-    Per token it is `quantize` without outliers, search and tuning; the scales of activations are not searched, either.
+    """`model` rounded to nearest, and the account of it; per token, `quantize` without outliers, search and tuning.
 
     Raises:
       ValueError: as `run_baseline`.
@@ -65,9 +62,11 @@ def quantize_rtn(
         for path, site_config in inputs.configs.items():
             seen = inputs.captured[path]
             spec, scales, fixed = find_scales(sites[path], seen, site_config)
-            for operand in scales.keys() & seen.keys():
-                scales[operand] = range_scale(seen[operand], spec.operand_config(operand), config.granularity)
-            specs[path], modules[path] = spec, _quantised(sites[path], spec, scales, fixed)
+            if config.granularity == "tensor":
+                for operand in scales.keys() & seen.keys():
+                    largest = jnp.max(scales[operand], axis=-1, keepdims=True)
+                    scales[operand] = jnp.broadcast_to(largest, scales[operand].shape)
+            specs[path], modules[path] = spec, quantized_module(sites[path], spec, scales, fixed)
         low = nnx.clone(stage)
         for path, module in modules.items():
             set_module(low, path, module)
@@ -80,17 +79,3 @@ def quantize_rtn(
         return Fitted(modules, tuple(reports))
 
     return run_baseline(model, images, settings, fit, progress=progress)
-
-
-def range_scale(
-    x: Float[Array, "B L *G C"], config: QuantConfig, granularity: Literal["token", "tensor"]
-) -> Float32[Array, "*G L"]:
-    """max|x| / (2^(bits - 1) - 1) over samples, channels and, per tensor, tokens; repeated for every token.
-
-    Tokens of so few channels that `quantize` lets them share one scale share it here, too.
-    """
-    channels = x.shape[-1]
-    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=(0, -1))  # (L, *G)
-    if granularity == "tensor" or channels - 1 <= config.sigma * channels**0.5:
-        largest = jnp.broadcast_to(jnp.max(largest, axis=0, keepdims=True), largest.shape)
-    return jnp.maximum(divide(largest, max_level(config.act_bits)), MIN_SCALE).T

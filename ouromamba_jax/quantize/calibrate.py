@@ -120,7 +120,9 @@ def _activation_scale(x: Array, config: QuantConfig) -> tuple[Array, dict[str, A
         # an outlier as soon as it does not fit): what does not fit is clipped. A scale per token from so few values
         # would not cover images that calibration has not seen; one for all tokens does.
         x = x.reshape(-1, 1, channels)
-    scale = search_token_scales(x, config.splitting, channels=fixed.get("channels"))
+    scale = search_token_scales(
+        x, config.splitting, channels=fixed.get("channels"), search=config.scale_search == "norm"
+    )
     return jnp.broadcast_to(scale, (tokens,)), fixed
 
 

@@ -57,7 +57,7 @@ def quantize(
     images = jnp.asarray(images)
     if images.ndim != 4 or not len(images) or not bool(jnp.isfinite(images).all()):
         raise ValueError(f"images must be finite and of shape (N, H, W, 3) with N > 0, not {images.shape}.")
-    configs = _resolve(model, config)
+    configs = resolve_sites(model, config)
     shape = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     for name, stage in model.stages:
         shape = check_coverage(stage, shape, name)
@@ -82,15 +82,15 @@ def quantize(
         _replace(low, specs, scales, fixed)
         measured = measure(stage, low, specs, captured, len(images), config.batch_size)
         reports += [dataclasses.replace(report, path=prefix + report.path) for report in measured]
-        kept += _store_floats(low, jnp.dtype(config.float_dtype), configs, prefix)
+        kept += store_floats(low, jnp.dtype(config.float_dtype), configs, prefix)
         set_module(quantised, name, low)
-        exact, x = exact_out, _apply(low, x, config.batch_size)
+        exact, x = exact_out, apply_in_batches(low, x, config.batch_size)
     if progress is not None:
         progress(len(names), len(names), "done")
     return quantised, QuantReport(tuple(reports), tuple(kept), tuning)
 
 
-def _resolve(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConfig]:
+def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConfig]:
     """Settings by site. A marked tensor is a site only if the config names it among its operands."""
     resolved = {path: (site, config.resolve(path)) for path, site in iter_sites(model)}
     active = {
@@ -116,10 +116,10 @@ def _replace(stage: nnx.Module, specs: dict[str, SiteSpec], scales: Scales, fixe
     """Puts the quantised modules in place of the float ones."""
     for path, site in list(iter_sites(stage)):
         if path in specs:
-            set_module(stage, path, _quantised(site, specs[path], scales[path], fixed[path]))
+            set_module(stage, path, quantized_module(site, specs[path], scales[path], fixed[path]))
 
 
-def _quantised(site: Any, spec: SiteSpec, scales: dict[str, Array], fixed: dict[str, Any]) -> nnx.Module:
+def quantized_module(site: Any, spec: SiteSpec, scales: dict[str, Array], fixed: dict[str, Any]) -> nnx.Module:
     config = spec.config
     if isinstance(site, nnx.Linear):
         kernel = site.kernel[...].astype(jnp.float32)
@@ -140,12 +140,12 @@ def _quantised(site: Any, spec: SiteSpec, scales: dict[str, Array], fixed: dict[
     return QuantizedPoint(ActScales(scales["act"], **fixed["act"]), spec)
 
 
-def _apply(stage: nnx.Module, x: Array, batch_size: int) -> Array:
+def apply_in_batches(stage: nnx.Module, x: Array, batch_size: int) -> Array:
     graphdef, state = nnx.split(stage)
     return jnp.concatenate([apply_stage(graphdef, state, x[i : i + batch_size]) for i in range(0, len(x), batch_size)])
 
 
-def _store_floats(
+def store_floats(
     stage: nnx.Module, dtype: Any, configs: dict[str, QuantConfig], prefix: str
 ) -> list[tuple[str, int, str]]:
     """Keeps what stayed float in `dtype`; returns (path, entries, reason) of each.

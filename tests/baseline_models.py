@@ -1,0 +1,83 @@
+"""A tiny Vim, heavy-tailed images, and every rival's version of that model, made once."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tiny_models import TINY
+
+from ouromamba_jax.baselines import quantize_baseline
+from ouromamba_jax.evaluate import predict
+from ouromamba_jax.models import create_model
+from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.quantize import QuantConfig
+from ouromamba_jax.quantize.calibrate import capture
+from ouromamba_jax.quantize.modules import iter_sites
+
+SCAN = "blocks.0.mixer.scan"
+QUICK = {"ptq4vm": dict(epochs=6)}
+
+
+def heavy_tailed(key: int, shape: tuple[int, ...]) -> jax.Array:
+    rng = np.random.default_rng(key)
+    values = rng.standard_normal(shape) + 0.3 * np.clip(rng.standard_t(1.5, shape), -20, 20)
+    return jnp.asarray(values, jnp.float32)
+
+
+def images(key: int = 0, count: int = 6) -> jax.Array:
+    return heavy_tailed(key, (count, 12, 16, 3))
+
+
+@cache
+def float_model() -> nnx.Module:
+    """A tiny Vim in which no parameter has the regular values of its initialisation."""
+    model = create_model("vim_micro", rngs=nnx.Rngs(5), **TINY)
+    for i, (_, leaf) in enumerate(nnx.to_flat_state(nnx.state(model))):
+        noise = np.random.default_rng(100 + i).standard_normal(leaf.shape)
+        leaf.set_value(jnp.asarray(np.asarray(leaf[...]) + 0.2 * noise, jnp.float32))
+    return model
+
+
+@cache
+def baseline(name: str, bits: int = 4):
+    return quantize_baseline(
+        float_model(), images(), name, weight_bits=bits, act_bits=bits, float_dtype="float32", **QUICK.get(name, {})
+    )
+
+
+@cache
+def logits_of(name: str, bits: int = 4) -> np.ndarray:
+    """Of the test images; "float" is the model itself."""
+    return predict(float_model() if name == "float" else baseline(name, bits)[0], images(1))
+
+
+@cache
+def captured_block():
+    """(the block, its input, its output, what entered its sites, their settings)."""
+    model = float_model()
+    block, x = model.blocks[0], model.stem(images())
+    configs = {path: QuantConfig(detection="none", outlier_bits=8) for path, _ in iter_sites(block) if path[-1] != "z"}
+    return block, x, *capture(block, x, configs, 6), configs
+
+
+def scan_operands() -> tuple[SelectiveScan, list[jax.Array]]:
+    block, _, _, captured, _ = captured_block()
+    return block.mixer.scan, [captured["mixer.scan"][name] for name in ("u", "delta", "B", "C")]
+
+
+def modules_of(model: nnx.Module) -> dict[str, nnx.Module]:
+    return {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+
+
+def bits_of(model: nnx.Module) -> dict[tuple, bytes]:
+    return {path: np.asarray(leaf[...]).tobytes() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def in_numpy(scan: SelectiveScan, operands: list[jax.Array]) -> list[np.ndarray]:
+    """(u, delta after softplus, A (G, E, N), B, C) in float64."""
+    u, delta, B, C = (np.asarray(x, np.float64) for x in operands)
+    bias = np.asarray(scan.dt_bias[...], np.float64).reshape(u.shape[2:])
+    A = -np.exp(np.asarray(scan.A_log[...], np.float64)).reshape(*u.shape[2:], -1)
+    return [u, np.log1p(np.exp(delta + bias)), A, B, C]
