@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -11,29 +10,35 @@ from jaxtyping import Array, Float, Int
 
 from ouromamba_jax.models.base import VisionModel, apply_stage
 from ouromamba_jax.report import agreement, sqnr_db, top1, topk
+from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
 
-def _forward(stages: list[tuple[nnx.GraphDef, nnx.State]], images: np.ndarray) -> np.ndarray:
-    """Logits, stage by stage: what compiles is one block, however deep the model."""
-    x: Any = images
-    for graphdef, state in stages:
-        x = apply_stage(graphdef, state, x)
-    return np.asarray(x)
+class _Runner:
+    """A model ready for batches of one size: its stages on every device, the samples of a batch spread over them.
+
+    Stage by stage, what compiles is one block, however deep the model.
+    """
+
+    def __init__(self, model: VisionModel, batch_size: int):
+        self.size, self.mesh = batch_size, data_mesh(batch_size)
+        parts = [nnx.split(stage) for _, stage in model.stages]
+        self.stages = [(graphdef, replicate(self.mesh, state)) for graphdef, state in parts]
+
+    def __call__(self, images: np.ndarray) -> Float[np.ndarray, "N classes"]:
+        """Logits. A short batch is filled up with its first image, so that nothing is retraced."""
+        x = np.concatenate([images, np.repeat(images[:1], self.size - len(images), axis=0)])
+        x = split_samples(self.mesh, x)
+        for graphdef, state in self.stages:
+            x = apply_stage(graphdef, state, x)
+        return to_host(self.mesh, x)[: len(images)]
 
 
 def predict(
     model: VisionModel, images: Float[Array | np.ndarray, "N H W 3"], *, batch_size: int = 128
 ) -> Float[np.ndarray, "N classes"]:
-    """Logits of all images, in batches under `jax.jit`; a short last batch is filled up, so nothing is retraced."""
-    stages = [nnx.split(stage) for _, stage in model.stages]
-    size = min(batch_size, len(images))
-    batches = [np.asarray(images[start : start + size]) for start in range(0, len(images), size)]
-    return np.concatenate([_forward(stages, _fill(b, size))[: len(b)] for b in batches])
-
-
-def _fill(batch: np.ndarray, size: int) -> np.ndarray:
-    """Repeats the first image until the batch has `size`."""
-    return np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
+    """Logits of all images, in batches under `jax.jit`, spread over all devices."""
+    run = _Runner(model, min(batch_size, len(images)))
+    return np.concatenate([run(np.asarray(images[i : i + run.size])) for i in range(0, len(images), run.size)])
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,12 @@ def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]
     Raises:
       ValueError: if there are no batches.
     """
-    stages = [nnx.split(stage) for _, stage in model.stages]
-    logits, labels, timed, seconds, size = [], [], 0, 0.0, 0
+    run = None
+    logits, labels, timed, seconds = [], [], 0, 0.0
     for images, batch_labels in batches:
-        size = max(size, len(images))
+        run = run or _Runner(model, len(images))
         start = time.perf_counter()
-        logits.append(_forward(stages, _fill(images, size))[: len(images)])
+        logits.append(run(images))
         if len(logits) > 1:
             seconds += time.perf_counter() - start
             timed += len(images)

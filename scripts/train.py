@@ -42,6 +42,7 @@ from ouromamba_jax.checkpoint import save
 from ouromamba_jax.data import Dataset, load_images
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.report import top1
+from ouromamba_jax.sharding import data_mesh, replicate, split_samples
 
 EVAL_BATCH = 250
 VALIDATE_EVERY = 5  # epochs
@@ -212,11 +213,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> tuple[nnx.Module, di
         raise ValueError(f"{config.model} has running statistics, which this script does not update; train a Vim.")
     forward = jax.jit(fn)
     batch = min(config.batch_size, len(data.images))
-    # One part of each batch per device, as far as it divides.
-    axis = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((math.gcd(batch, jax.device_count()),), ("data",), axis_types=axis)
-    by_sample, everywhere = (jax.NamedSharding(mesh, jax.P(spec)) for spec in ("data", None))
-    state = jax.device_put(state, everywhere)
+    mesh = data_mesh(batch)
+    state = replicate(mesh, state)
     per_epoch = len(data.images) // batch
     tx = optimizer(config, config.epochs * per_epoch)
     preprocessing = model.config.preprocessing
@@ -244,7 +242,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> tuple[nnx.Module, di
             losses = []
             for chosen in order.permutation(len(data.images))[: per_epoch * batch].reshape(per_epoch, batch):
                 key, step_key = jax.random.split(key)
-                pictures, labels = jax.device_put((data.images[chosen], data.labels[chosen]), by_sample)
+                pictures, labels = split_samples(mesh, (data.images[chosen], data.labels[chosen]))
                 state, averaged, opt_state, loss = step(state, averaged, opt_state, pictures, labels, step_key)
                 losses.append(loss)
             history.append(float(np.mean(jax.device_get(losses))))

@@ -62,3 +62,9 @@ BATCHED_FLOAT = 2e-6
 """Logits of size 1 after float products (a float stem, kSQ-VMM), whose sums' order may vary with the batch."""
 FLOAT64_LOOP = 5e-6
 """y of a scan against a float64 recurrence on rescaled states, relative to its largest entry."""
+
+# --- several devices (test_sharding)
+SHARDED = 1e-5
+"""Logits of size 1: a smaller part per device sums products in another order."""
+SHARDED_PIXELS_MEAN = 5e-4
+"""Pixels of size 1 on average: Adam divides by the gradient's size; near zero a rounding becomes a whole step."""

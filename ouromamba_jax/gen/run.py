@@ -18,6 +18,7 @@ from ouromamba_jax.gen.network import Network, image_losses, split
 from ouromamba_jax.gen.prior import noise, optimiser
 from ouromamba_jax.gen.resume import RunState, restore, run_identity
 from ouromamba_jax.models.config import Preprocessing, height_width
+from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -107,7 +108,8 @@ def generate_images(
     Args:
       model: a float model of any family.
       config: see `GenConfig`.
-      key: a `jax.random` key.
+      key: a `jax.random` key; the images do not depend on the number of devices that a batch is spread over, save for
+        rounding.
       progress: True for a progress bar on the terminal, or a function of (iteration, total, losses), both counted over
         all batches.
       checkpoint_dir: where to keep the state of the run. If it holds one, the run continues from there, bit for bit.
@@ -117,6 +119,8 @@ def generate_images(
       ValueError: if `checkpoint_dir` holds the run of another model, config or key.
     """
     network, weights = split(model)
+    mesh = data_mesh(config.batch_size)
+    weights = replicate(mesh, weights)
     batches = -(-config.num_images // config.batch_size)
     targets = _targets(model.config.num_classes, batches * config.batch_size, config, jax.random.fold_in(key, 0))
     shape = (config.batch_size, *height_width(model.config.img_size), 3)
@@ -143,25 +147,24 @@ def generate_images(
             if saved is not None:
                 state, start = jax.tree.unflatten(jax.tree.structure(state), saved.leaves), saved.iteration
                 saved = None
-            # On the weights' device from the start: an uncommitted array in the first call would compile twice.
-            state = jax.device_put(state, jax.tree.leaves(weights)[0].sharding)
-            batch_targets = targets[batch * config.batch_size : (batch + 1) * config.batch_size]
+            batch_targets = split_samples(mesh, targets[batch * config.batch_size : (batch + 1) * config.batch_size])
             while start < config.iterations:
                 due = start - start % config.checkpoint_every + config.checkpoint_every
                 stop = min(start + _DISPATCH, due, config.iterations)
                 bounds = jnp.int32(start), jnp.int32(stop)
-                state, record = _advance(network, update, weights, state, batch_targets, update_key, *bounds)
+                placed = split_samples(mesh, state)  # as before, or the next call would compile again
+                state, record = _advance(network, update, weights, placed, batch_targets, update_key, *bounds)
                 record = {name: np.asarray(record[name])[: stop - start] for name in names}
                 _check_finite(record, batch, start)
                 for name, values in record.items():
                     run.history[name][batch, start:stop] = values
                 start = stop
                 if path is not None and start == due and start < config.iterations:
-                    run.save(path, identity, start, jax.tree.leaves(state))
+                    run.save(path, identity, start, [to_host(mesh, leaf) for leaf in jax.tree.leaves(state)])
                 if report is not None:
                     losses = {name: float(values[-1]) for name, values in record.items()}
                     report(batch * config.iterations + stop, batches * config.iterations, losses)
-            run.done = np.concatenate([run.done, np.asarray(state[0])])
+            run.done = np.concatenate([run.done, to_host(mesh, state[0])])
             if path is not None:
                 run.save(path, identity, 0, [])
     return Generated(jnp.asarray(run.done[: config.num_images]), targets[: config.num_images], run.history)

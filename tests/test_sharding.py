@@ -1,0 +1,60 @@
+"""Eight devices give what one gives: evaluation and generation, a batch spread over forced CPU devices."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tolerances
+from flax import nnx
+
+from ouromamba_jax import GenConfig, create_model, generate_images
+from ouromamba_jax.evaluate import evaluate, predict
+from ouromamba_jax.sharding import data_mesh
+
+TINY = dict(img_size=16, embed_dim=16, depth=2, d_state=4)
+
+
+def everything() -> dict[str, np.ndarray]:
+    """Logits in two batch sizes (8 divides one of them, 4 the other), accuracies, and generated images."""
+    model = create_model("vim_micro", rngs=nnx.Rngs(1), **TINY)
+    images = np.asarray(jax.random.normal(jax.random.key(0), (20, 16, 16, 3)))
+    labels = np.arange(20) % 10
+    accuracy = evaluate(model, [(images[:8], labels[:8]), (images[8:16], labels[8:16]), (images[16:], labels[16:])])
+    config = GenConfig(num_images=16, batch_size=8, iterations=3, contrastive=1.0, neighbourhood=3, positives=3)
+    generated = generate_images(model, config, jax.random.key(2))
+    return dict(
+        whole=predict(model, images, batch_size=8),
+        parts=predict(model, jnp.asarray(images), batch_size=12),
+        accuracy=np.asarray([accuracy.top1, accuracy.top5, accuracy.images]),
+        images=np.asarray(generated.images),
+    )
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one(tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_sharding as t; t.on_eight_devices(sys.argv[2])"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    folder = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder, str(tmp_path / "out.npz")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    one, eight = everything(), np.load(tmp_path / "out.npz")
+    assert int(eight["devices"]) == 8
+    images = one.pop("images")
+    assert np.abs(eight["images"] - images).mean() < tolerances.SHARDED_PIXELS_MEAN
+    assert np.abs(images[0] - images[1]).mean() > 100 * tolerances.SHARDED_PIXELS_MEAN
+    for name, expected in one.items():
+        np.testing.assert_allclose(eight[name], expected, rtol=tolerances.SHARDED, atol=tolerances.SHARDED)
+
+
+def on_eight_devices(path: str) -> None:
+    """Runs in a process of its own."""
+    assert data_mesh(8).size == 8
+    assert data_mesh(12).size == 4
+    assert data_mesh(7).size == 1
+    np.savez(path, devices=jax.device_count(), **everything())
