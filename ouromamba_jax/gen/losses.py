@@ -89,12 +89,17 @@ def patch_similarity_entropy(features: Float[Array, "B M F"], *, bandwidth: floa
 
 
 def output_loss(
-    logits: Float[Array, "B K"], targets: Int[Array, " B"], kind: Literal["cross_entropy", "mae"]
+    logits: Float[Array, "B K"],
+    targets: Int[Array, " B"],
+    kind: Literal["cross_entropy", "mae"],
+    *,
+    smoothing: float = 0.0,
 ) -> Float[Array, " B"]:
-    """How far the output is from the target class, one value per image; see `GenConfig.output_loss`."""
+    """How far the output is from the target class, one value per image; see `GenConfig.output_loss` and `smoothing`."""
+    classes = jax.nn.one_hot(targets, logits.shape[1])
     if kind == "cross_entropy":
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    difference = jax.nn.softmax(logits) - jax.nn.one_hot(targets, logits.shape[1])
+        return optax.softmax_cross_entropy(logits, optax.smooth_labels(classes, smoothing))
+    difference = jax.nn.softmax(logits) - classes
     return 0.5 * jnp.sum(jnp.abs(difference), axis=1)
 
 

@@ -101,7 +101,9 @@ def image_losses(
         if values:
             losses[name] = functools.reduce(jnp.add, values) / len(values)
     if config.output:
-        losses["output"] = output_loss(nnx.merge(network.head, head)(x), targets, config.output_loss)
+        losses["output"] = output_loss(
+            nnx.merge(network.head, head)(x), targets, config.output_loss, smoothing=config.smoothing
+        )
     if config.total_variation:
         std = jnp.asarray(network.preprocessing.std, jnp.float32)[None, None, None]
         losses["total_variation"] = total_variation(images * std)
