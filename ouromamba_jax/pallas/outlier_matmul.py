@@ -1,0 +1,132 @@
+"""The outlier matmul on NVIDIA GPUs: when it applies, its operands, and the kernel of each architecture.
+
+XLA runs inliers and outliers as two products with a float matrix between them. Here they are one launch: with
+s_out = s_in * 2^j the outliers' product is shifted left by j in the accumulator that the inliers' product then adds to.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int8, Int32
+
+from ouromamba_jax.outliers import OutlierSplit
+from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
+from ouromamba_jax.qtensor import QTensor, divide, max_level
+
+_INT32_MAX = 2**31 - 1
+
+
+def largest_shift(inputs: int, weight_bits: int) -> int:
+    """Largest j at which `inputs` int8 outliers shifted by j and as many inliers cannot overflow int32; -1 if none."""
+    product = inputs * 127 * max_level(weight_bits)
+    return (_INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= _INT32_MAX else -1
+
+
+def device_target() -> Target | str:
+    """The architecture whose kernel the default device takes, or why it takes none."""
+    if jax.default_backend() != "gpu":
+        return f"it needs an NVIDIA GPU, and the default device is a {jax.default_backend()}"
+    if jax.device_count() > 1:
+        return "a kernel runs on one device, and this process sees several"
+    return target_of(getattr(jax.devices()[0], "compute_capability", "unknown"))
+
+
+def target_of(capability: str) -> Target | str:
+    """As `device_target`, for a compute capability like "8.0"."""
+    targets: dict[str, Target] = {"8.0": "sm80", "8.6": "sm89", "8.9": "sm89", "9.0": "sm90"}
+    return targets.get(capability, f"there is no kernel for compute capability {capability}")
+
+
+def supports(split: OutlierSplit, weight: QTensor) -> str | None:
+    """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
+    if split.outlier_q.dtype != jnp.int8:
+        return "16-bit outliers have no int8 product"
+    if not split.pow2:
+        return 'outlier_scale="free" needs two accumulators: split with outlier_scale="pow2"'
+    if weight.scale.shape[0] != 1:
+        return "the accumulator holds all inputs: quantise the weight without groups"
+    if largest_shift(weight.shape[0], weight.bits) < 0:
+        return f"{weight.shape[0]} inputs of {weight.bits}-bit weights could overflow int32"
+    target = device_target()
+    return None if target in ("sm80", "sm89", "sm90") else target
+
+
+def shifts(split: OutlierSplit, limit: int) -> tuple[Int32[Array, "B L"], Bool[Array, ""]]:
+    """j of every token, s_out = s_in * 2^j, and whether all are at most `limit`. Tokens with a NaN scale have j = 0."""
+    inlier_scale = jnp.broadcast_to(split.inlier_scale[None], split.outlier_scale.shape)
+    ratio = divide(split.outlier_scale, inlier_scale)
+    power = jnp.frexp(ratio)[1] - 1
+    power = jnp.where(jnp.isnan(ratio), 0, power)
+    fits = jnp.isnan(ratio) | (jnp.isfinite(ratio) & (power <= limit))
+    return jnp.where(fits, power, 0), jnp.all(fits)
+
+
+def far_lists(far: Int8[Array, "M K"], tile_m: int) -> tuple[Int32[Array, " tiles"], Int32[Array, " places"]]:
+    """For each tile of rows, how many K-blocks hold an outlier, and which, in ascending order (then the others)."""
+    M, K = far.shape
+    blocks = jnp.any(far.reshape(M, K // TILE_K, TILE_K) != 0, axis=-1)
+    whole = M // tile_m
+    used = jnp.any(blocks[: whole * tile_m].reshape(whole, tile_m, -1), axis=1)
+    if M % tile_m:
+        used = jnp.concatenate([used, jnp.any(blocks[M - tile_m :], axis=0, keepdims=True)])
+    order = jnp.argsort(~used, axis=1, stable=True)
+    return jnp.sum(used, axis=1, dtype=jnp.int32), order.astype(jnp.int32).reshape(-1)
+
+
+def _pad_to(x: Array, multiples: tuple[int, ...]) -> Array:
+    return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
+
+
+def run(
+    near: Int8[Array, "B L K"],
+    far: Int8[Array, "B L K"],
+    shift: Int32[Array, "B L"],
+    row_scale: Float32[Array, "B L"],
+    weight: QTensor,
+    *,
+    target: Target | None = None,
+    tiles: MatmulTiles | None = None,
+    interpret: Any = None,
+) -> Float32[Array, "B L O"]:
+    """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32.
+
+    Args:
+      near, far: int8 levels in units of s_in and of s_in * 2^shift.
+      shift: at most `largest_shift` wherever `far` is not zero.
+      target, tiles: the default device's kernel and its tiles, unless given.
+      interpret: `plgpu.InterpretGPUParams` to run on CPU.
+    """
+    B, L, K = near.shape
+    O = weight.shape[1]
+    target = target or _require(device_target())
+    tiles = tiles or matmul_tiles(target, O)
+    # At least one tile of rows, then any number of them.
+    height = (tiles.tile_m,) if tiles.tile_m > B * L else (1,)
+    planes = [_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far)]
+    rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
+    values = _pad_to(weight.values.T, (tiles.tile_n, TILE_K))
+    columns = _pad_to(weight.scale[0], (tiles.tile_n,))
+    y = _kernel(target, interpret)(
+        *planes, *far_lists(planes[1], tiles.tile_m), *rows, values, columns, tiles=tiles, interpret=interpret
+    )
+    return y[: B * L, :O].reshape(B, L, O)
+
+
+def _kernel(target: Target, interpret: Any):
+    # Imported here: Mosaic takes a third of a second, and most processes never run a kernel.
+    if target == "sm90":
+        from ouromamba_jax.pallas import outlier_matmul_sm90
+
+        programs = 2 if interpret is not None else jax.devices()[0].core_count
+        return partial(outlier_matmul_sm90.matmul, programs=programs)
+    from ouromamba_jax.pallas import outlier_matmul_sm80
+
+    return outlier_matmul_sm80.matmul
+
+
+def _require(target: Target | str) -> Target:
+    if target not in ("sm80", "sm89", "sm90"):
+        raise ValueError(f"no GPU kernel can run: {target}")
+    return target  # type: ignore[return-value]

@@ -1,0 +1,29 @@
+"""Tile sizes of the GPU kernels, and the choice among them: plain numbers and pure functions."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Target = Literal["sm80", "sm89", "sm90"]
+
+TILE_K = 128
+"""Bytes of K per step: one full row of the 128-byte swizzle."""
+
+
+@dataclass(frozen=True)
+class MatmulTiles:
+    """One program computes tile_m x tile_n outputs with `stages` steps of TILE_K in flight."""
+
+    tile_m: int
+    tile_n: int
+    stages: int
+
+
+def matmul_tiles(target: Target, outputs: int) -> MatmulTiles:
+    """Tiles for a product with `outputs` columns; the widest that divides them, or 64 of a padded matrix.
+
+    int32 accumulators decide: 64 x 256 for each of two warpgroups on sm90 (128 registers per thread), 128 x 128 for
+    the one of sm80, 64 x 128 on sm89, whose shared memory holds 99 KiB.
+    """
+    widths = (256, 128, 64) if target == "sm90" else (128, 64)
+    tile_n = next((n for n in widths if outputs % n == 0), 64)
+    return MatmulTiles(64 if target == "sm89" else 128, tile_n, 3)

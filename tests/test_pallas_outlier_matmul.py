@@ -1,0 +1,162 @@
+"""The outlier matmul's kernels in interpret mode: every backend gives the reference's bits, without races."""
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ouromamba_jax import matmul
+from ouromamba_jax.outliers import OutlierConfig, OutlierSplit, search_token_scales, split_outliers
+from ouromamba_jax.pallas import outlier_matmul as kernel
+from ouromamba_jax.pallas.tiles import MatmulTiles, matmul_tiles
+from ouromamba_jax.qtensor import QTensor, quantize_array
+
+TILES = {
+    "sm90": MatmulTiles(tile_m=128, tile_n=64, stages=2),
+    "sm80": MatmulTiles(tile_m=128, tile_n=64, stages=2),
+    "sm89": MatmulTiles(tile_m=64, tile_n=64, stages=3),
+}
+
+
+def interpreted(target, **options):
+    races = plgpu.InterpretGPUParams(detect_races=options.pop("detect_races", False))
+    return partial(matmul._mosaic_gpu, target=target, tiles=TILES[target], interpret=races, **options)
+
+
+BACKENDS = {"xla": matmul.BACKENDS["xla"].run, **{target: interpreted(target) for target in TILES}}
+CASES = {
+    # kind: (B, L, K, O, outlier share, largest j, weight bits)
+    "mixed": (2, 64, 256, 64, 0.1, 3, 4),
+    "inliers": (1, 200, 128, 64, 0.0, 0, 4),
+    "outliers": (1, 128, 256, 64, 1.0, 2, 4),
+    "ragged": (3, 67, 150, 70, 0.02, 4, 4),
+    "small": (1, 5, 33, 20, 0.3, 1, 4),
+    "w8": (2, 90, 128, 128, 0.05, 1, 8),
+}
+
+
+def random_split(rng, kind):
+    """Levels at their limits; with scales of 1 the result is the integer itself."""
+    B, L, K, O, share, largest, bits = CASES[kind]
+    mask = rng.random((B, L, K)) < share
+    limit = 2 ** (bits - 1) - 1
+    inlier = np.where(mask, 0, rng.integers(-limit, limit + 1, size=mask.shape)).astype(np.int8)
+    outlier = np.where(mask, rng.choice([-127, 127, 3], size=mask.shape), 0).astype(np.int8)
+    power = rng.integers(0, largest + 1, size=(B, L)) * (rng.random((B, L)) < 0.3)
+    outlier_scale = np.ldexp(np.float32(1), power).astype(np.float32)
+    scale = np.ones(L, np.float32)
+    levels = rng.integers(-limit, limit + 1, size=(K, O)).astype(np.int8)
+    split = OutlierSplit(*map(jnp.asarray, (inlier, outlier, outlier_scale, mask, scale)), True)
+    return split, QTensor(jnp.asarray(levels), jnp.ones((1, O), jnp.float32), bits)
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_integers_are_exact(name, kind):
+    split, weight = random_split(np.random.default_rng(0), kind)
+    inlier, outlier = (np.asarray(a).astype(np.int64) for a in (split.inlier_q, split.outlier_q))
+    power = np.asarray(split.outlier_scale).astype(np.int64)[:, :, None]
+    expected = (inlier + power * outlier) @ np.asarray(weight.values, np.int64)
+    assert np.abs(expected).max() < 2**24  # a float32 holds them all
+    np.testing.assert_array_equal(np.asarray(BACKENDS[name](split, weight)).astype(np.int64), expected)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_a_split_activation_gives_the_bits_of_xla(name):
+    """Real scales, tokens that share no power of two, and one that holds a NaN."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2, 70, 200)) * np.where(rng.random((2, 70, 200)) < 0.01, 300, 1)
+    x = x.astype(np.float32)
+    scale = search_token_scales(jnp.asarray(x), OutlierConfig())
+    x[1, 4, 3] = np.nan
+    split = split_outliers(jnp.asarray(x), scale, OutlierConfig())
+    weight = quantize_array(jnp.asarray(rng.normal(size=(200, 60)).astype(np.float32)), 4)
+    assert 0.1 < float(jnp.mean(matmul._shifted(split))) < 0.9
+    y, expected = np.asarray(BACKENDS[name](split, weight)), np.asarray(BACKENDS["xla"](split, weight))
+    assert np.isnan(y).sum() == 60
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_no_race(name, capfd):
+    """The interpreter raises (jax 0.12) or reports (0.11) accesses that no barrier orders."""
+    split, weight = random_split(np.random.default_rng(2), "outliers")
+    y = interpreted(name, detect_races=True)(split, weight)
+    np.testing.assert_array_equal(y, BACKENDS["xla"](split, weight))
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_the_largest_shift_fits_and_the_next_goes_to_xla(name):
+    rng = np.random.default_rng(3)
+    K = 128
+    limit = kernel.largest_shift(K, 8)
+    assert K * 127 * 127 * (2**limit + 1) < 2**31 <= K * 127 * 127 * (2 ** (limit + 1) + 1)
+    extreme = jnp.asarray(np.where(rng.random((1, 64, 1)) < 0.5, 127, -127).astype(np.int8) * np.ones(K, np.int8))
+    weight = QTensor(jnp.full((K, 3), 127, jnp.int8), jnp.ones((1, 3), jnp.float32), 8)
+    rows = jnp.ones((1, 64), jnp.float32)
+    options = {"target": name, "tiles": TILES[name], "interpret": plgpu.InterpretGPUParams()}
+    y = kernel.run(extreme, extreme, jnp.full((1, 64), limit, jnp.int32), rows, weight, **options)
+    exact = np.asarray(extreme, np.int64).sum(-1, keepdims=True) * 127 * (2**limit + 1) * np.ones(3, np.int64)
+    np.testing.assert_array_equal(y, exact.astype(np.float32))
+
+    split, _ = random_split(rng, "inliers")
+    wide = split.outlier_scale.at[0, 7].set(2.0 ** (limit + 1))
+    split = OutlierSplit(split.inlier_q, split.inlier_q, wide, split.mask, split.inlier_scale, True)
+    assert not bool(kernel.shifts(split, limit)[1])
+    np.testing.assert_array_equal(
+        matmul._mosaic_gpu(split, QTensor(weight.values, weight.scale, 8), target="no kernel runs"),
+        BACKENDS["xla"](split, weight),
+    )
+
+
+def test_shifts_are_the_powers_of_the_scales():
+    scale = np.random.default_rng(4).uniform(0.01, 3, size=5).astype(np.float32)
+    power = np.array([[0, 1, 5, 40, 126]])
+    outlier_scale = np.ldexp(scale[None], power).astype(np.float32)
+    q = jnp.zeros((1, 5, 2), jnp.int8)
+    split = OutlierSplit(q, q, jnp.asarray(outlier_scale), q > 0, jnp.asarray(scale), True)
+    shift, fits = kernel.shifts(split, 126)
+    np.testing.assert_array_equal(shift, power)
+    assert bool(fits)
+    assert not bool(kernel.shifts(split, 125)[1])
+
+
+@pytest.mark.parametrize(("M", "tile_m"), [(256, 128), (200, 64), (64, 64)])
+def test_far_lists_name_the_blocks_in_use(M, tile_m):
+    rng = np.random.default_rng(5)
+    far = np.where(rng.random((M, 1)) < 0.02, rng.random((M, 5 * 128)) < 0.004, 0).astype(np.int8)
+    count, blocks = (np.asarray(a) for a in kernel.far_lists(jnp.asarray(far), tile_m))
+    blocks = blocks.reshape(len(count), 5)
+    starts = [min(i * tile_m, M - tile_m) for i in range(-(-M // tile_m))]
+    assert len(starts) == len(count)
+    for start, n, listed in zip(starts, count, blocks, strict=True):
+        rows = far[start : start + tile_m].reshape(tile_m, 5, 128)
+        np.testing.assert_array_equal(listed[:n], np.flatnonzero(rows.any((0, 2))))
+
+
+def test_reasons_against_a_call():
+    split, weight = random_split(np.random.default_rng(6), "small")
+    assert "NVIDIA" in kernel.supports(split, weight)
+    free = OutlierSplit(
+        split.inlier_q, split.outlier_q, split.outlier_scale, split.mask, split.inlier_scale, pow2=False
+    )
+    assert "two accumulators" in kernel.supports(free, weight)
+    assert "16-bit" in kernel.supports(
+        OutlierSplit(split.inlier_q, split.mask.astype(jnp.float32), split.outlier_scale, split.mask, split.inlier_scale, pow2=False),
+        weight,
+    )
+    grouped = QTensor(weight.values, jnp.ones((3, 20), jnp.float32), 4, 11)
+    assert "groups" in kernel.supports(split, grouped)
+    with pytest.raises(ValueError, match="NVIDIA"):
+        matmul.outlier_matmul(split, weight, implementation="mosaic_gpu")
+    assert kernel.target_of("9.0") == "sm90"
+    assert "compute capability 12.1" in kernel.target_of("12.1")
+
+
+@pytest.mark.parametrize(("outputs", "width"), [(3072, 256), (384, 128), (192, 64), (56, 64)])
+def test_the_widest_tile_that_divides_the_outputs(outputs, width):
+    assert matmul_tiles("sm90", outputs).tile_n == width
+    assert matmul_tiles("sm80", outputs).tile_n == min(width, 128)
