@@ -7,10 +7,14 @@ The embedded `vim_micro` was made by
 in about 12 minutes of CPU time (half an hour on two busy cores); it reached 100 % on the 130 validation images and
 98.6 % on the 500 test images.
 
-Other data, with the split in the path (see `ouromamba_jax.data.load_images`):
+`vim_micro_cifar10` was made on CIFAR-10, an .npz of JPEG bytes per split (see `ouromamba_jax.data.load_images`), by
 
-    python scripts/train.py --data "cifar10_{split}.npz" --flip --fill mirror --rotate 0 --scale 0 \\
-        --set depth=8 --dtype bfloat16 --out outputs/vim_cifar10
+    python scripts/train.py --data "cifar10_{split}.npz" --set embed_dim=64 depth=4 d_state=8 patch_size=8 \\
+        --epochs 12 --batch-size 64 --weight-decay 0.05 --label-smoothing 0.05 --ema 0.998 --validation 0.05 \\
+        --flip --fill mirror --rotate 0 --scale 0 --out ouromamba_jax/checkpoints/vim_micro_cifar10
+
+in 57 minutes of CPU time; it reached 72.0 % on 2,500 validation images and 71.0 % on 4,000 test images. Its patches of
+8 x 8 pixels overlap, at a stride of 4.
 
 The last tenth of a seeded permutation of the training split is held out for validation; every choice was made on it.
 The test split is read once, after the last step. `--out` is a new folder: the checkpoint, and beside its arrays

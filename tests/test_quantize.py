@@ -334,7 +334,13 @@ def test_every_variant_runs(fields, tmp_path):
     logits = jax.jit(fn)(state, images(9))
     assert bool(jnp.isfinite(logits).all())
     named = {site.path.removeprefix("blocks.0.mixer.scan.") for site in report.sites}
-    expected = set(fields.get("operands", ("delta", "B", "C", "A", "D"))) - {"z"}
+    expected = set(fields.get("operands", ("delta", "B", "C", "A", "D"))) - {
+        "z",
+        "q",
+        "k",
+        "v",
+        "probs",
+    }  # a Vim has no attention
     assert expected <= named
     assert ("blocks.0.mixer.z" in named) == ("z" in fields.get("operands", ()))
     save(tmp_path / "model", low)
