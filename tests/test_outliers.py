@@ -254,6 +254,16 @@ def test_non_finite_tokens_are_visible_and_stay_alone(name, value):
     np.testing.assert_array_equal(bad[1, 10:], fine[1, 10:])
 
 
+@pytest.mark.parametrize("channel", [0, 3, 64, 199])
+def test_a_nan_is_seen_in_every_place(channel):
+    x = activations(np.random.default_rng(29), 2, 70, 200)
+    x[1, 4, channel] = np.nan
+    scale = jnp.full((70,), 0.3, jnp.float32)
+    for config in (OutlierConfig(), OutlierConfig(outlier_scale="free"), OutlierConfig(act_bits=8, outlier_bits=16)):
+        broken = np.isnan(split_outliers(jnp.asarray(x), scale, config).outlier_scale)
+        np.testing.assert_array_equal(np.argwhere(broken), [[1, 4]])
+
+
 def test_paper_scales_may_use_the_full_range():
     x = jnp.asarray(np.random.default_rng(16).choice([-0.875, 0.25, 0.875], size=(2, 3, 64)).astype(np.float32))
     scale = search_token_scales(x, OutlierConfig(act_bits=4))

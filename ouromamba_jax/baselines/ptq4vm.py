@@ -189,7 +189,7 @@ class AsymmetricLinear(nnx.Module):
         products = lax.dot_general(signed, weight, contraction, preferred_element_type=jnp.int32)
         columns = jnp.sum(weight.astype(jnp.int32), axis=0)
         total = products + (shift - zero).astype(jnp.int32)[None, :, None] * columns[None, None]
-        finite = jnp.isfinite(jnp.max(jnp.abs(tokens), axis=-1, keepdims=True))  # no silent clip of what is not
+        finite = jnp.all(jnp.isfinite(tokens), axis=-1, keepdims=True)  # no silent clip of what is not
         rows = jnp.where(finite, params["act"][None, :, None], jnp.nan)
         y = rows * total.astype(jnp.float32) * self.weight_scale[...][None]
         if self.bias is not None:

@@ -20,17 +20,24 @@ _INT32_MAX = 2**31 - 1
 
 def largest_shift(inputs: int, weight_bits: int) -> int:
     """Largest j at which `inputs` int8 outliers shifted by j and as many inliers cannot overflow int32; -1 if none."""
-    product = inputs * 127 * max_level(weight_bits)
+    product = inputs * 127 * max_level(weight_bits) * (16 if weight_bits <= 4 else 1)  # packed levels count sixteenfold
     return (_INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= _INT32_MAX else -1
+
+
+def default_device() -> jax.Device:
+    """Where the next call runs. Under `jax.default_device` it may be one that this machine lacks, to compile for it."""
+    chosen = jax.config.jax_default_device
+    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
 
 
 def device_target() -> Target | str:
     """The architecture whose kernel the default device takes, or why it takes none."""
-    if jax.default_backend() != "gpu":
-        return f"it needs an NVIDIA GPU, and the default device is a {jax.default_backend()}"
-    if jax.device_count() > 1:
+    device = default_device()
+    if device.platform != "gpu":
+        return f"it needs an NVIDIA GPU, and the default device is a {device.platform}"
+    if len(jax.devices()) > 1:
         return "a kernel runs on one device, and this process sees several"
-    return target_of(getattr(jax.devices()[0], "compute_capability", "unknown"))
+    return target_of(getattr(device, "compute_capability", "unknown"))
 
 
 def target_of(capability: str) -> Target | str:
@@ -75,6 +82,13 @@ def far_lists(far: Int8[Array, "M K"], tile_m: int) -> tuple[Int32[Array, " tile
     return jnp.sum(used, axis=1, dtype=jnp.int32), order.astype(jnp.int32).reshape(-1)
 
 
+def pack_halves(weight: Int8[Array, "N K"]) -> Int8[Array, "N half"]:
+    """4-bit levels two to a byte: of every 128 inputs, the first 64 in the low nibbles, the others in the high ones."""
+    N, K = weight.shape
+    low, high = jnp.moveaxis(weight.reshape(N, K // TILE_K, 2, TILE_K // 2), 2, 0)
+    return ((low & jnp.int8(15)) | (high << jnp.int8(4))).reshape(N, K // 2)
+
+
 def _pad_to(x: Array, multiples: tuple[int, ...]) -> Array:
     return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
 
@@ -101,13 +115,15 @@ def run(
     B, L, K = near.shape
     O = weight.shape[1]
     target = target or _require(device_target())
-    tiles = tiles or matmul_tiles(target, O)
+    tiles = tiles or matmul_tiles(target, O, weight.bits)
     # At least one tile of rows, then any number of them.
     height = (tiles.tile_m,) if tiles.tile_m > B * L else (1,)
     planes = [_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far)]
     rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
     values = _pad_to(weight.values.T, (tiles.tile_n, TILE_K))
     columns = _pad_to(weight.scale[0], (tiles.tile_n,))
+    if tiles.packed:  # unpacked by masks, without a shift back
+        values, columns = pack_halves(values), columns * 0.0625
     y = _kernel(target, interpret)(
         *planes, *far_lists(planes[1], tiles.tile_m), *rows, values, columns, tiles=tiles, interpret=interpret
     )
@@ -119,7 +135,7 @@ def _kernel(target: Target, interpret: Any):
     if target == "sm90":
         from ouromamba_jax.pallas import outlier_matmul_sm90
 
-        programs = 2 if interpret is not None else jax.devices()[0].core_count
+        programs = 2 if interpret is not None else default_device().core_count
         return partial(outlier_matmul_sm90.matmul, programs=programs)
     from ouromamba_jax.pallas import outlier_matmul_sm80
 

@@ -3,6 +3,9 @@
 A program walks tiles of the output. One warpgroup copies K-steps into shared memory, two multiply, 64 rows each. A
 tile's outlier steps come first (`far`, only the K-steps that hold an outlier of the tile), then every row of the
 accumulator is shifted left by its own power, then the dense steps follow (`near`). The integers are exact.
+
+4-bit weights may travel packed. wgmma wants int8 in shared memory, so the copying warpgroup also unpacks each step,
+one behind its copies: a byte's high nibble is 16 times its level already, the low one is after a shift.
 """
 
 import jax
@@ -17,13 +20,17 @@ from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 COMPUTE_WARPGROUPS = 2
 EPILOGUE_COLUMNS = 64
 EPILOGUE_SLOTS = 2
+HALF = TILE_K // 2
+UNPACKED_ROWS = 64
+"""At a time: as many as the unpacking warpgroup has registers for."""
+PAIRS = 2
+"""Unpacked K-steps of a packed weight: one is multiplied while the next is unpacked."""
 
 
-def _shared(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
-    """Shared memory in the 128-byte swizzle of TMA and wgmma."""
-    itemsize = jnp.dtype(dtype).itemsize
-    tiling = plgpu.TilingTransform((8, 128 // itemsize))  # type: ignore[abstract]
-    swizzle = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+def _shared(shape: tuple[int, ...], dtype, swizzle_bytes: int = 128) -> plgpu.SMEM:
+    """Shared memory in the swizzle of TMA and wgmma."""
+    tiling = plgpu.TilingTransform((8, swizzle_bytes // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    swizzle = plgpu.SwizzleTransform(swizzle_bytes)  # type: ignore[abstract]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
@@ -34,7 +41,7 @@ def matmul(
     far_blocks: Int32[Array, " tiles*blocks"],
     shift: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
-    weight: Int8[Array, "N K"],
+    weight: Int8[Array, "N columns"],
     column_scale: Float32[Array, " N"],
     *,
     tiles: MatmulTiles,
@@ -46,6 +53,7 @@ def matmul(
     Args:
       far_count: for each tile of rows, how many K-blocks of `far` are not zero.
       far_blocks: their indices, K // 128 places per tile.
+      weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; its levels then count sixteenfold.
       programs: how many run, one per multiprocessor.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
@@ -55,8 +63,10 @@ def matmul(
     n_tiles, k_tiles = N // tile_n, K // TILE_K
     tile_count = pl.cdiv(M, tile_m) * n_tiles
     emulated = interpret is not None
+    width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step, and the swizzle that suits them
 
-    def body(near, far, far_count, far_blocks, shift, row_scale, weight, column_scale, out, a, b, c, full, empty):
+    def body(near, far, far_count, far_blocks, shift, row_scale, weight, column_scale, out, *scratch):
+        a, b, c, full, empty, *unpacking = scratch
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
         def corner(tile):
@@ -69,7 +79,27 @@ def matmul(
 
         @pl.when(warpgroup == COMPUTE_WARPGROUPS)
         def _copy():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(64 if tiles.packed else 40, action="decrease")
+
+            def unpack(step):
+                packed, ready, used = unpacking
+                slot, pair = lax.rem(step, stages), lax.rem(step, PAIRS)
+                layout = plgpu.Layout.SMEM_GMEM_COPY((UNPACKED_ROWS, HALF), jnp.int8, HALF)
+                plgpu.barrier_wait(full.at[slot])
+
+                @pl.when(step >= PAIRS)
+                def _():
+                    plgpu.barrier_wait(used.at[pair])
+
+                for i in range(tile_n // UNPACKED_ROWS):
+                    part = pl.ds(i * UNPACKED_ROWS, UNPACKED_ROWS)
+                    both = plgpu.load(packed.at[slot, part], layout=layout)
+                    low = lax.shift_left(both.astype(jnp.int32), 4)  # there is no 8-bit shift
+                    b[pair, 0, part] = low.astype(jnp.int8)
+                    b[pair, 1, part] = both & jnp.int8(-16)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(empty.at[slot])
+                plgpu.barrier_arrive(ready.at[pair])
 
             def fetch(plane, m, n, block, step):
                 slot = lax.rem(step, stages)
@@ -78,9 +108,12 @@ def matmul(
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                k = pl.ds(block * TILE_K, TILE_K)
+                k, k_weight = pl.ds(block * TILE_K, TILE_K), pl.ds(block * width, width)
+                target = unpacking[0] if tiles.packed else b
                 plgpu.copy_gmem_to_smem(plane.at[pl.ds(m, tile_m), k], a.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(weight.at[pl.ds(n, tile_n), k], b.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(weight.at[pl.ds(n, tile_n), k_weight], target.at[slot], full.at[slot])
+                if tiles.packed:  # the step before this one, whose copy is under way
+                    pl.when(step >= 1)(lambda: unpack(step - 1))
                 return step + 1
 
             def tile(index, step):
@@ -95,19 +128,36 @@ def matmul(
             def drain(step, _):
                 plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
 
+            def drain_pairs(step, _):
+                plgpu.barrier_wait(unpacking[2].at[lax.rem(step, PAIRS)])
+
             steps = each_tile(tile)
+            if tiles.packed:
+                pl.when(steps >= 1)(lambda: unpack(steps - 1))
+                lax.fori_loop(jnp.maximum(steps - PAIRS, 0), steps, drain_pairs, None)
             lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, None)
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def _multiply():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(224 if tiles.packed else 232, action="increase")
 
             def products(acc, first, count):
                 def step(step, _):
                     slot = lax.rem(step, stages)
                     plgpu.barrier_wait(full.at[slot])
-                    plgpu.wgmma(acc, a.at[slot, pl.ds(warpgroup * rows, rows)], b.at[slot].transpose((1, 0)))
-                    plgpu.wgmma_wait(0)
+                    a_rows = a.at[slot, pl.ds(warpgroup * rows, rows)]
+                    if tiles.packed:
+                        _, ready, used = unpacking
+                        pair = lax.rem(step, PAIRS)
+                        plgpu.barrier_wait(ready.at[pair])
+                        for half in range(2):
+                            columns = pl.ds(half * HALF, HALF)
+                            plgpu.wgmma(acc, a_rows.at[:, columns], b.at[pair, half].transpose((1, 0)))
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(used.at[pair])
+                    else:
+                        plgpu.wgmma(acc, a_rows, b.at[slot].transpose((1, 0)))
+                        plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(empty.at[slot])
 
                 lax.fori_loop(first, first + count, step, None)
@@ -152,6 +202,11 @@ def matmul(
             each_tile(tile)
             plgpu.wait_smem_to_gmem(0)
 
+    unpacking_scratch = [
+        _shared((stages, tile_n, HALF), jnp.int8, HALF),
+        plgpu.Barrier(num_arrivals=1, num_barriers=PAIRS),
+        plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=PAIRS),
+    ]
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((M, N), jnp.float32),
@@ -160,11 +215,12 @@ def matmul(
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
-            _shared((stages, tile_m, TILE_K), jnp.int8),
-            _shared((stages, tile_n, TILE_K), jnp.int8),
+            _shared((stages, tile_m, TILE_K), jnp.int8, width),
+            _shared((PAIRS, 2, tile_n, HALF) if tiles.packed else (stages, tile_n, TILE_K), jnp.int8, width),
             _shared((COMPUTE_WARPGROUPS, EPILOGUE_SLOTS, rows, EPILOGUE_COLUMNS), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + tiles.packed, num_barriers=stages),
+            *(unpacking_scratch if tiles.packed else []),
         ],
         **({"interpret": interpret} if emulated else {}),
     )(near, far, far_count, far_blocks, shift, row_scale, weight, column_scale)

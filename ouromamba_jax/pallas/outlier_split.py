@@ -1,0 +1,143 @@
+"""Algorithm 2 in one GPU kernel: one program per window of one sample walks its tokens and reads each entry once.
+
+Sums follow the reference's tree of halves, staged through shared memory, and no product feeds a sum unrounded, so the
+lists are the reference's bit for bit wherever division and square root are. Mosaic compiles those two to their fast
+forms (div.full, sqrt.approx): on a GPU a level at an exact tie may differ by one from a CPU's.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32
+
+from ouromamba_jax.outliers import OutlierConfig, OutlierSplit
+from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
+
+LANES = 128
+_FLOAT32_MAX = 3.4028234663852886e38
+_LARGEST_RATIO = 2.0**126
+
+
+def supports(x: Float[Array, "B L C"], config: OutlierConfig) -> str | None:
+    """Why the kernel cannot split this, from static facts; None if it can."""
+    if config.detection != "dynamic" or config.spec != "paper":
+        return 'it is Algorithm 2 itself: detection="dynamic" and spec="paper"'
+    if config.outlier_bits == 16:
+        return "16-bit outliers stay floats"
+    if x.shape[-1] > 24 * LANES:
+        return f"{x.shape[-1]} channels do not fit a warpgroup's registers"
+    return None
+
+
+def split(
+    x: Float[Array, "B L C"],
+    scale: Float32[Array, " L"],
+    config: OutlierConfig,
+    *,
+    theta: Float32[Array, " L"] | None = None,
+    interpret: Any = None,
+) -> OutlierSplit:
+    """`outliers.split_outliers` for what `supports` accepts."""
+    B, L, C = x.shape
+    width, window = C + -C % LANES, min(config.n_refresh, L)
+    q_in, q_out = max_level(config.act_bits), max_level(config.outlier_bits)
+    online = config.threshold == "online"
+    limits = scale if theta is None else theta
+
+    def tree_sum(values, buffers):
+        """Halves are added until one entry is left, in the order of the reference (whose rows are padded to 64)."""
+        source, target = buffers
+        source[:width] = values  # Pallas puts a barrier before and behind every store
+        n = C + -C % 64
+        while n > 1:
+            half = (n + 1) // 2
+            span = half + -half % LANES
+            inside = _iota(span) < n - half
+            upper = jnp.where(inside, source[half : half + span], 0.0)
+            target[:span] = source[:span] + upper
+            source, target, n = target, source, half
+        return source[0]
+
+    def body(x, scale, limits, inlier, outlier, outlier_scale, mask, first, second):
+        sample, start = lax.axis_index("sample"), lax.axis_index("window") * window
+        buffers = (first, second)
+        present = _iota(width) < C
+
+        def token(t, listed):
+            t = start + t
+            row = x[sample, t].astype(jnp.float32)
+            step, limit = scale[t], limits[t]
+            magnitude = jnp.abs(row)
+            free = jnp.where(listed > 0, 0.0, magnitude)
+            overflows = divide(jnp.max(free), q_in) > step
+            if online:
+                mean = divide(tree_sum(free, buffers), C)
+                deviation = free - mean
+                square = jnp.where(present, jnp.minimum(deviation * deviation, _FLOAT32_MAX), 0.0)
+                std = jnp.sqrt(divide(tree_sum(square, buffers), max(C - 1, 1)))
+                reach, limit = deviation, config.sigma * std
+            else:
+                reach = free
+            found = overflows & (reach >= limit) & present
+            listed = jnp.where(found, 1, listed)
+            is_outlier = listed > 0
+            largest = jnp.max(jnp.where(is_outlier, magnitude, 0.0))
+            finite = jnp.max(jnp.where(magnitude <= _FLOAT32_MAX, 0.0, 1.0)) == 0
+            if config.outlier_scale == "free":
+                own = divide(jnp.maximum(largest, MIN_SCALE), q_out)
+            else:
+                own = step * _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
+            own = jnp.where(finite, own, jnp.nan)
+            inlier[sample, t] = jnp.where(is_outlier, 0.0, _levels(divide(row, step), q_in)).astype(jnp.int8)
+            outlier[sample, t] = jnp.where(is_outlier, _levels(divide(row, own), q_out), 0.0).astype(jnp.int8)
+            mask[sample, t] = listed.astype(jnp.int8)
+            outlier_scale[sample, t] = own
+            return listed
+
+        lax.fori_loop(0, jnp.minimum(window, L - start), token, jnp.zeros((width,), jnp.int32))
+
+    shape = (B, L, width)
+    kernel = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct(shape, jnp.int8),
+            jax.ShapeDtypeStruct(shape, jnp.int8),
+            jax.ShapeDtypeStruct((B, L), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.int8),
+        ),
+        grid=(B, pl.cdiv(L, window)),
+        grid_names=("sample", "window"),
+        scratch_types=[plgpu.SMEM((2 * width,), jnp.float32)] * 2,
+        **({"interpret": interpret} if interpret is not None else {}),
+    )
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, width - C)))
+    inlier, outlier, outlier_scale, mask = kernel(padded, scale, limits)
+    return OutlierSplit(
+        inlier[..., :C], outlier[..., :C], outlier_scale, mask[..., :C] != 0, scale, config.outlier_scale == "pow2"
+    )
+
+
+def _iota(size: int):
+    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WG_STRIDED((size,), vec_size=1))
+
+
+def _levels(ratio, q: int):
+    """Rounded half to even and clipped to [-q, q]; both orders give the same."""
+    return jnp.round(jnp.minimum(jnp.maximum(ratio, -float(q)), float(q)))
+
+
+def _power_that_fits(ratio, q: int):
+    """Smallest 2^j, j >= 0, for which round(ratio / 2^j) <= q."""
+
+    def halve(state):
+        ratio, power = state
+        return ratio * 0.5, power * 2.0
+
+    def clips(state):
+        return state[0] >= q + 0.5
+
+    return lax.while_loop(clips, halve, (jnp.minimum(ratio, _LARGEST_RATIO), jnp.float32(1)))[1]

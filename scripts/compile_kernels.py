@@ -1,0 +1,231 @@
+"""Compile every GPU kernel to machine code for H100, A100 and L40S on a machine without a GPU, and check the result.
+
+    pip install --no-deps jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION    # VERSION of the installed jax, 150 MB
+    python scripts/compile_kernels.py [--target h100] [--only NAME]
+
+Needs ptxas, which JAX finds on PATH or under /usr/local/cuda. About 4 s per kernel and target, two minutes in all on
+one CPU core. Prints registers, spills, shared memory and tensor-core instructions (in PTX: wgmma on Hopper, mma.sync
+below), and exits with 1 if a kernel does not compile, spills, calls a function, exceeds the device's shared memory, or
+multiplies without int8 tensor cores. It says nothing about speed.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+TOKENS, BATCH = 197, 32
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the compiler asks of a device; capacities in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    shared_memory: int
+    shared_memory_per_core: int
+    cores: int
+    memory: int
+    l2: int
+    bandwidth: int
+    clock: float
+    threads_per_core: int = 2048
+    features: str = "NONE"
+
+    def topology(self) -> str:
+        """The text form of XLA's GpuTargetConfigProto."""
+        major, minor = self.capability
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {self.threads_per_core}
+              shared_memory_per_block: 49152 shared_memory_per_block_optin: {self.shared_memory}
+              shared_memory_per_core: {self.shared_memory_per_core} core_count: {self.cores} fpus_per_core: 128
+              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+              thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+              registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2} clock_rate_ghz: {self.clock}
+              device_memory_size: {self.memory} device_vendor: "NVIDIA Corporation" device_address_bits: 64
+              cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {self.features} }}
+              name: "{self.name}" driver_version: "13.0.0" runtime_version: "13.0.0"
+              compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0"
+            }}
+            platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+            device_description_str: "{self.name}"
+        """
+
+
+DEVICES = {
+    "h100": Device(
+        "NVIDIA H100 80GB HBM3", (9, 0), 232448, 233472, 132, 84942979072, 52428800, 3352320000000, 1.98,
+        features="ACCELERATED_FEATURES",
+    ),
+    "a100": Device(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 166912, 167936, 108, 85100068864, 41943040, 2039040000000, 1.41
+    ),
+    "l40s": Device(
+        "NVIDIA L40S", (8, 9), 101376, 102400, 142, 47000000000, 100663296, 864000000000, 2.52, threads_per_core=1536
+    ),
+}  # fmt: skip
+
+
+def matmul(inputs: int, outputs: int, bits: int) -> tuple[Callable, list]:
+    import jax
+    import jax.numpy as jnp
+
+    from ouromamba_jax.matmul import outlier_matmul
+    from ouromamba_jax.outliers import OutlierSplit
+    from ouromamba_jax.qtensor import QTensor
+
+    def run(inlier, outlier, outlier_scale, mask, scale, values, columns):
+        split = OutlierSplit(inlier, outlier, outlier_scale, mask, scale, True)
+        return outlier_matmul(split, QTensor(values, columns, bits), implementation="mosaic_gpu")
+
+    levels, f32 = (BATCH, TOKENS, inputs), jnp.float32
+    shapes = [
+        (levels, jnp.int8), (levels, jnp.int8), (levels[:2], f32), (levels, jnp.bool_), ((TOKENS,), f32),
+        ((inputs, outputs), jnp.int8), ((1, outputs), f32),
+    ]  # fmt: skip
+    return run, [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+
+def split(channels: int, scale: str) -> tuple[Callable, list]:
+    import jax
+    import jax.numpy as jnp
+
+    from ouromamba_jax.outliers import OutlierConfig
+    from ouromamba_jax.pallas import outlier_split
+
+    config = OutlierConfig(outlier_scale=scale)  # type: ignore[arg-type]
+    shapes = [(BATCH, TOKENS, channels), (TOKENS,)]
+    return (
+        lambda x, scale: outlier_split.split(x, scale, config),
+        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+    )
+
+
+def scan(channels: int, states: int, groups: int) -> tuple[Callable, list]:
+    import jax
+    import jax.numpy as jnp
+
+    from ouromamba_jax.pallas import selective_scan
+
+    def run(u, delta, A, B, C, D, z, bias):
+        return selective_scan.forward(u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True)
+
+    tokens, projection = (BATCH, TOKENS, channels), (BATCH, TOKENS, groups, states)
+    shapes = [tokens, tokens, (channels, states), projection, projection, (channels,), tokens, (channels,)]
+    return run, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]] = {
+    # Layers of Vim: every tile width, ragged rows (6304), padded inputs (192) and outputs (56)
+    "matmul 768x3072 W4": (matmul, (768, 3072, 4)),
+    "matmul 1536x768 W8": (matmul, (1536, 768, 8)),
+    "matmul 192x384 W4": (matmul, (192, 384, 4)),
+    "matmul 384x56 W4": (matmul, (384, 56, 4)),
+    "split 768 pow2": (split, (768, "pow2")),
+    "split 3072 pow2": (split, (3072, "pow2")),
+    "split 192 free": (split, (192, "free")),
+    "scan 384x16": (scan, (384, 16, 1)),
+    "scan 1536x1 in 4": (scan, (1536, 1, 4)),
+}
+
+
+def compile_one(kernel: str, target: str) -> None:
+    """Runs in a process of its own: a compiler that cannot go on aborts it."""
+    import jax
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=DEVICES[target].topology())
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    build, arguments = KERNELS[kernel]
+    with jax.default_device(topology.devices[0]):  # this sets the capability that Mosaic compiles for
+        run, shapes = build(*arguments)
+        specs = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
+        jax.jit(run).lower(*specs).compile()
+
+
+@dataclass(frozen=True)
+class Report:
+    registers: int
+    spills: int
+    calls: int
+    shared_memory: int
+    tensor_core: int
+
+    @classmethod
+    def read(cls, folder: Path) -> "Report":
+        """From what Mosaic leaves in MOSAIC_GPU_DUMP_TO: ptxas -v, the resources, the PTX."""
+        ptxas, resources, ptx = (
+            "".join(path.read_text() for path in folder.glob(pattern))
+            for pattern in ("*.ptxas", "*.resources.txt", "*.ptx")
+        )
+        spilled = re.findall(r"(\d+) bytes (?:spill|stack)", ptxas)
+        instructions = r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S*s32\.s8\.s8"
+        return cls(
+            registers=max(map(int, re.findall(r"Used (\d+) registers", ptxas))),
+            spills=sum(map(int, spilled)),
+            calls=len(re.findall(r"^\s*call", ptx, re.MULTILINE)),
+            shared_memory=max(map(int, re.findall(r"smem_scratch_bytes=(\d+)", resources))),
+            tensor_core=len(re.findall(instructions, ptx)),
+        )
+
+    def problems(self, kernel: str, device: Device) -> list[str]:
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} bytes spilled")
+        if self.calls:
+            found.append(f"{self.calls} function calls")
+        if self.shared_memory > device.shared_memory:
+            found.append(f"more than {device.shared_memory} bytes of shared memory")
+        if kernel.startswith("matmul") and not self.tensor_core:
+            found.append("no int8 tensor-core instruction")
+        return found
+
+
+def check(kernel: str, target: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--target", target, "--only", kernel, "--compile"]
+        done = subprocess.run(
+            command, env={**os.environ, "MOSAIC_GPU_DUMP_TO": folder}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            print(f"{target:5} {kernel:20} does not compile:\n{done.stderr[-2000:]}")
+            return False
+        report = Report.read(Path(folder))
+    problems = report.problems(kernel, DEVICES[target])
+    print(
+        f"{target:5} {kernel:20} {report.registers:4} registers {report.spills:4} B spilled "
+        f"{report.shared_memory:7} B shared {report.tensor_core:4} tensor-core  {'; '.join(problems) or 'ok'}",
+        flush=True,
+    )
+    return not problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=DEVICES, help="one device instead of all")
+    parser.add_argument("--only", choices=KERNELS, help="one kernel instead of all")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.compile:
+        compile_one(args.only, args.target)
+        return 0
+    targets = [args.target] if args.target else list(DEVICES)
+    kernels = [args.only] if args.only else list(KERNELS)
+    return 0 if all([check(kernel, target) for target in targets for kernel in kernels]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
