@@ -195,8 +195,8 @@ BACKENDS: dict[str, Backend] = {
     "xla": Backend(lambda split, weight: None, _xla),
     "mosaic_gpu": Backend(kernel.supports, _mosaic_gpu),
 }
-"""In order of preference. "xla" is the reference and supports everything; "mosaic_gpu" compiles for GPUs but has not run
-on one yet: only its name chooses it."""
+"""In order of preference. "xla" is the reference and supports everything; "mosaic_gpu" compiles for GPUs but has not
+run on one yet: only its name chooses it."""
 
 
 @partial(jax.jit, static_argnames="implementation")
