@@ -21,8 +21,8 @@ class GenConfig:
       contrastive: weight of the patch-contrastive loss, which is 1 where all similarities are equal.
       output: weight of the output loss.
       output_loss: "cross_entropy", or "mae" on probabilities (times classes / 2: between 0 and 1).
-      smoothing: probability that the cross-entropy's target spreads over all classes. As in training, it bounds the
-        logits: without it, longer optimisation drives them, and the activations, beyond those of real images.
+      smoothing: probability that the cross-entropy's target spreads over all classes, as in training; it bounds the
+        logits.
       pse: weight of PSAQ-ViT's patch-similarity entropy, the loss that the contrastive one replaces.
       total_variation: weight of the mean absolute difference of neighbouring pixels, in units of [0, 1] pixels.
       weighting: weights of the hidden states in the patched sum: "delta" (mean over channels) or "uniform".
@@ -47,7 +47,7 @@ class GenConfig:
     contrastive: float = 0.1
     output: float = 1.0
     output_loss: Literal["cross_entropy", "mae"] = "cross_entropy"
-    smoothing: float = 0.1
+    smoothing: float = 0.0
     pse: float = 0.0
     total_variation: float = 0.5
     weighting: Literal["delta", "uniform"] = "delta"
