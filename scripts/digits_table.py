@@ -3,9 +3,10 @@
     python scripts/digits_table.py --json scripts/results/digits_table.json
 
 A seed draws the calibration images: which real digits, which noise, which synthetic images. All scores are on the
-held-out test split, against the float model. About 12 minutes on two CPU cores with three seeds.
+held-out test split, against the float model. It took 45 minutes beside other work on two CPU cores, with three seeds.
 
-Expected on `vim_micro`: see `scripts/results/digits_table.json`, which this command wrote.
+Expected on `vim_micro`: see `scripts/results/digits_table.json`, which this command wrote before it had the row of the
+static list by largest values.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     python scripts/study.py --model vim_micro_cifar10 --data "cifar10_{split}.npz" --out docs/study/vim_micro_cifar10
     python scripts/study.py --model vim_tiny/ --data tfds:imagenet2012 --test-split validation --out outputs/study
 
-A micro model takes about three hours on two CPU cores with all tables and three seeds; `--tables methods detection`
-and `--seeds 1` take less. Every finished run is one line of OUT/runs.jsonl: started again, the study goes on where it
+Not run to its end yet, so there is no time to state; `--tables methods detection` and `--seeds 1` shorten it. Every
+finished run is one line of OUT/runs.jsonl: started again, the study goes on where it
 stopped. At the end, or with `--summarise` at any time, the runs become OUT/study.json, OUT/study.md and figures.
 
 Calibration images are the model's own (synthetic), drawn from the training split (real), or noise; a seed draws them
