@@ -23,9 +23,9 @@ from jaxtyping import Array, Float
 
 from ouromamba_jax.models import VisionModel, build_model, pure
 from ouromamba_jax.models.config import height_width
-from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.models.layers import SelectiveScan, as_tokens
 from ouromamba_jax.quantize import QuantConfig, QuantLinear, QuantSelectiveScan, quantize
-from ouromamba_jax.quantize.modules import as_tokens, quantized_specs, set_module
+from ouromamba_jax.quantize.modules import quantized_specs, set_module
 
 Progress = Callable[[str], None]
 HEADERS = ("model", "ms", "spread %", "CPU ms", "images/s", "speed-up", "CPU speed-up")

@@ -20,7 +20,7 @@ from ouromamba_jax.checkpoint import CheckpointError, load, read_description, re
 from ouromamba_jax.models import create_model
 from ouromamba_jax.quantize import OPERANDS, QuantConfig, memory_report
 from ouromamba_jax.quantize.modules import Levels
-from ouromamba_jax.quantize.run import store_floats
+from ouromamba_jax.quantize.stages import store_floats
 
 CONFIGS = {
     "w4a4": QuantConfig.preset("w4a4"),

@@ -19,7 +19,8 @@ from ouromamba_jax.quantize import OPERANDS, QuantConfig, QuantLinear, QuantRule
 from ouromamba_jax.quantize.calibrate import capture, check_coverage
 from ouromamba_jax.quantize.fake import install_fakes, scan_parameter
 from ouromamba_jax.quantize.modules import ACTIVATION_OPERANDS, SiteSpec, iter_sites
-from ouromamba_jax.quantize.run import _replace
+from ouromamba_jax.quantize.run import quantized_modules
+from ouromamba_jax.quantize.stages import replace_sites
 from ouromamba_jax.quantize.tune import stage_loss, tune_scales, update_of
 from ouromamba_jax.report import sqnr_db
 
@@ -126,8 +127,7 @@ def test_fake_and_integer_paths_agree(name, fields):
     config = dataclasses.replace(QuantConfig.preset(name), **EXACT, **fields)
     model, x = float_model(), images(1)
     specs, scales, fixed, seen = with_plain_scales(model, x, config)
-    low = nnx.clone(model)
-    _replace(low, specs, scales, fixed)
+    low = replace_sites(model, quantized_modules(model, specs, scales, fixed))
     graphdef, state = nnx.split(model)
     low_graphdef, low_state = nnx.split(low)
 

@@ -1,4 +1,4 @@
-"""What the published rivals share: settings, one walk over the model's stages, and the account of it."""
+"""What the published rivals share: settings, the account of a site, and a scan walked step by step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.quantize.calibrate import Captured, capture, check_coverage
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
-from ouromamba_jax.quantize.modules import Levels, Scale, iter_sites, set_module
-from ouromamba_jax.quantize.report import QuantReport, SiteReport
-from ouromamba_jax.quantize.run import apply_in_batches, resolve_sites, store_floats
-
-Progress = Callable[[int, int, str], None]
+from ouromamba_jax.quantize.modules import iter_sites
+from ouromamba_jax.quantize.report import SiteReport
+from ouromamba_jax.quantize.stages import StageInputs
 
 EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8),)
 """The first and the last layer at 8 bits, as in the presets of `QuantConfig`."""
@@ -58,85 +54,6 @@ class BaselineConfig:
             batch_size=self.batch_size,
             float_dtype=self.float_dtype,
         )
-
-
-class StageInputs(NamedTuple):
-    """What a method sees of one stage: its float input and output on the calibration images, what the quantised stages
-    before it give instead of that input, what entered every site, and the settings of those sites."""
-
-    exact: Array
-    exact_out: Array
-    quantised: Array
-    captured: Captured
-    configs: dict[str, QuantConfig]
-
-
-class Fitted(NamedTuple):
-    """What a method puts into a stage, by path; one report per site; and its loss, epoch by epoch, if it learns."""
-
-    modules: dict[str, nnx.Module]
-    reports: tuple[SiteReport, ...]
-    losses: tuple[float, ...] = ()
-
-
-def run_baseline(
-    model: VisionModel,
-    images: Float[Array, "N H W 3"],
-    settings: QuantConfig,
-    fit: Callable[[nnx.Module, StageInputs], Fitted],
-    *,
-    progress: Progress | None = None,
-) -> tuple[VisionModel, QuantReport]:
-    """A copy of `model` with the modules that `fit` made for each of its stages, in the order of the forward pass.
-
-    Args:
-      model: a float model.
-      images: normalised calibration images.
-      settings: of every site, its rules included.
-      progress: called as progress(done, total, stage name).
-
-    Raises:
-      ValueError: if the model is already quantised, the images are not finite, a rule matches nothing, or the model
-        multiplies matrices where no site covers them.
-    """
-    if any(isinstance(leaf, Levels | Scale) for _, leaf in nnx.to_flat_state(nnx.state(model))):
-        raise ValueError("the model is already quantised; quantise the float model it came from.")
-    images = jnp.asarray(images)
-    if images.ndim != 4 or not len(images) or not bool(jnp.isfinite(images).all()):
-        raise ValueError(f"images must be finite and of shape (N, H, W, 3) with N > 0, not {images.shape}.")
-    configs = resolve_sites(model, settings)
-    shape = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
-    for name, stage in model.stages:
-        shape = check_coverage(stage, shape, name)
-    low_model = nnx.clone(model)
-    exact = x = images
-    reports: list[SiteReport] = []
-    kept: list[tuple[str, int, str]] = []
-    learning: dict[str, tuple[float, ...]] = {}
-    stages = model.stages
-    for done, (name, stage) in enumerate(stages):
-        if progress is not None:
-            progress(done, len(stages), name)
-        prefix = name + "."
-        local = {path.removeprefix(prefix): c for path, c in configs.items() if path.startswith(prefix)}
-        exact_out, captured = capture(stage, exact, local, settings.batch_size)
-        fitted = fit(stage, StageInputs(exact, exact_out, x, captured, local))
-        low = nnx.clone(stage)
-        for path, module in fitted.modules.items():
-            set_module(low, path, module)
-        reports += [_renamed(report, prefix + report.path) for report in fitted.reports]
-        if fitted.losses:
-            learning[name] = fitted.losses
-        kept += store_floats(low, jnp.dtype(settings.float_dtype), configs, prefix)
-        set_module(low_model, name, low)
-        exact, x = exact_out, apply_in_batches(low, x, settings.batch_size)
-    if progress is not None:
-        progress(len(stages), len(stages), "done")
-    return low_model, QuantReport(tuple(reports), tuple(kept), learning)
-
-
-def _renamed(report: SiteReport, path: str) -> SiteReport:
-    return SiteReport(**{**vars(report), "path": path})
 
 
 def site_reports(

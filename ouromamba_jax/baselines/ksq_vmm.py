@@ -20,12 +20,9 @@ from jaxtyping import Array, Float, Float32
 from ouromamba_jax.baselines.base import (
     EDGES,
     BaselineConfig,
-    Fitted,
-    StageInputs,
     Step,
     linear_sites,
     read_state,
-    run_baseline,
     scan_sites,
     site_reports,
     step_sizes,
@@ -43,11 +40,12 @@ from ouromamba_jax.baselines.ksq_grids import (
     search_output_scale,
 )
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.layers import SelectiveScan, merge_groups
+from ouromamba_jax.models.layers import SelectiveScan, as_tokens, merge_groups
 from ouromamba_jax.qtensor import MIN_SCALE
 from ouromamba_jax.quantize.config import QuantRule
-from ouromamba_jax.quantize.modules import Levels, Scale, as_tokens, iter_sites, set_module
+from ouromamba_jax.quantize.modules import Levels, Scale, iter_sites, set_module
 from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
 from ouromamba_jax.scan import ScanOutput, selective_scan
 
 ROUNDS = 3
@@ -86,7 +84,7 @@ def quantize_ksq_vmm(
     """`model` quantised by kSQ-VMM, and the account of it.
 
     Raises:
-      ValueError: as `run_baseline`.
+      ValueError: as `quantize_stages`.
     """
 
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
@@ -118,7 +116,7 @@ def quantize_ksq_vmm(
             modules[path] = RoundedModule(_module(stage, path), output, config)
         return Fitted(modules, reports)
 
-    return run_baseline(model, images, config.settings(rules=config.rules), fit, progress=progress)
+    return quantize_stages(model, images, config.settings(rules=config.rules), fit, progress=progress)
 
 
 def _is_patch(path: str) -> bool:

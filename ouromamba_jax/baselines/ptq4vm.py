@@ -17,13 +17,15 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.baselines.base import BaselineConfig, Fitted, StageInputs, linear_sites, run_baseline, site_reports
+from ouromamba_jax.baselines.base import BaselineConfig, linear_sites, site_reports
 from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.outliers import OutlierConfig
 from ouromamba_jax.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
 from ouromamba_jax.quantize.config import QuantRule
-from ouromamba_jax.quantize.modules import Levels, Scale, as_tokens, set_module, straight_through_round
+from ouromamba_jax.quantize.modules import Levels, Scale, set_module, straight_through_round
 from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
 from ouromamba_jax.quantize.tune import update_of
 from ouromamba_jax.released import search_ranges
 
@@ -80,7 +82,7 @@ def quantize_ptq4vm(
     """`model` quantised by PTQ4VM, and the account of it.
 
     Raises:
-      ValueError: as `run_baseline`.
+      ValueError: as `quantize_stages`.
     """
 
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
@@ -100,7 +102,7 @@ def quantize_ptq4vm(
         granularity = dict.fromkeys(modules, "weight: output channel; input: token, smoothed")
         return Fitted(modules, site_reports(stage, modules, inputs, granularity), losses)
 
-    return run_baseline(model, images, config.settings(rules=config.rules), fit, progress=progress)
+    return quantize_stages(model, images, config.settings(rules=config.rules), fit, progress=progress)
 
 
 @jax.jit

@@ -18,10 +18,7 @@ from jaxtyping import Array, Float, Float32
 from ouromamba_jax.baselines.base import (
     EDGES,
     BaselineConfig,
-    Fitted,
-    StageInputs,
     linear_sites,
-    run_baseline,
     scan_sites,
     site_reports,
     step_sizes,
@@ -41,6 +38,7 @@ from ouromamba_jax.qtensor import (
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 from ouromamba_jax.quantize.modules import ActScales, QuantLinear, Scale, SiteSpec
 from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
 from ouromamba_jax.scan import ScanOutput
 
 OCTAVES = tuple(float(n) for n in range(1, 17))
@@ -80,7 +78,7 @@ def quantize_qmamba_like(
     """`model` quantised in the manner of QMamba, and the account of it.
 
     Raises:
-      ValueError: as `run_baseline`.
+      ValueError: as `quantize_stages`.
     """
 
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
@@ -95,7 +93,7 @@ def quantize_qmamba_like(
             granularity[path] = f"exp(delta A): direction; h: direction x {config.groups} groups of tokens"
         return Fitted(modules, site_reports(stage, modules, inputs, granularity))
 
-    return run_baseline(model, images, config.settings(rules=config.rules), fit, progress=progress)
+    return quantize_stages(model, images, config.settings(rules=config.rules), fit, progress=progress)
 
 
 def token_groups(tokens: int, groups: int) -> np.ndarray:

@@ -6,13 +6,13 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from ouromamba_jax.baselines.base import Progress
 from ouromamba_jax.baselines.ksq_vmm import KSQConfig, quantize_ksq_vmm
 from ouromamba_jax.baselines.ptq4vm import PTQ4VMConfig, quantize_ptq4vm
 from ouromamba_jax.baselines.qmamba_like import QMambaLikeConfig, quantize_qmamba_like
 from ouromamba_jax.baselines.rtn import RTNConfig, quantize_rtn
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.stages import Progress
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def quantize_baseline(
       fields: other fields of the method's config.
 
     Raises:
-      ValueError: for an unknown name, widths that do not exist, or as `run_baseline`.
+      ValueError: for an unknown name, widths that do not exist, or as `quantize_stages`.
     """
     if name not in BASELINES:
         raise ValueError(f"there is no baseline {name!r}; choose among {', '.join(BASELINES)}.")

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ouromamba_jax.baselines.base import EDGES, BaselineConfig, Fitted, StageInputs, run_baseline
+from ouromamba_jax.baselines.base import EDGES, BaselineConfig
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.quantize.calibrate import find_scales
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 from ouromamba_jax.quantize.measure import measure
-from ouromamba_jax.quantize.modules import iter_sites, set_module
+from ouromamba_jax.quantize.modules import iter_sites
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.run import quantized_module
+from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages, replace_sites
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def quantize_rtn(
     """`model` rounded to nearest, and the account of it; per token, `quantize` without outliers, search and tuning.
 
     Raises:
-      ValueError: as `run_baseline`.
+      ValueError: as `quantize_stages`.
     """
     settings = config.settings(rules=config.rules, scale_search="max", operands=QuantConfig.operands)
 
@@ -67,10 +68,9 @@ def quantize_rtn(
                     largest = jnp.max(scales[operand], axis=-1, keepdims=True)
                     scales[operand] = jnp.broadcast_to(largest, scales[operand].shape)
             specs[path], modules[path] = spec, quantized_module(sites[path], spec, scales, fixed)
-        low = nnx.clone(stage)
-        for path, module in modules.items():
-            set_module(low, path, module)
-        reports = measure(stage, low, specs, inputs.captured, len(inputs.exact), config.batch_size)
+        reports = measure(
+            stage, replace_sites(stage, modules), specs, inputs.captured, len(inputs.exact), config.batch_size
+        )
         if config.granularity == "tensor":
             reports = (
                 dataclasses.replace(report, granularity=report.granularity.replace("token", "tensor"))
@@ -78,4 +78,4 @@ def quantize_rtn(
             )
         return Fitted(modules, tuple(reports))
 
-    return run_baseline(model, images, settings, fit, progress=progress)
+    return quantize_stages(model, images, settings, fit, progress=progress)

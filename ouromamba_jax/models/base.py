@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.models.trace import Trace
 
 
@@ -47,7 +48,7 @@ class VisionModel(nnx.Module):
         for block in self.blocks:
             x, layer = block.trace(x, collect=collect)
             layers.append(layer)
-        return self.head(x), Trace(tokens=tokens, layers=tuple(layers), features=self.head.features(x))
+        return self.head(x), Trace(tokens=as_tokens(tokens), layers=tuple(layers), features=self.head.features(x))
 
 
 @partial(jax.jit, static_argnums=0)

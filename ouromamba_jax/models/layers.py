@@ -249,9 +249,9 @@ def extract_patches(
     return grid.reshape(images.shape[0], height * width, size * size * 3), (height, width)
 
 
-def tokens_of(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:
-    """A map read row by row."""
-    return x.reshape(x.shape[0], -1, x.shape[3])
+def as_tokens(x: Float[Array, "... C"]) -> Float[Array, "B L C"]:
+    """Samples on the first axis, channels on the last, all between as tokens; a vector per sample is one token."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def conv_taps(x: Float[Array, "B H W C"], *, stride: int) -> list[Float[Array, "B h w C"]]:

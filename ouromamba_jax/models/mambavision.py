@@ -20,11 +20,11 @@ from ouromamba_jax.models.layers import (
     LayerNorm,
     QuantPoint,
     SelectiveScan,
+    as_tokens,
     broadcast_last,
     conv_taps,
-    tokens_of,
 )
-from ouromamba_jax.models.trace import AttentionTrace, LayerTrace, Trace, WindowOrder, join_windows
+from ouromamba_jax.models.trace import AttentionTrace, LayerTrace, WindowOrder, join_windows
 from ouromamba_jax.models.vim import uniform
 
 _D_STATE, _D_CONV = 8, 3
@@ -189,7 +189,7 @@ class ConvBlock(nnx.Module):
         del collect
         x = _enter(self.downsample, x)
         update = self.conv2(jax.nn.gelu(self.conv1(x), approximate=True))
-        return x + update.astype(jnp.float32), LayerTrace((), tokens_of(x), tokens_of(update))
+        return x + update.astype(jnp.float32), LayerTrace((), as_tokens(x), as_tokens(update))
 
 
 class MambaVisionMixer(nnx.Module):
@@ -374,12 +374,6 @@ class MambaVision(VisionModel):
             ]
         )
         self.head = MambaVisionHead(config, **types)
-
-    def trace(
-        self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
-    ) -> tuple[Float[Array, "B classes"], Trace]:
-        logits, trace = super().trace(images, collect=collect)
-        return logits, dataclasses.replace(trace, tokens=tokens_of(trace.tokens))
 
 
 def split_windows(x: Float[Array, "B H W C"], window: int) -> Float[Array, "BW L C"]:

@@ -1,6 +1,5 @@
 """VMamba (VSSM, Liu et al. 2024) as released ("v05_noz"): four selective scans across the feature maps of a pyramid."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.config import Preprocessing, height_width
-from ouromamba_jax.models.layers import MLP, LayerNorm, SelectiveScan, broadcast_last, conv_taps, tokens_of
-from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace, Trace
+from ouromamba_jax.models.layers import MLP, LayerNorm, SelectiveScan, as_tokens, broadcast_last, conv_taps
+from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 from ouromamba_jax.models.vim import uniform
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
@@ -180,7 +179,7 @@ class VMambaMixer(nnx.Module):
 
     def _operands(self, x: Array) -> tuple[Array, Array, Array, Array]:
         u = jax.nn.silu(self.conv(self.in_proj(x)))
-        rows, columns = tokens_of(u), tokens_of(u.swapaxes(1, 2))
+        rows, columns = as_tokens(u), as_tokens(u.swapaxes(1, 2))
         routes = [rows, columns, jnp.flip(rows, axis=1), jnp.flip(columns, axis=1)]
         made = [direction(route) for direction, route in zip(self.directions, routes, strict=True)]
         delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
@@ -227,7 +226,7 @@ class VMambaBlock(nnx.Module):
         x = self._enter(x)
         mixer_in = self.norm(x)
         out, scans = self.mixer.trace(mixer_in, collect=collect)
-        return self._leave(x, out), LayerTrace(scans, tokens_of(mixer_in), tokens_of(out))
+        return self._leave(x, out), LayerTrace(scans, as_tokens(mixer_in), as_tokens(out))
 
     def _enter(self, x: Array) -> Array:
         return x if self.downsample is None else self.downsample(x).astype(jnp.float32)
@@ -278,12 +277,6 @@ class VMamba(VisionModel):
             before = width
         self.blocks = nnx.List(blocks)
         self.head = VMambaHead(config, **types)
-
-    def trace(
-        self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
-    ) -> tuple[Float[Array, "B classes"], Trace]:
-        logits, trace = super().trace(images, collect=collect)
-        return logits, dataclasses.replace(trace, tokens=tokens_of(trace.tokens))
 
 
 _INIT = nnx.initializers.normal(0.02)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from ouromamba_jax.models.layers import DotProductAttention, SelectiveScan
+from ouromamba_jax.models.layers import DotProductAttention, SelectiveScan, as_tokens
 from ouromamba_jax.outliers import calibrate_channels, calibrate_theta, search_token_scales
 from ouromamba_jax.qtensor import search_weight_scale
 from ouromamba_jax.quantize.config import QuantConfig
@@ -16,7 +16,6 @@ from ouromamba_jax.quantize.fake import scan_parameter, search_parameter_scale
 from ouromamba_jax.quantize.modules import (
     ACTIVATION_OPERANDS,
     SiteSpec,
-    as_tokens,
     is_asymmetric,
     iter_sites,
     set_module,

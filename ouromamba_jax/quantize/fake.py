@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.models.layers import SelectiveScan, as_tokens
 from ouromamba_jax.outliers import OutlierConfig, fake_quant
 from ouromamba_jax.qtensor import FULL_RANGE_FRACTIONS, QTensor, max_level, search_scale
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.modules import (
     RoundedOperands,
     SiteSpec,
-    as_tokens,
     iter_sites,
     round_states,
     set_module,

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ouromamba_jax.matmul import outlier_matmul
-from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
+from ouromamba_jax.models.layers import QuantPoint, SelectiveScan, as_tokens
 from ouromamba_jax.outliers import OutlierSplit, merge, split_outliers
 from ouromamba_jax.qtensor import QTensor
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
@@ -230,11 +230,6 @@ class QuantizedPoint(QuantPoint):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         return self.act.round(as_tokens(x))[0].reshape(x.shape).astype(x.dtype)
-
-
-def as_tokens(x: Float[Array, "... C"]) -> Float[Array, "B L C"]:
-    """Samples on the first axis, channels on the last, all between as tokens; a vector per sample is one token."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 @jax.custom_jvp

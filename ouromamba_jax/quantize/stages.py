@@ -1,0 +1,148 @@
+"""One walk over a model's stages, which every method shares: calibrate, fit, replace, and go on."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ouromamba_jax.models.base import VisionModel, apply_stage
+from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
+from ouromamba_jax.quantize.calibrate import Captured, capture, check_coverage
+from ouromamba_jax.quantize.config import QuantConfig
+from ouromamba_jax.quantize.modules import Levels, Scale, iter_sites, set_module
+from ouromamba_jax.quantize.report import QuantReport, SiteReport
+
+Progress = Callable[[int, int, str], None]
+"""Called with (stages done, stages in all, name of the next)."""
+
+
+class StageInputs(NamedTuple):
+    """What a method sees of one stage: its float input and output on the calibration images, what the quantised stages
+    before it give instead of that input, what entered every site, and the settings of those sites."""
+
+    exact: Array
+    exact_out: Array
+    quantised: Array
+    captured: Captured
+    configs: dict[str, QuantConfig]
+
+
+class Fitted(NamedTuple):
+    """What a method puts into a stage, by path; one report per site; and its loss, epoch by epoch, if it learns."""
+
+    modules: dict[str, nnx.Module]
+    reports: tuple[SiteReport, ...]
+    losses: tuple[float, ...] = ()
+
+
+def quantize_stages(
+    model: VisionModel,
+    images: Float[Array, "N H W 3"],
+    config: QuantConfig,
+    fit: Callable[[nnx.Module, StageInputs], Fitted],
+    *,
+    progress: Progress | None = None,
+) -> tuple[VisionModel, QuantReport]:
+    """A copy of `model` with the modules that `fit` made for each of its stages, in the order of the forward pass.
+
+    Args:
+      model: a float model with `stages`.
+      images: normalised calibration images.
+      config: of every site, its rules included; batch size and float type.
+
+    Raises:
+      ValueError: if the model is already quantised, the images are not finite, a rule matches nothing, or the model
+        multiplies matrices where no rule and no site covers them.
+    """
+    if any(isinstance(leaf, Levels | Scale) for _, leaf in nnx.to_flat_state(nnx.state(model))):
+        raise ValueError("the model is already quantised; quantise the float model it came from.")
+    images = jnp.asarray(images)
+    if images.ndim != 4 or not len(images) or not bool(jnp.isfinite(images).all()):
+        raise ValueError(f"images must be finite and of shape (N, H, W, 3) with N > 0, not {images.shape}.")
+    configs = resolve_sites(model, config)
+    shape = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    for name, stage in model.stages:
+        shape = check_coverage(stage, shape, name)
+    quantised = nnx.clone(model)
+    exact = x = images
+    reports: list[SiteReport] = []
+    kept: list[tuple[str, int, str]] = []
+    tuning: dict[str, tuple[float, ...]] = {}
+    stages = model.stages
+    for done, (name, stage) in enumerate(stages):
+        if progress is not None:
+            progress(done, len(stages), name)
+        prefix = name + "."
+        local = {path.removeprefix(prefix): c for path, c in configs.items() if path.startswith(prefix)}
+        exact_out, captured = capture(stage, exact, local, config.batch_size)
+        fitted = fit(stage, StageInputs(exact, exact_out, x, captured, local))
+        low = replace_sites(stage, fitted.modules)
+        reports += [dataclasses.replace(report, path=prefix + report.path) for report in fitted.reports]
+        if fitted.losses:
+            tuning[name] = fitted.losses
+        kept += store_floats(low, jnp.dtype(config.float_dtype), configs, prefix)
+        set_module(quantised, name, low)
+        exact, x = exact_out, apply_in_batches(low, x, config.batch_size)
+    if progress is not None:
+        progress(len(stages), len(stages), "done")
+    return quantised, QuantReport(tuple(reports), tuple(kept), tuning)
+
+
+def replace_sites(stage: nnx.Module, modules: dict[str, nnx.Module]) -> nnx.Module:
+    """A copy of a float stage, or model, with copies of `modules` at their paths."""
+    low = nnx.clone(stage)
+    for path, module in modules.items():
+        # The modules may hold variables of the stage they were made from, such as its biases.
+        set_module(low, path, nnx.clone(module))
+    return low
+
+
+def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConfig]:
+    """Settings by site. A marked tensor is a site only if the config names it among its operands."""
+    resolved = {path: (site, config.resolve(path)) for path, site in iter_sites(model)}
+    active = {
+        path: c
+        for path, (site, c) in resolved.items()
+        if c is None or not isinstance(site, QuantPoint) or path.rsplit(".", 1)[-1] in c.operands
+    }
+    unused = [rule.pattern for rule in config.rules if not any(rule.matches(path) for path in active)]
+    if unused:
+        known = ", ".join(list(active)[:4])
+        raise ValueError(f"the rule {unused[0]!r} matches no site of the model; paths look like {known}.")
+    return {path: c for path, c in active.items() if c is not None}
+
+
+def apply_in_batches(stage: nnx.Module, x: Array, batch_size: int) -> Array:
+    graphdef, state = nnx.split(stage)
+    return jnp.concatenate([apply_stage(graphdef, state, x[i : i + batch_size]) for i in range(0, len(x), batch_size)])
+
+
+def store_floats(
+    stage: nnx.Module, dtype: Any, configs: dict[str, QuantConfig], prefix: str
+) -> list[tuple[str, int, str]]:
+    """Keeps what stayed float in `dtype`; returns (path, entries, reason) of each.
+
+    Raises:
+      ValueError: if a value is beyond the range of `dtype`.
+    """
+    kept = []
+    for path, module in nnx.iter_modules(stage):
+        site = prefix + ".".join(map(str, path))
+        for name, leaf in vars(module).items():
+            if isinstance(leaf, nnx.Param):
+                exact, rounded = leaf[...], leaf[...].astype(dtype)
+                dotted = f"{site.removesuffix('.')}.{name}"
+                if bool((jnp.isfinite(exact) & ~jnp.isfinite(rounded)).any()):
+                    raise ValueError(
+                        f"{dotted} has values beyond the range of {dtype}; quantise with float_dtype='float32' or "
+                        "'bfloat16'."
+                    )
+                leaf.set_value(rounded)
+                is_site = isinstance(module, nnx.Linear | SelectiveScan) and site not in configs
+                reason = "a rule or the operand list leaves it out" if is_site else "not a matmul"
+                kept.append((dotted, leaf.size, reason))
+    return kept
