@@ -337,11 +337,16 @@ def _statistics(preprocessing: PreprocessingConfig) -> tuple[np.ndarray, np.ndar
 
 
 def _cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) that just covers `target` with the proportions of `size`; the longer side is cut to an int."""
-    height, width = size
-    if height * target[1] <= width * target[0]:
-        return target[0], max(target[1], int(target[0] * width / height))
-    return max(target[0], int(target[1] * height / width)), target[1]
+    """(height, width) that just covers `target` with the proportions of `size`.
+
+    As in timm, the longer side is cut to an integer for a square target and rounded for another one.
+    """
+    if target[0] != target[1]:
+        ratio = min(size[0] / target[0], size[1] / target[1])
+        return round(size[0] / ratio), round(size[1] / ratio)
+    shorter = min(size)
+    height, width = (int(target[0] * side / shorter) for side in size)
+    return height, width
 
 
 def _image_files(paths: Iterator[Path]) -> list[Path]:

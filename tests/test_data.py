@@ -60,6 +60,19 @@ def test_preprocess_takes_height_and_width_in_that_order(rng):
     np.testing.assert_allclose(whole, pixels / 127.5 - 1, atol=PIXEL, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(61, 97), (131, 50), (40, 41)])
+def test_a_target_that_is_not_square_rounds_the_size(rng, shape):
+    """timm's ResizeKeepRatio, written out."""
+    pixels, (height, width) = smooth_picture(rng, *shape), (24, 40)
+    covered = [math.floor(side / HALF.crop_pct) for side in (height, width)]
+    ratio = min(shape[0] / covered[0], shape[1] / covered[1])
+    new = [round(side / ratio) for side in shape]
+    resized = np.asarray(Image.fromarray(pixels).resize(new[::-1], Image.Resampling.BICUBIC))
+    top, left = round((new[0] - height) / 2), round((new[1] - width) / 2)
+    expected = resized[top : top + height, left : left + width] / 127.5 - 1
+    np.testing.assert_allclose(preprocess(pixels, (height, width), HALF), expected, atol=PIXEL, rtol=0)
+
+
 def test_gray_and_transparent_pictures_become_rgb(rng):
     gray = rng.integers(0, 256, (20, 20), dtype=np.uint8)
     result = preprocess(gray, 20, HALF)
