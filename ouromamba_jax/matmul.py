@@ -60,9 +60,8 @@ def _near_and_far(split: OutlierSplit) -> tuple[Int8[Array, "B L C"], Int8[Array
     if not split.pow2:
         return split.inlier_q, split.outlier_q
     zero = jnp.zeros((), jnp.int8)
-    combined = split.inlier_q + split.outlier_q
-    far_places = split.mask & _shifted(split)[:, :, None]
-    return jnp.where(far_places, zero, combined), jnp.where(far_places, combined, zero)
+    far = jnp.where(_shifted(split)[:, :, None], split.outlier_q, zero)
+    return split.inlier_q + (split.outlier_q - far), far
 
 
 def _shifted(split: OutlierSplit) -> Bool[Array, "B L"]:

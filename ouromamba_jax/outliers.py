@@ -144,24 +144,25 @@ def walk_windows(
 ) -> tuple[Bool[Array, "B L C"], Array]:
     """Walk all windows token by token; `grow(x_t, listed, extra_t) -> (listed, per-row output)`.
 
-    `extra` is (1, L, ...) and is padded with ones. Returns the lists (B, L, C) and the outputs (B, L).
+    `extra` is (1, L, ...). Returns the lists (B, L, C) and the outputs (B, L).
     """
     B, L, C = x.shape
     n = min(n_refresh, L)
-    x_w, extra_w = _windows(x, n, 0), _windows(extra, n, 1)
-    windows = x_w.shape[1]
+    windows = -(-L // n)
+    starts = n * jnp.arange(windows, dtype=jnp.int32)
+    count = jnp.int8 if n <= 127 else jnp.int32  # the narrower, the less memory crosses the caches
 
     def step(i, carry):
         unlisted, rows = carry
-        x_t = lax.dynamic_index_in_dim(x_w, i, 2, keepdims=False)
-        extra_t = lax.dynamic_index_in_dim(extra_w, i, 2, keepdims=False)
-        listed, row = grow(x_t, unlisted < i, extra_t)
-        return unlisted + (~listed).astype(unlisted.dtype), lax.dynamic_update_index_in_dim(rows, row, i, 2)
+        tokens = jnp.minimum(starts + i, L - 1)  # past the end the last token comes again, for a list nobody reads
+        x_t, extra_t = (values.at[:, tokens].get(mode="promise_in_bounds") for values in (x, extra))
+        listed, row = grow(x_t, unlisted < i.astype(count), extra_t)
+        return unlisted + (~listed).astype(count), lax.dynamic_update_index_in_dim(rows, row, i, 2)
 
     # A channel that is listed stays listed, so the number of its tokens before that holds a window's whole mask.
-    start = jnp.zeros((B, windows, C), jnp.int32), jnp.zeros((B, windows, n), jnp.float32)
-    unlisted, rows = lax.fori_loop(0, n, step, start)
-    mask = lax.broadcasted_iota(jnp.int32, (B, windows, n, C), 2) >= unlisted[:, :, None]
+    start = jnp.zeros((B, windows, C), count), jnp.zeros((B, windows, n), jnp.float32)
+    unlisted, rows = lax.fori_loop(jnp.int32(0), jnp.int32(n), step, start)
+    mask = lax.broadcasted_iota(count, (B, windows, n, C), 2) >= unlisted[:, :, None]
     return mask.reshape(B, -1, C)[:, :L], rows.reshape(B, -1)[:, :L]
 
 
@@ -264,14 +265,16 @@ def split_outliers(
     x32 = x.astype(jnp.float32)
     mask = _mask(x32, scale, config, theta, channels)
     outlier_scale = _outlier_scale(x32, scale, mask, config)
-    inlier = _levels(divide(x32, scale[None, :, None]), config.act_bits)
+    pow2 = config.outlier_bits != 16 and config.outlier_scale == "pow2"
+    ratio = divide(x32, scale[None, :, None])
     if config.outlier_bits == 16:
         outlier_q = jnp.where(mask, x, jnp.zeros((), x.dtype))
     else:
-        outlier = _levels(divide(x32, outlier_scale[:, :, None]), config.outlier_bits)
-        outlier_q = jnp.where(mask, outlier, 0.0).astype(jnp.int8)
-    inlier_q = jnp.where(mask, 0.0, inlier).astype(jnp.int8)
-    pow2 = config.outlier_bits != 16 and config.outlier_scale == "pow2"
+        # A product with 2^-j has the quotient's bits, and costs less than a second division per entry.
+        shrink = divide(jnp.broadcast_to(scale[None], outlier_scale.shape), outlier_scale)[:, :, None]
+        outlier = ratio * shrink if pow2 else divide(x32, outlier_scale[:, :, None])
+        outlier_q = jnp.where(mask, _levels(outlier, config.outlier_bits), 0.0).astype(jnp.int8)
+    inlier_q = jnp.where(mask, 0.0, _levels(ratio, config.act_bits)).astype(jnp.int8)
     return OutlierSplit(inlier_q, outlier_q, outlier_scale, mask, scale, pow2)
 
 
