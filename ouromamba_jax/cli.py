@@ -304,8 +304,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="checkpoint folder, or a model name for random weights")
     sub.add_argument("--batch-size", type=int, default=4, help="images per step")
 
-    sub = verb("demo", demo, "the whole pipeline on the embedded model, offline", "--out ouromamba-demo")
-    sub.add_argument("--model", default="vim_micro", help="a shipped checkpoint")
+    sub = verb("demo", demo, "the whole pipeline on an embedded model, offline", "--out ouromamba-demo")
+    sub.add_argument("--model", default="vim_micro", help="vim_micro, vmamba_micro, mambavision_micro, or a checkpoint")
     sub.add_argument("--out", default="ouromamba-demo", help="folder for the figures")
     sub.add_argument("--num-images", type=int, default=64, help="images to generate")
     sub.add_argument("--seed", type=int, default=0, help="same seed, same result")

@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded model: generate, quantise, compare, draw. Offline, minutes on two CPU cores."""
+"""The whole pipeline on an embedded model: generate, quantise, compare, draw. Offline, minutes on two CPU cores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from ouromamba_jax.attention import implicit_attention
 from ouromamba_jax.checkpoint import load
 from ouromamba_jax.data import load_images, to_pixels
 from ouromamba_jax.evaluate import Score, predict, score
 from ouromamba_jax.gen import GenConfig, generate_images
-from ouromamba_jax.models import VisionModel
+from ouromamba_jax.models import LayerTrace, Trace, VisionModel, WindowOrder
 from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantLinear, memory_report, quantize
 from ouromamba_jax.report import attention_maps, image_grid, line_chart, outlier_map
 
@@ -106,7 +107,7 @@ def run_demo(
             runs.append(Run(source, bits, scored, report.mean_sqnr_db, report.outlier_rate, memory_report(quantised)))
             low[source, bits] = quantised
 
-    outlier_figure(folder / "outliers.png", low["synthetic", "w4a4"], test.images[:1])
+    outlier_figure(folder / "outliers.png", low["synthetic", "w4a4"], test.images)
     attention_figure(folder / "attention.png", model, test.images[:3])
     series = {name: [r.score.sqnr_db for r in runs if r.calibration == name] for name in sources}
     line_chart(folder / "sqnr.png", series, BITS, ylabel="SQNR of the logits, dB", heading=f"{model_name} on digits")
@@ -114,28 +115,44 @@ def run_demo(
 
 
 def outlier_figure(path: Path, model: VisionModel, images: np.ndarray) -> None:
-    """Channel x token map of the outliers at the first matmul of the middle block, for one image."""
-    middle = len(model.blocks) // 2
-    _, trace = model.trace(jnp.asarray(images))
-    block = model.blocks[middle]
+    """Channel x token map of the outliers at the first matmul of the middle scan block, for one image.
+
+    Where the block works on windows, it is the window with the most outliers.
+    """
+    _, trace = model.trace(jnp.asarray(images[:1]))
+    middle = middle_scan(trace)
     name, site = next(
         (".".join(map(str, p)), m)
-        for p, m in nnx.iter_modules(block)
+        for p, m in nnx.iter_modules(model.blocks[middle])
         if isinstance(m, QuantLinear) and p[-1] == "in_proj"
     )
-    mask = site.act.split(trace.layers[middle].mixer_in).mask[0]
-    heading = f"Outlier channels found by blocks.{middle}.{name}, one image"
-    outlier_map(path, np.asarray(mask), n_refresh=site.spec.config.n_refresh, heading=heading)
+    mask = np.asarray(site.act.split(trace.layers[middle].mixer_in).mask)
+    sample = "image" if len(mask) == 1 else "window"
+    heading = f"Outlier channels found by blocks.{middle}.{name}, one {sample}"
+    fullest = mask[np.argmax(np.mean(mask, axis=(1, 2)))]
+    outlier_map(path, fullest, n_refresh=site.spec.config.n_refresh, heading=heading)
 
 
 def attention_figure(path: Path, model: VisionModel, images: np.ndarray) -> None:
-    """How much attention every token receives in the middle block, without and with the patched hidden state."""
+    """How much attention every token receives in the middle scan block, without and with the patched hidden state."""
     _, trace = model.trace(jnp.asarray(images))
-    layer = trace.layers[len(model.blocks) // 2]
-    order = layer.scans[0].order
-    plain, patched = (
-        np.asarray(jnp.mean(jnp.abs(implicit_attention(layer, neighbourhood=p)), axis=1)) for p in (None, 5)
-    )
-    grid = (-1, order.height, order.width)
+    layer = trace.layers[middle_scan(trace)]
+    plain, patched = (received_attention(layer, neighbourhood) for neighbourhood in (None, 5))
     pixels = to_pixels(images, model.config.preprocessing)
-    attention_maps(path, pixels, plain.reshape(grid), patched.reshape(grid), heading="Implicit attention received")
+    attention_maps(path, pixels, plain, patched, heading="Implicit attention received")
+
+
+def middle_scan(trace: Trace) -> int:
+    """Index of the middle one of the blocks that scan."""
+    scanning = [i for i, layer in enumerate(trace.layers) if layer.scans]
+    return scanning[len(scanning) // 2]
+
+
+def received_attention(layer: LayerTrace, neighbourhood: int | None) -> Float[np.ndarray, "B height width"]:
+    """Mean magnitude of the implicit attention that every token receives from its image, or from its window."""
+    received = jnp.mean(jnp.abs(implicit_attention(layer, neighbourhood=neighbourhood)), axis=1)
+    order = layer.scans[0].order
+    grid = (order.height, order.width)
+    if isinstance(order, WindowOrder):
+        received, grid = order.join(received), (order.map_height, order.map_width)
+    return np.asarray(received).reshape(-1, *grid)

@@ -7,6 +7,16 @@ The embedded `vim_micro` was made by
 in about 12 minutes of CPU time (half an hour on two busy cores); it reached 100 % on the 130 validation images and
 98.6 % on the 500 test images.
 
+`vmamba_micro` and `mambavision_micro` were made by
+
+    python scripts/train.py --model vmamba_micro --out ouromamba_jax/checkpoints/vmamba_micro
+    python scripts/train.py --model mambavision_micro --set img_size=48 \\
+        --out ouromamba_jax/checkpoints/mambavision_micro
+
+in nine minutes each on two busy cores. They reached 98.5 % and 99.2 % on the validation images, 99.2 % and 98.6 % on
+the test images. At 48 pixels, MambaVision's hybrid level has 6 x 6 tokens: four windows of 4 x 4, padded. It is trained
+as it runs, its convolutions without the BatchNorm of the published form.
+
 `vim_micro_cifar10` was made on CIFAR-10, an .npz of JPEG bytes per split (see `ouromamba_jax.data.load_images`), by
 
     python scripts/train.py --data "cifar10_{split}.npz" --set embed_dim=64 depth=4 d_state=8 patch_size=8 \\
@@ -71,7 +81,7 @@ class Augmentation:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on. `overrides` are config fields of the model, e.g. (("depth", 8),)."""
+    """Everything that a run depends on. `overrides` are config fields of the model, e.g. (("depths", (2, 4)),)."""
 
     model: str = "vim_micro"
     data: str = "digits"
@@ -88,7 +98,7 @@ class TrainConfig:
     limit: int | None = None
     seed: int = 0
     dtype: str = "float32"
-    overrides: tuple[tuple[str, int], ...] = ()
+    overrides: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
     augmentation: Augmentation = Augmentation()
 
 
@@ -213,8 +223,6 @@ def train(config: TrainConfig, *, progress: bool = True) -> tuple[nnx.Module, di
     model = create_model(config.model, rngs=rngs, dtype=dtype, **dict(config.overrides))
     data, held_out = split_validation(read_split(config, model, "train"), config.validation, config.seed)
     fn, state = pure(model)
-    if len(jax.tree.leaves(state)) != len(jax.tree.leaves(nnx.state(model, nnx.Param))):
-        raise ValueError(f"{config.model} has running statistics, which this script does not update; train a Vim.")
     forward = jax.jit(fn)
     batch = min(config.batch_size, len(data.images))
     mesh = data_mesh(batch)
@@ -237,7 +245,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> tuple[nnx.Module, di
         state = optax.apply_updates(state, updates)
         return state, optax.incremental_update(state, averaged, 1 - config.ema), opt_state, loss
 
-    averaged, opt_state, history = state, tx.init(state), []
+    averaged, opt_state, history = state, replicate(mesh, tx.init(state)), []
     key = jax.random.key(config.seed)
     order = np.random.Generator(np.random.PCG64(config.seed))
     with progress_bar(progress) as bar:
@@ -298,7 +306,7 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, Path]:
     """The command line: one flag per field of TrainConfig and Augmentation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=INT", help="config fields of the model")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=INT[,INT...]", help="config fields of the model")
     groups = (TrainConfig(), Augmentation())
     for group in groups:
         for field in dataclasses.fields(group):
@@ -312,10 +320,11 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, Path]:
     values = vars(parser.parse_args(arguments))
     overrides = []
     for item in values["set"]:
-        name, _, number = item.partition("=")
-        if not number.lstrip("-").isdigit():
-            parser.error(f"--set {item} is not FIELD=INT, e.g. depth=8.")
-        overrides.append((name, int(number)))
+        name, _, text = item.partition("=")
+        numbers = text.split(",")
+        if not all(number.isdigit() for number in numbers):
+            parser.error(f"--set {item} is not FIELD=INT or FIELD=INT,INT; write e.g. img_size=48 or depths=2,4.")
+        overrides.append((name, int(text) if len(numbers) == 1 else tuple(map(int, numbers))))
     train_fields, augmentation_fields = (
         {f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values} for group in groups
     )

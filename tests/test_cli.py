@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ouromamba_jax import create_model, load, save
+from ouromamba_jax import create_model, implicit_attention, load, save
 from ouromamba_jax.cli import main
+from ouromamba_jax.demo import middle_scan, received_attention
 
 VERBS = ("convert", "generate", "quantize", "evaluate", "inspect", "bench", "demo")
 GOLDEN = Path(__file__).parent / "golden" / "models" / "vim_a"
@@ -125,3 +126,34 @@ def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch, caps
     assert status == 1
     assert "no space left" in error
     assert list(tmp_path.iterdir()) == []
+
+
+# --- demo
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vim_micro", "vmamba_micro", "mambavision_micro"])
+def test_the_demo_of_every_family(name, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr("ouromamba_jax.demo.BITS", ("w4a4",))  # the other bit widths take as long again, each
+    status, text, _ = run(capsys, "demo", "--model", name, "--num-images", 16, "--out", tmp_path)
+    assert status == 0
+    table = text[text.index(f"{name}: float top-1") :]
+    assert table.count("w4a4") == 4
+    assert "attention.png, generated.png, outliers.png, sqnr.png" in table
+    assert all((tmp_path / f"{figure}.png").stat().st_size > 1000 for figure in ("attention", "outliers"))
+
+
+def test_attention_of_windows_is_drawn_where_they_lie():
+    """Windows of 2 x 2 tokens on a 3 x 3 map, padded to 4 x 4."""
+    sizes = dict(img_size=24, dim=8, in_dim=4, depths=(1, 2), window_size=(8, 2), num_heads=(1, 2))
+    model = create_model("mambavision_micro", rngs=nnx.Rngs(3), **sizes)
+    _, trace = model.trace(jax.random.normal(jax.random.key(1), (2, 24, 24, 3)))
+    assert middle_scan(trace) == 1
+    layer = trace.layers[1]
+    received = received_attention(layer, None)
+    assert received.shape == (2, 3, 3)
+    windows = np.abs(implicit_attention(layer)).mean(axis=1)  # (8 windows, 4 tokens)
+    for sample, row, column in np.ndindex(received.shape):
+        window = 4 * sample + 2 * (row // 2) + column // 2
+        assert received[sample, row, column] == windows[window, 2 * (row % 2) + column % 2]

@@ -82,12 +82,47 @@ def test_the_command_line_trains_the_same_model_again(trained, script, striped, 
         script.main()
 
 
-def test_only_matrices_and_convolutions_decay(script):
-    state = nnx.state(create_model("vim_micro", embed_dim=16, depth=1))
+SMALL = {
+    "vim_micro": (("img_size", 8), ("embed_dim", 16), ("depth", 1), ("num_classes", 2)),
+    "vmamba_micro": (("img_size", 16), ("dims", 8), ("depths", (1,)), ("num_classes", 2)),
+    "mambavision_micro": (
+        *(("img_size", 24), ("dim", 8), ("in_dim", 4), ("depths", (1, 2)), ("num_classes", 2)),
+        *(("window_size", (8, 2)), ("num_heads", (1, 2))),
+    ),
+}
+"""One block of every kind of each family."""
+
+
+@pytest.mark.parametrize("name", ["vmamba_micro", "mambavision_micro"])
+def test_other_families_learn_with_all_their_parameters(name, script, striped):
+    config = tiny(
+        script, striped, model=name, overrides=SMALL[name], limit=20, batch_size=9, epochs=1, weight_decay=0.0,
+        dtype="float32", ema=0.0,
+    )  # fmt: skip
+    model, metrics = script.train(config, progress=False)  # two steps; the first has a learning rate of 0
+    assert np.isfinite(metrics["loss"]).all()
+    assert all(0 <= metrics[split] <= 1 for split in ("train", "validation", "test"))
+    fresh = dict(nnx.to_flat_state(nnx.state(create_model(name, **dict(SMALL[name])))))
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        assert np.abs(leaf[...] - fresh[path][...]).max() > 0, path
+
+
+def test_sizes_of_stages_are_set_from_the_command_line(script, capsys):
+    config, _ = script.parse(["--out", "out", "--model", "vmamba_micro", "--set", "dims=8", "depths=1,2"])
+    assert config.overrides == (("dims", 8), ("depths", (1, 2)))
+    with pytest.raises(SystemExit):
+        script.parse(["--out", "out", "--set", "depths=1,two"])
+    assert "--set depths=1,two is not FIELD=INT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_only_matrices_and_convolutions_decay(name, script):
+    state = nnx.state(nnx.eval_shape(lambda: create_model(name, **dict(SMALL[name]))))
     names = [".".join(map(str, key)) for key, _ in nnx.to_flat_state(state)]
     mask = dict(zip(names, jax.tree.leaves(script.decayed(state)), strict=True))
     kept = {name.rsplit(".", 1)[-1] for name, decays in mask.items() if not decays}
-    assert kept == {"bias", "scale", "A_log", "D", "dt_bias", "positions", "class_token"}
+    extra = {"positions", "class_token"} if name == "vim_micro" else set()
+    assert kept == {"bias", "scale", "A_log", "D", "dt_bias"} | extra
     assert sum(mask.values()) == sum(name.endswith(".kernel") for name in mask) > 5
 
 
@@ -137,21 +172,27 @@ def test_errors_are_one_sentence(script, striped, change, message):
         script.train(tiny(script, striped, **change), progress=False)
 
 
-# --- the embedded checkpoint
+# --- the embedded checkpoints
 
 
-def test_embedded_vim_micro_reads_the_digits():
+@pytest.mark.parametrize("name", SMALL)
+def test_embedded_models_read_the_digits(name):
     pytest.importorskip("sklearn")
-    model = load("vim_micro")
+    model = load(name)
     data = load_images("digits", "test", model.config.img_size, model.config.preprocessing)
     fn, state = pure(model)
     forward = jax.jit(fn)
     logits = np.concatenate([forward(state, jnp.asarray(part)) for part in np.split(data.images, 5)])
     accuracy = top1(logits, data.labels)
     assert accuracy >= 0.98
-    record = json.loads((resolve("vim_micro") / "training.json").read_text())
+    record = json.loads((resolve(name) / "training.json").read_text())
+    assert record["config"]["model"] == name
     assert accuracy == pytest.approx(record["metrics"]["test"], abs=0.0021)  # one picture may change sides
 
 
-def test_embedded_checkpoint_is_small():
-    assert sum(path.stat().st_size for path in resolve("vim_micro").rglob("*") if path.is_file()) < 2e6
+@pytest.mark.parametrize("path", sorted(resolve("vim_micro").parent.iterdir()), ids=lambda path: path.name)
+def test_embedded_checkpoints_are_small_and_load(path):
+    assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < 1e6
+    model = load(path.name)
+    assert model.config.num_classes == 10
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) > 100_000
