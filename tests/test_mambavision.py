@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_checks import check_other_types, check_saved_and_loaded, check_that_samples_do_not_mix
 from flax import nnx
 from mambavision_reference import forward, random_weights
-from tolerances import BFLOAT16_LOGITS, MAMBAVISION_BLOCK, MAMBAVISION_SCAN, PARITY, REORDERED
+from tolerances import MAMBAVISION_BLOCK, MAMBAVISION_SCAN, PARITY, REORDERED
 
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, quantize
 from ouromamba_jax.attention import implicit_attention
-from ouromamba_jax.checkpoint import load, save
 from ouromamba_jax.convert import ConversionError, from_torch, load_tensors
 from ouromamba_jax.convert.mambavision import fill_mambavision
 from ouromamba_jax.models import AttentionTrace, WindowOrder, create_model, list_models, model_config, pure
@@ -363,12 +363,7 @@ def test_the_micro_preset():
 
 
 def test_no_mixing_of_samples_and_no_other_size(tiny, run):
-    x = images()
-    state = nnx.state(tiny)
-    logits, other = run(state, x), run(state, x.at[0].multiply(2.0))
-    np.testing.assert_allclose(run(state, x[::-1]), logits[::-1], rtol=0, atol=REORDERED)
-    np.testing.assert_array_equal(other[1:], logits[1:])
-    assert not np.allclose(other[0], logits[0], rtol=0, atol=REORDERED)
+    check_that_samples_do_not_mix(tiny, run, images())
     for size in ((24, 28), (20, 32)):
         with pytest.raises(ValueError, match="another img_size"):
             tiny(images(1, size))
@@ -397,14 +392,8 @@ def test_every_weight_is_used(tiny, run):
         assert float(jnp.abs(run(changed, x) - logits).max()) > 10 * REORDERED, path
 
 
-def test_other_types(weights, tiny, run):
-    low = from_torch("mambavision_micro", weights, dtype=jnp.bfloat16, **TINY)
-    expected, logits = run(nnx.state(tiny), images()), jax.jit(low)(images())
-    assert logits.dtype == jnp.float32
-    assert float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)) < BFLOAT16_LOGITS
-    stored = from_torch("mambavision_micro", weights, param_dtype=jnp.bfloat16, **TINY)
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(stored))} == {jnp.dtype(jnp.bfloat16)}
-    assert jax.eval_shape(stored, images()).dtype == jnp.float32
+def test_other_types(weights):
+    check_other_types("mambavision_micro", weights, TINY, images())
 
 
 def test_lists_are_as_good_as_tuples_and_nonsense_is_refused():
@@ -424,10 +413,7 @@ def test_lists_are_as_good_as_tuples_and_nonsense_is_refused():
 
 
 def test_saved_and_loaded(tiny, tmp_path):
-    save(tmp_path / "tiny", tiny)
-    loaded = load(tmp_path / "tiny")
-    assert loaded.config == tiny.config
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(tiny))
+    check_saved_and_loaded(tiny, tmp_path / "tiny")
 
 
 class WithoutProducts(nnx.Module):

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_checks import check_other_types, check_saved_and_loaded, check_that_samples_do_not_mix
 from flax import nnx
-from tolerances import BFLOAT16_LOGITS, PARITY, REORDERED, VMAMBA_SCAN
+from tolerances import PARITY, REORDERED, VMAMBA_SCAN
 from vssm_reference import forward, random_weights
 
 from ouromamba_jax import quantize
@@ -292,12 +293,8 @@ def test_the_micro_preset():
 
 
 def test_any_size_and_no_mixing_of_samples(tiny, run):
-    x = images()
+    check_that_samples_do_not_mix(tiny, run, images())
     fn, state = pure(tiny)
-    logits, other = run(state, x), run(state, x.at[0].multiply(2.0))
-    np.testing.assert_allclose(run(state, x[::-1]), logits[::-1], rtol=0, atol=REORDERED)
-    np.testing.assert_array_equal(other[1:], logits[1:])
-    assert not np.allclose(other[0], logits[0], rtol=0, atol=REORDERED)
     assert bool(jnp.isfinite(run(state, images(1, (1, 1)))).all())
     for size in ((4, 31), (17, 6)):
         assert jax.eval_shape(fn, state, images(2, size)).shape == (2, 5)
@@ -316,14 +313,8 @@ def test_every_weight_is_used(weights, tiny, run):
         assert float(moved.max()) > 10 * REORDERED, key
 
 
-def test_other_types(weights, tiny, run):
-    low = from_torch("vmamba_micro", weights, dtype=jnp.bfloat16, **TINY)
-    expected, logits = run(nnx.state(tiny), images()), jax.jit(low)(images())
-    assert logits.dtype == jnp.float32
-    assert float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)) < BFLOAT16_LOGITS
-    stored = from_torch("vmamba_micro", weights, param_dtype=jnp.bfloat16, **TINY)
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(stored))} == {jnp.dtype(jnp.bfloat16)}
-    assert jax.eval_shape(stored, images()).dtype == jnp.float32
+def test_other_types(weights):
+    check_other_types("vmamba_micro", weights, TINY, images())
 
 
 def test_lists_are_as_good_as_tuples_and_nonsense_is_refused():
@@ -335,10 +326,7 @@ def test_lists_are_as_good_as_tuples_and_nonsense_is_refused():
 
 
 def test_saved_and_loaded(tiny, tmp_path):
-    save(tmp_path / "tiny", tiny)
-    loaded = load(tmp_path / "tiny")
-    assert loaded.config == tiny.config
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(tiny))
+    check_saved_and_loaded(tiny, tmp_path / "tiny")
 
 
 def test_every_matmul_is_a_site(tiny):

@@ -5,26 +5,47 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.models.layers import as_tokens
+from ouromamba_jax.models.layers import Head, as_tokens
 from ouromamba_jax.models.trace import Trace
 
 
 class VisionModel(nnx.Module):
     """A classifier made of stages: a stem, blocks, a head, each mapping one array to the next.
 
-    A family supplies `family`, `config` (with img_size, num_classes and preprocessing), `dtype`, the modules `stem`,
-    `blocks` and `head`, and `trace`. Generation and quantisation use nothing else of it.
+    A family supplies `family`, a config (with img_size, num_classes and preprocessing) and `make_stages`; every block
+    has a `trace` of its own, the head `features`. Generation and quantisation use nothing else of it.
+
+    Args:
+      config: the family's.
+      rngs: for random weights.
+      dtype: of the computation; logits and the stream between the blocks are float32.
+      param_dtype: of the stored weights.
     """
 
     family: ClassVar[str]
-    config: Any
-    dtype: Any
-    stem: Any
-    blocks: Any
-    head: Any
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        self.config, self.dtype = config, dtype
+        stem, blocks, head = self.make_stages(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.stem: Any = stem
+        self.blocks = nnx.List(blocks)
+        self.head: Any = head
+
+    @staticmethod
+    def make_stages(config: Any, **types: Any) -> tuple[nnx.Module, list[Any], Head]:
+        """(stem, blocks, head), made in this order; `types` holds dtype, param_dtype and rngs."""
+        raise NotImplementedError
 
     @property
     def stages(self) -> tuple[tuple[str, nnx.Module], ...]:

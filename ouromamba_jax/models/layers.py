@@ -44,6 +44,19 @@ class LayerNorm(nnx.Module):
         return (x * scale + bias).astype(self.dtype)
 
 
+class Head(nnx.Module):
+    """What every family's head does: features, then one linear layer `proj`, to float32 logits."""
+
+    proj: nnx.Linear
+
+    def features(self, x: Array) -> Float[Array, "B C"]:
+        """The vector that the linear layer sees."""
+        raise NotImplementedError
+
+    def __call__(self, x: Array) -> Float[Array, "B classes"]:
+        return self.proj(self.features(x)).astype(jnp.float32)
+
+
 class MLP(nnx.Module):
     """Linear, exact GELU, linear."""
 

@@ -17,6 +17,7 @@ from ouromamba_jax.models.layers import (
     MLP,
     DepthwiseConv1d,
     DotProductAttention,
+    Head,
     LayerNorm,
     QuantPoint,
     SelectiveScan,
@@ -327,7 +328,7 @@ class Affine(nnx.Module):
         return x.astype(jnp.float32) * scale + bias
 
 
-class MambaVisionHead(nnx.Module):
+class MambaVisionHead(Head):
     """The mean of all tokens, normalised with fixed statistics, and logits."""
 
     def __init__(self, config: MambaVisionConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -341,9 +342,6 @@ class MambaVisionHead(nnx.Module):
         """The vector that the linear head sees."""
         return self.norm(jnp.mean(x, axis=(1, 2)))  # the published order, norm before mean, gives the same
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
-        return self.proj(self.features(x)).astype(jnp.float32)
-
 
 class MambaVision(VisionModel):
     """MambaVision classifier. Between its blocks flow maps (B, H, W, C), padded within a hybrid level.
@@ -354,26 +352,15 @@ class MambaVision(VisionModel):
 
     family = "mambavision"
 
-    def __init__(
-        self,
-        config: MambaVisionConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-    ):
-        self.config = config
-        self.dtype = dtype
-        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.stem = MambaVisionStem(config, **types)
-        self.blocks = nnx.List(
-            [
-                (ConvBlock if level < config.conv_levels else HybridBlock)(config, level, index, **types)
-                for level, depth in enumerate(config.depths)
-                for index in range(depth)
-            ]
-        )
-        self.head = MambaVisionHead(config, **types)
+    @staticmethod
+    def make_stages(config: MambaVisionConfig, **types: Any) -> tuple[MambaVisionStem, list[Any], MambaVisionHead]:
+        stem = MambaVisionStem(config, **types)
+        blocks = [
+            (ConvBlock if level < config.conv_levels else HybridBlock)(config, level, index, **types)
+            for level, depth in enumerate(config.depths)
+            for index in range(depth)
+        ]
+        return stem, blocks, MambaVisionHead(config, **types)
 
 
 def split_windows(x: Float[Array, "B H W C"], window: int) -> Float[Array, "BW L C"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.config import Preprocessing, height_width
-from ouromamba_jax.models.layers import DepthwiseConv1d, QuantPoint, RMSNorm, SelectiveScan, extract_patches
+from ouromamba_jax.models.layers import DepthwiseConv1d, Head, QuantPoint, RMSNorm, SelectiveScan, extract_patches
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder
 
 
@@ -185,7 +185,7 @@ class VimBlock(nnx.Module):
         return x + mixer_out.astype(jnp.float32), LayerTrace(scans=scans, mixer_in=mixer_in, mixer_out=mixer_out)
 
 
-class VimHead(nnx.Module):
+class VimHead(Head):
     """Class token, normalised, to logits."""
 
     def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -197,29 +197,16 @@ class VimHead(nnx.Module):
         """The vector that the linear head sees."""
         return self.norm(x[:, self.class_index])
 
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B classes"]:
-        return self.proj(self.features(x)).astype(jnp.float32)
-
 
 class Vim(VisionModel):
     """Vision Mamba classifier."""
 
     family = "vim"
 
-    def __init__(
-        self,
-        config: VimConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-    ):
-        self.config = config
-        self.dtype = dtype
-        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.stem = VimStem(config, **types)
-        self.blocks = nnx.List([VimBlock(config, **types) for _ in range(config.depth)])
-        self.head = VimHead(config, **types)
+    @staticmethod
+    def make_stages(config: VimConfig, **types: Any) -> tuple[VimStem, list[Any], VimHead]:
+        stem = VimStem(config, **types)
+        return stem, [VimBlock(config, **types) for _ in range(config.depth)], VimHead(config, **types)
 
 
 def flip_tokens(x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.config import Preprocessing, height_width
-from ouromamba_jax.models.layers import MLP, LayerNorm, SelectiveScan, as_tokens, broadcast_last, conv_taps
+from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, broadcast_last, conv_taps
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 from ouromamba_jax.models.vim import uniform
 
@@ -236,7 +236,7 @@ class VMambaBlock(nnx.Module):
         return x + self.mlp(self.norm2(x)).astype(jnp.float32)
 
 
-class VMambaHead(nnx.Module):
+class VMambaHead(Head):
     """Every token normalised, their mean, and logits."""
 
     def __init__(self, config: VMambaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -249,34 +249,21 @@ class VMambaHead(nnx.Module):
         """The vector that the linear head sees."""
         return jnp.mean(self.norm(x), axis=(1, 2))
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
-        return self.proj(self.features(x)).astype(jnp.float32)
-
 
 class VMamba(VisionModel):
     """VMamba classifier. Between its blocks flow maps (B, H, W, C); its trace shows them as tokens (B, H * W, C)."""
 
     family = "vmamba"
 
-    def __init__(
-        self,
-        config: VMambaConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-    ):
-        self.config = config
-        self.dtype = dtype
-        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.stem = VMambaStem(config, **types)
+    @staticmethod
+    def make_stages(config: VMambaConfig, **types: Any) -> tuple[VMambaStem, list[Any], VMambaHead]:
+        stem = VMambaStem(config, **types)
         blocks = []
         before = None
         for width, depth in zip(config.widths, config.depths, strict=True):
             blocks += [VMambaBlock(config, before if i == 0 else None, width, **types) for i in range(depth)]
             before = width
-        self.blocks = nnx.List(blocks)
-        self.head = VMambaHead(config, **types)
+        return stem, blocks, VMambaHead(config, **types)
 
 
 _INIT = nnx.initializers.normal(0.02)
