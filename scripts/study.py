@@ -18,6 +18,8 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +42,19 @@ from ouromamba_jax.report import image_grid, line_chart, markdown_table, print_t
 
 OURS = "ouromamba"
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
-HEADERS = ("method", "calibration", "bits", "setting", "seeds", "top-1 %", "agree %", "SQNR dB", "+-", "outl. %")
+HEADERS = (
+    "method",
+    "calibration",
+    "bits",
+    "setting",
+    "seeds",
+    "top-1 %",
+    "top-1 +-",
+    "agree %",
+    "SQNR dB",
+    "SQNR +-",
+    "outl. %",
+)
 Fields = tuple[tuple[str, Any], ...]
 
 
@@ -262,6 +276,7 @@ def summarise(chosen: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> 
                         run.setting,
                         len(found),
                         round(100 * average["top1"], 2),
+                        round(100 * pstdev(entry["top1"] for entry in found), 2),
                         round(100 * average["agreement"], 2),
                         round(average["sqnr_db"], 2),
                         round(pstdev(entry["sqnr_db"] for entry in found), 2),
@@ -271,19 +286,19 @@ def summarise(chosen: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> 
         yield table, rows
 
 
-def write_summary(study: Study, chosen: dict[str, list[Run]], done: dict[str, dict[str, Any]], command: str) -> None:
+def write_summary(study: Study, chosen: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> None:
     """study.json, study.md and the tables on the terminal."""
     reference, labels = study.reference()
     float_top1 = 100 * score(reference, reference, labels).top1
     title = f"{study.model_name}: float top-1 {float_top1:.2f} % on {len(labels)} test images"
     summary = dict(summarise(chosen, done))
-    text = [f"# {title}\n", "Means over seeds; +- is the standard deviation of the SQNR over them.\n"]
+    text = [f"# {title}\n", "Means over seeds; +- is the standard deviation over them.\n"]
     for table, rows in summary.items():
         if rows:
             print_table(rows, HEADERS, title=f"{table} ({title})")
             text.append(f"## {table}\n\n{markdown_table(rows, HEADERS)}")
     record = dict(
-        command=command,
+        command=shlex.join(["python", "scripts/study.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
         identity=study.identity,
         float_top1=float_top1,
         tables={table: [dict(zip(HEADERS, row, strict=True)) for row in rows] for table, rows in summary.items()},
@@ -317,13 +332,14 @@ def draw(study: Study, chosen: dict[str, list[Run]], done: dict[str, dict[str, A
         )
     default = next((run for run in chosen.get("methods", ()) if run.method == OURS and run.source == "synthetic"), None)
     if default is not None:
-        images = study.images(default, 0)[:64]
-        image_grid(
-            study.out / "generated.png", to_pixels(images, study.config.preprocessing), heading="Synthetic images"
-        )
+        images = study.images(default, 0)[:40]
+        sample = load_images(study.data, study.train_split, study.config.img_size, study.config.preprocessing, limit=1)
+        names = sample.classes or [str(label) for label in range(study.config.num_classes)]
+        titles = [names[i % len(names)] for i in range(len(images))]  # GenConfig.targets is "round_robin"
+        pixels = to_pixels(images, study.config.preprocessing)
+        image_grid(study.out / "generated.png", pixels, titles, heading="Synthetic images and their target classes")
         low, _ = quantize(study.model, jnp.asarray(images), QuantConfig.preset("w4a4", tune_epochs=0))
-        if hasattr(low.blocks[0], "mixer"):
-            outlier_figure(study.out / "outliers.png", low, images[:1])
+        outlier_figure(study.out / "outliers.png", low, images[:1])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -368,8 +384,7 @@ def main() -> None:
             done[entry["key"]] = entry
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(str(error)) from error
-    command = f"python scripts/study.py --model {arguments.model} --data {Path(arguments.data).name}"
-    write_summary(study, chosen, done, command)
+    write_summary(study, chosen, done)
     draw(study, chosen, done)
 
 

@@ -68,7 +68,8 @@ def test_rows_are_means_over_the_finished_seeds(study):
     assert found["seeds"] == 3
     assert found["top-1 %"] == pytest.approx(100 * np.mean([e["top1"] for e in entries]), abs=0.005)
     assert found["SQNR dB"] == pytest.approx(np.mean([e["sqnr_db"] for e in entries]), abs=0.005)
-    assert found["+-"] == pytest.approx(np.std([e["sqnr_db"] for e in entries]), abs=0.005)
+    assert found["top-1 +-"] == pytest.approx(100 * np.std([e["top1"] for e in entries]), abs=0.005)
+    assert found["SQNR +-"] == pytest.approx(np.std([e["sqnr_db"] for e in entries]), abs=0.005)
 
 
 def test_a_folder_belongs_to_one_model_and_data_set(study, tmp_path):
