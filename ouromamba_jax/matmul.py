@@ -13,10 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
+from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from ouromamba_jax.outliers import OutlierSplit, merge
 from ouromamba_jax.pallas import outlier_matmul as kernel
+from ouromamba_jax.pallas.dispatch import Backend, choose
 from ouromamba_jax.qtensor import QTensor, divide
 
 FRACTION_BITS = 12
@@ -183,19 +184,12 @@ def _mosaic_gpu(split: OutlierSplit, weight: QTensor, **options) -> Float32[Arra
     return lax.cond(fits, one_launch, lambda: _xla(split, weight))
 
 
-class Backend(NamedTuple):
-    """`supports` returns why a call cannot run here, from static facts, or None."""
-
-    supports: Callable[[OutlierSplit, QTensor], str | None]
-    run: Callable[[OutlierSplit, QTensor], Float[Array, "B L O"]]
-
-
+# In order of preference. "xla" is the reference and supports everything; "mosaic_gpu" compiles for GPUs but has not run
+# on one yet: only its name chooses it.
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(lambda split, weight: None, _xla),
     "mosaic_gpu": Backend(kernel.supports, _mosaic_gpu),
 }
-"""In order of preference. "xla" is the reference and supports everything; "mosaic_gpu" compiles for GPUs but has not
-run on one yet: only its name chooses it."""
 
 
 @partial(jax.jit, static_argnames="implementation")
@@ -217,12 +211,4 @@ def outlier_matmul(
             f"the activation has {split.inlier_q.shape[-1]} channels but the weight {weight.shape[0]} inputs: "
             "pass a (C, O) weight (transpose a PyTorch one)"
         )
-    if implementation is None:
-        implementation = next(name for name, backend in BACKENDS.items() if backend.supports(split, weight) is None)
-    elif implementation not in BACKENDS:
-        raise ValueError(f"no implementation {implementation!r}: choose one of {', '.join(BACKENDS)}, or None")
-    elif reason := BACKENDS[implementation].supports(split, weight):
-        raise ValueError(
-            f"implementation {implementation!r} cannot run this call: {reason}; pass None to choose another"
-        )
-    return BACKENDS[implementation].run(split, weight)
+    return choose("matmul", BACKENDS, implementation, split, weight).run(split, weight)

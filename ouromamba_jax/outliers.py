@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int8
 
+from ouromamba_jax.pallas.dispatch import Backend, choose
 from ouromamba_jax.qtensor import FULL_RANGE_FRACTIONS, MIN_SCALE, divide, max_level, search_scale
 
 Threshold = Literal["online", "offline"]
@@ -234,7 +235,7 @@ def _check_arguments(x, scale, config: OutlierConfig, theta, channels) -> None:
         raise ValueError('detection="static" needs channels of shape (C,): pass the result of calibrate_channels')
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "implementation"))
 def split_outliers(
     x: Float[Array, "B L C"],
     scale: Float32[Array, " L"],
@@ -242,6 +243,7 @@ def split_outliers(
     *,
     theta: Float32[Array, " L"] | None = None,
     channels: Bool[Array, " C"] | None = None,
+    implementation: str | None = None,
 ) -> OutlierSplit:
     """Algorithm 2: split an activation into inlier levels and outliers, each sample on its own.
 
@@ -257,11 +259,18 @@ def split_outliers(
       scale: (L,) positive inlier scales, from `search_token_scales`.
       theta: (L,) thresholds for threshold="offline".
       channels: (C,) outlier channels for detection="static".
+      implementation: a backend's name; None takes the first that supports the call.
 
     Raises:
-      ValueError: shapes that do not agree, or theta or channels missing where the config needs them.
+      ValueError: shapes that do not agree, theta or channels missing where the config needs them, an unknown
+        implementation, or a named one that does not support the call.
     """
     _check_arguments(x, scale, config, theta, channels)
+    backend = choose("split", BACKENDS, implementation, x, config)
+    return backend.run(x, scale, config, theta=theta, channels=channels)
+
+
+def _xla(x, scale, config: OutlierConfig, *, theta, channels) -> OutlierSplit:
     x32 = x.astype(jnp.float32)
     mask = _mask(x32, scale, config, theta, channels)
     outlier_scale = _outlier_scale(x32, scale, mask, config)
@@ -276,6 +285,22 @@ def split_outliers(
         outlier_q = jnp.where(mask, _levels(outlier, config.outlier_bits), 0.0).astype(jnp.int8)
     inlier_q = jnp.where(mask, 0.0, _levels(ratio, config.act_bits)).astype(jnp.int8)
     return OutlierSplit(inlier_q, outlier_q, outlier_scale, mask, scale, pow2)
+
+
+def _kernel():
+    from ouromamba_jax.pallas import outlier_split  # imports this module; Mosaic, which it needs, takes a while
+
+    return outlier_split
+
+
+# In order of preference: "xla" supports every call. "mosaic_gpu" compiles for GPUs but has not run on one yet: only its
+# name chooses it.
+BACKENDS = {
+    "xla": Backend(lambda x, config: None, _xla),
+    "mosaic_gpu": Backend(
+        lambda *call: _kernel().supports(*call), lambda *call, **rest: _kernel().split(*call, **rest)
+    ),
+}
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -5,11 +5,14 @@ h_t = exp(delta_t * A) * h_{t-1} + (delta_t * B_t) * u_t ;    y_t = (<C_t, h_t> 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
+
+from ouromamba_jax.pallas import selective_scan as kernel
+from ouromamba_jax.pallas.dispatch import Backend, choose
 
 Collect = Callable[[Float[Array, "B D N"]], PyTree]
 StateTransform = Callable[[Float[Array, "B D N"], Int[Array, ""]], Float[Array, "B D N"]]
@@ -28,17 +31,6 @@ class ScanOutput(NamedTuple):
     y: Float[Array, "B L D"]
     h_last: Float[Array, "B D N"]
     states: PyTree
-
-
-class Backend(NamedTuple):
-    """One implementation of the scan.
-
-    Both functions take the arguments of ``selective_scan`` by name, B and C grouped, without ``implementation``.
-    ``supports`` looks at shapes, dtypes and what is None, never at values; it returns a reason against it, or None.
-    """
-
-    supports: Callable[..., str | None]
-    run: Callable[..., ScanOutput]
 
 
 def selective_scan(
@@ -95,19 +87,7 @@ def selective_scan(
         u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0,
         reverse=reverse, collect=collect, state_transform=state_transform,
     )  # fmt: skip
-    return _choose(implementation, call).run(**call)
-
-
-def _choose(implementation: str | None, call: dict[str, Any]) -> Backend:
-    if implementation is None:
-        return next(backend for backend in BACKENDS.values() if backend.supports(**call) is None)
-    if implementation not in BACKENDS:
-        raise ValueError(
-            f"unknown scan implementation {implementation!r}; choose one of {', '.join(BACKENDS)} or None."
-        )
-    if reason := BACKENDS[implementation].supports(**call):
-        raise ValueError(f"scan implementation {implementation!r} cannot run this call: {reason}; pass None instead.")
-    return BACKENDS[implementation]
+    return choose("scan", BACKENDS, implementation, **call).run(**call)
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
@@ -301,5 +281,44 @@ def _scan_bwd(residuals, cotangents):
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
-# In order of preference; "xla" supports every call and comes last.
-BACKENDS: dict[str, Backend] = {"xla": Backend(supports=lambda **call: None, run=_xla)}
+
+def _mosaic_gpu(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collect, state_transform, **options
+) -> ScanOutput:
+    """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA."""
+    y, h_last, starts = kernel.run(
+        u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0, reverse=reverse,
+        with_starts=collect is not None, **options,
+    )  # fmt: skip
+    if starts is None:
+        return ScanOutput(y, h_last, None)
+    batch, length, _ = u.shape
+    tiles = options.get("tiles") or kernel.tiles_for(u, A, B)
+    length //= tiles.segments
+
+    def to_chunks(x):
+        x = jnp.flip(x, 1) if reverse else x
+        x = x.reshape(batch, tiles.segments, length, *x.shape[2:])
+        x = jnp.pad(x, [(0, -length % tiles.chunk if axis == 2 else 0) for axis in range(x.ndim)])
+        return x.reshape(batch, -1, tiles.chunk, *x.shape[3:])
+
+    def from_chunks(x):
+        x = x.reshape(batch, tiles.segments, -1, *x.shape[3:])[:, :, :length]
+        return x.reshape(batch, -1, *x.shape[3:])
+
+    def walk(chunk, h0):
+        u, delta, B = chunk
+        return _xla(
+            u, delta, A, B, B, None, None, delta_bias, delta_softplus, h0, False, collect, None
+        ).states  # its y is not used
+
+    states = jax.vmap(walk, in_axes=1, out_axes=1)(jax.tree.map(to_chunks, (u, delta, B)), starts)
+    return ScanOutput(y, h_last, jax.tree.map(from_chunks, states))
+
+
+# In order of preference; B and C come grouped. "xla" supports every call. "mosaic_gpu" compiles for GPUs but has not
+# run on one yet: only its name chooses it.
+BACKENDS: dict[str, Backend] = {
+    "xla": Backend(supports=lambda **call: None, run=_xla),
+    "mosaic_gpu": Backend(kernel.supports, _mosaic_gpu),
+}

@@ -3,7 +3,7 @@
     pip install --no-deps jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION    # VERSION of the installed jax, 150 MB
     python scripts/compile_kernels.py [--target h100] [--only NAME]
 
-Needs ptxas, which JAX finds on PATH or under /usr/local/cuda. About 4 s per kernel and target, two minutes in all on
+Needs ptxas, which JAX finds on PATH or under /usr/local/cuda. About 7 s per kernel and target, five minutes in all on
 one CPU core. Prints registers, spills, shared memory and tensor-core instructions (in PTX: wgmma on Hopper, mma.sync
 below), and exits with 1 if a kernel does not compile, spills, calls a function, exceeds the device's shared memory, or
 multiplies without int8 tensor cores. It says nothing about speed.
@@ -102,29 +102,63 @@ def split(channels: int, scale: str) -> tuple[Callable, list]:
     import jax
     import jax.numpy as jnp
 
-    from ouromamba_jax.outliers import OutlierConfig
-    from ouromamba_jax.pallas import outlier_split
+    from ouromamba_jax.outliers import OutlierConfig, split_outliers
 
     config = OutlierConfig(outlier_scale=scale)  # type: ignore[arg-type]
     shapes = [(BATCH, TOKENS, channels), (TOKENS,)]
     return (
-        lambda x, scale: outlier_split.split(x, scale, config),
+        lambda x, scale: split_outliers(x, scale, config, implementation="mosaic_gpu"),
         [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
     )
 
 
-def scan(channels: int, states: int, groups: int) -> tuple[Callable, list]:
+def scan_shapes(channels: int, states: int, groups: int, dtype: str) -> dict[str, Any]:
+    """The arguments of a scan by name; with int8, levels and no gate, since models keep that in floats."""
+    import jax
+
+    tokens, projection = (BATCH, TOKENS, channels), (BATCH, TOKENS, groups, states)
+    inputs = {"u": tokens, "delta": tokens, "B": projection, "C": projection}
+    inputs |= {} if dtype == "int8" else {"z": tokens}
+    parameters = {"A": (channels, states), "D": (channels,), "delta_bias": (channels,)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in inputs.items()} | {
+        name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in parameters.items()
+    }
+
+
+def scan(channels: int, states: int, groups: int, dtype: str = "float32") -> tuple[Callable, list]:
+    from ouromamba_jax.scan import selective_scan
+
+    def run(arrays):
+        return selective_scan(**arrays, delta_softplus=True, implementation="mosaic_gpu")[:2]
+
+    return run, [scan_shapes(channels, states, groups, dtype)]
+
+
+def scan_gradient(channels: int, states: int, groups: int, dtype: str, collect: bool) -> tuple[Callable, list]:
+    """Both passes; with `collect`, also from what is collected of the states between them."""
     import jax
     import jax.numpy as jnp
 
-    from ouromamba_jax.pallas import selective_scan
+    from ouromamba_jax.scan import selective_scan
 
-    def run(u, delta, A, B, C, D, z, bias):
-        return selective_scan.forward(u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True)
+    def loss(arrays):
+        reduce = (lambda h: h.mean(1)) if collect else None
+        out = selective_scan(**arrays, delta_softplus=True, collect=reduce, implementation="mosaic_gpu")
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(out))
 
-    tokens, projection = (BATCH, TOKENS, channels), (BATCH, TOKENS, groups, states)
-    shapes = [tokens, tokens, (channels, states), projection, projection, (channels,), tokens, (channels,)]
-    return run, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.grad(loss), [scan_shapes(channels, states, groups, dtype)]
+
+
+def scan_levels(channels: int, states: int, groups: int) -> tuple[Callable, list]:
+    import jax
+
+    from ouromamba_jax.pallas.selective_scan_forward import Scales, forward
+
+    def run(arrays, scales):
+        return forward(**arrays, delta_softplus=True, scales=Scales(*scales))
+
+    scale = jax.ShapeDtypeStruct((BATCH, TOKENS, groups), "float32")
+    return run, [scan_shapes(channels, states, groups, "int8"), (scale,) * 4]
 
 
 KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]] = {
@@ -136,8 +170,15 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     "split 768 pow2": (split, (768, "pow2")),
     "split 3072 pow2": (split, (3072, "pow2")),
     "split 192 free": (split, (192, "free")),
+    # Directions of Vim, MambaVision and VMamba, whose groups of 96 channels are padded
     "scan 384x16": (scan, (384, 16, 1)),
-    "scan 1536x1 in 4": (scan, (1536, 1, 4)),
+    "scan 1536x16 bf16": (scan, (1536, 16, 1, "bfloat16")),
+    "scan 384x1 in 4": (scan, (384, 1, 4)),
+    "scan 384x16 int8": (scan_levels, (384, 16, 1)),
+    "scan gradient 384x16": (scan_gradient, (384, 16, 1, "float32", False)),
+    "scan gradient 1536x16": (scan_gradient, (1536, 16, 1, "bfloat16", True)),
+    "scan gradient 160x8": (scan_gradient, (160, 8, 1, "bfloat16", False)),
+    "scan gradient 384x1": (scan_gradient, (384, 1, 4, "float32", True)),
 }
 
 
@@ -152,7 +193,7 @@ def compile_one(kernel: str, target: str) -> None:
     build, arguments = KERNELS[kernel]
     with jax.default_device(topology.devices[0]):  # this sets the capability that Mosaic compiles for
         run, shapes = build(*arguments)
-        specs = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
+        specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
         jax.jit(run).lower(*specs).compile()
 
 
@@ -201,12 +242,12 @@ def check(kernel: str, target: str) -> bool:
             command, env={**os.environ, "MOSAIC_GPU_DUMP_TO": folder}, capture_output=True, text=True, check=False
         )
         if done.returncode:
-            print(f"{target:5} {kernel:20} does not compile:\n{done.stderr[-2000:]}")
+            print(f"{target:5} {kernel:22} does not compile:\n{done.stderr[-2000:]}")
             return False
         report = Report.read(Path(folder))
     problems = report.problems(kernel, DEVICES[target])
     print(
-        f"{target:5} {kernel:20} {report.registers:4} registers {report.spills:4} B spilled "
+        f"{target:5} {kernel:22} {report.registers:4} registers {report.spills:4} B spilled "
         f"{report.shared_memory:7} B shared {report.tensor_core:4} tensor-core  {'; '.join(problems) or 'ok'}",
         flush=True,
     )

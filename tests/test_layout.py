@@ -118,7 +118,7 @@ def test_pure_modules_stay_pure_all_the_way_down(module):
 @pytest.mark.parametrize(
     ("module", "prefixes"),
     [
-        ("gen", ("quantize", "pallas", "convert")),
+        ("gen", ("quantize", "convert")),
         ("models", ("quantize", "gen", "convert", "checkpoint")),
         ("quantize", ("gen", "convert", "checkpoint", "cli")),
         ("checkpoint", ("gen", "convert", "cli")),

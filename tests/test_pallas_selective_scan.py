@@ -1,5 +1,8 @@
-"""The scan's forward kernel in interpret mode against the XLA implementation."""
+"""What the GPU scan can beside the scans of test_scan.py: inputs in int8, and the states that it saves."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,46 +10,96 @@ import tolerances
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax.pallas import selective_scan as kernel
-from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.pallas.selective_scan_forward import Scales, forward
+from ouromamba_jax.pallas.tiles import ScanTiles
+from ouromamba_jax.scan import BACKENDS, _mosaic_gpu, selective_scan
 
-CASES = {
-    # name: (batch, length, D, N, groups, reverse, with bias, softplus, skip and gate)
-    "mamba": (2, 5, 128, 16, 1, False, True),
-    "groups": (1, 4, 256, 8, 2, False, True),
-    "plain": (1, 7, 128, 1, 1, True, False),
-}
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
-def assert_near(value, expected):
+def assert_near(value, expected, tolerance=tolerances.SCAN_VALUE["float32"]):
     error = np.abs(np.asarray(value, np.float64) - np.asarray(expected, np.float64)).max()
-    assert error <= tolerances.SCAN_VALUE["float32"] * np.abs(np.asarray(expected)).max()
+    assert error <= tolerance * np.abs(np.asarray(expected)).max()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_kernel_gives_the_scan(name, capfd):
-    batch, length, D, N, groups, reverse, full = CASES[name]
+@pytest.mark.parametrize("whole", [True, False], ids=["all", "u_and_C"])
+def test_levels_count_in_steps_of_their_token_and_group(whole):
+    """(B, L, G) scales; with `whole` all four inputs are levels, otherwise two of them."""
     rng = np.random.default_rng(0)
+    batch, length, D, N, groups = 2, 5, 256, 8, 2
+    names = ("u", "delta", "B", "C") if whole else ("u", "C")
+    shapes = {"u": (D,), "delta": (D,), "B": (groups, N), "C": (groups, N)}
+    levels, scales, floats = {}, {}, {}
+    for name, shape in shapes.items():
+        level = rng.integers(-127, 128, size=(batch, length, *shape)).astype(np.int8)
+        scale = rng.uniform(0.002, 0.02, size=(batch, length, groups)).astype(np.float32)
+        per_group = level.reshape(batch, length, groups, -1).astype(np.float32) * scale[..., None]
+        floats[name] = jnp.asarray(per_group.reshape(level.shape))
+        levels[name] = jnp.asarray(level) if name in names else floats[name]
+        scales[name] = jnp.asarray(scale) if name in names else None
+    A = -jnp.exp(jnp.asarray(rng.normal(size=(D, N)).astype(np.float32)))
+    skip = jnp.asarray(rng.normal(size=D).astype(np.float32))
+    y, h_last, starts = forward(
+        levels["u"], levels["delta"], A, levels["B"], levels["C"], skip,
+        delta_softplus=True, scales=Scales(**scales), interpret=INTERPRET,
+    )  # fmt: skip
+    expected = selective_scan(
+        floats["u"], floats["delta"], A, floats["B"], floats["C"], skip, delta_softplus=True, implementation="xla"
+    )
+    assert y.dtype == jnp.float32
+    assert starts is None
+    assert_near(y, expected.y)
+    assert_near(h_last, expected.h_last)
+
+
+def test_the_saved_states_are_those_before_each_chunk():
+    rng = np.random.default_rng(1)
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape).astype(np.float32))
 
-    u, delta, z = (normal(batch, length, D) for _ in range(3))
-    B, C = (normal(batch, length, groups, N) for _ in range(2))
-    A, skip, bias = -jnp.exp(normal(D, N)), normal(D), normal(D)
-    options = {"z": z, "delta_bias": bias - 4, "delta_softplus": True} if full else {}
-    delta = delta if full else jnp.abs(delta)
-    arguments = (u, delta, A, B, C, skip if full else None)
-    y, h_last = kernel.forward(
-        *arguments, reverse=reverse, interpret=plgpu.InterpretGPUParams(detect_races=True), **options
-    )
-    expected = selective_scan(*arguments, reverse=reverse, implementation="xla", **options)
-    assert_near(y, expected.y)
-    assert_near(h_last, expected.h_last)
-    assert "RACE" not in "".join(capfd.readouterr())
+    u, delta, B, C = normal(1, 7, 20), jnp.abs(normal(1, 7, 20)), normal(1, 7, 1, 1), normal(1, 7, 1, 1)
+    A, h0 = -jnp.exp(normal(20, 1)), normal(1, 20, 1)
+    tiles = ScanTiles(piece=1, chunk=2)
+    *_, starts = kernel.run(u, delta, A, B, C, h0=h0, with_starts=True, tiles=tiles, interpret=INTERPRET)
+    states = selective_scan(u, delta, A, B, C, h0=h0, collect=lambda h: h, implementation="xla").states
+    np.testing.assert_array_equal(starts[:, 0], h0)
+    assert_near(starts[:, 1:], states[:, 1:6:2])
 
 
-def test_shapes_that_do_not_fit_are_refused():
-    x = jnp.zeros((1, 2, 64))
-    B = jnp.zeros((1, 2, 1, 16))
-    with pytest.raises(ValueError, match="64 channels"):
-        kernel.forward(x, x, jnp.zeros((64, 16)), B, B)
+def test_segments_give_the_scan_in_one_go():
+    """Three at once: values, collected states, and gradients through everything that the segments hand on."""
+    rng = np.random.default_rng(2)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
+    x = dict(u=normal(2, 9, 20), delta=normal(2, 9, 20) - 2, A=-jnp.exp(normal(20, 1)), B=normal(2, 9, 1, 1))
+    x |= dict(C=normal(2, 9, 1, 1), D=normal(20), z=normal(2, 9, 20), delta_bias=normal(20), h0=normal(2, 20, 1))
+    options = dict(delta_softplus=True, reverse=True, collect=lambda h: h * h, state_transform=None)
+    cotangents = normal(2, 9, 20), normal(2, 20, 1), normal(2, 9, 20, 1)
+
+    def results(run):
+        def outputs(x):
+            return tuple(run(**x, **options))
+
+        def forward_and_back(x, cotangents):
+            out, pull_back = jax.vjp(outputs, x)
+            return out, pull_back(cotangents)
+
+        return jax.tree.leaves(jax.jit(forward_and_back)(x, cotangents))
+
+    kernels = partial(_mosaic_gpu, tiles=ScanTiles(piece=1, chunk=2, segments=3), interpret=INTERPRET)
+    for actual, expected in zip(results(kernels), results(BACKENDS["xla"].run), strict=True):
+        assert_near(actual, expected, tolerances.SCAN_GRADIENT["float32"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "groups", "segments"),
+    [(32, 197, 768, 2, 1), (32, 3136, 384, 4, 4), (1, 3136, 384, 4, 32), (32, 784, 768, 4, 2), (1, 196, 1536, 4, 2)],
+)
+def test_many_tokens_of_few_channels_are_cut(batch, length, channels, groups, segments):
+    """Vim, and the stages of VMamba."""
+    B = jax.ShapeDtypeStruct((batch, length, groups, 1), jnp.float32)
+    u, A = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, length, channels), (channels, 1)))
+    assert kernel.tiles_for(u, A, B).segments == segments

@@ -1,13 +1,43 @@
-"""The selective scan against a float64 loop: values, every gradient, memory, and no sample depending on its batch."""
+"""The selective scan against a float64 loop: values, every gradient, memory, and no sample depending on its batch.
+
+Tests that take `implementation` run for XLA, for the GPU kernels in interpret mode, and on a GPU where there is one.
+"""
+
+from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax import scan
+from ouromamba_jax.pallas import selective_scan as kernel
+from ouromamba_jax.pallas.dispatch import Backend
+from ouromamba_jax.pallas.tiles import ScanTiles
 from ouromamba_jax.scan import selective_scan
+
+
+@pytest.fixture
+def implementation(request, monkeypatch, capfd):
+    """A backend's name. The interpreter raises (jax 0.12) or reports (0.11) accesses that no barrier orders."""
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    run = partial(scan._mosaic_gpu, tiles=ScanTiles(piece=2, chunk=4), interpret=interpret)
+    monkeypatch.setitem(scan.BACKENDS, "interpreted", Backend(kernel.unsuitable, run))
+    yield request.param
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+def for_backends(names, cases, interpreted=()):
+    """Every case for XLA and a GPU; those of `interpreted` in interpret mode, which takes seconds for each."""
+    marks = {"mosaic_gpu": pytest.mark.gpu}
+    everywhere = [
+        pytest.param(name, *case, marks=marks.get(name, ())) for name, case in product(("xla", "mosaic_gpu"), cases)
+    ]
+    everywhere += [pytest.param("interpreted", *case) for case in interpreted]
+    return pytest.mark.parametrize(("implementation", *names), everywhere, indirect=["implementation"])
 
 
 def make_inputs(batch, length, channels, d_state, *, groups=None, dtype=jnp.float32, drop=(), seed=0):
@@ -80,10 +110,12 @@ def pull_back(function, inputs, cotangents):
     return jax.jit(lambda x, ct: jax.vjp(function, x)[1](ct)[0])(inputs, cotangents)
 
 
-def check_gradients(inputs, *, dtype="float32", **options):
+def check_gradients(inputs, *, dtype="float32", implementation=None, **options):
     """Random cotangents for all outputs, against autodiff of the loop in float64."""
     names = {"softplus": "delta_softplus", "transform": "state_transform"}
-    ours = {"delta_softplus": True} | {names.get(name, name): value for name, value in options.items()}
+    ours = {"delta_softplus": True, "implementation": implementation} | {
+        names.get(name, name): value for name, value in options.items()
+    }
     count = 3 if "collect" in options else 2
 
     def outputs(x):
@@ -106,20 +138,27 @@ def check_gradients(inputs, *, dtype="float32", **options):
         assert_close(gradient, reference[name], tolerances.SCAN_GRADIENT[dtype], f"gradient of {name}")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("length", "channels", "d_state", "groups", "reverse"),
-    [
+VALUES = [
+    (*case, dtype)
+    for case in (
         (1, 4, 8, None, False),
         (17, 24, 16, None, True),
         (50, 12, 1, 4, True),
         (50, 8, 8, 1, False),
         (197, 16, 16, 4, True),
-    ],
+    )
+    for dtype in ("float32", "bfloat16")
+]
+
+
+@for_backends(
+    ("length", "channels", "d_state", "groups", "reverse", "dtype"),
+    VALUES,
+    [(1, 4, 8, None, False, "bfloat16"), (17, 24, 16, 1, True, "float32"), (6, 260, 1, 2, True, "bfloat16")],
 )
-def test_values_match_a_float64_loop(length, channels, d_state, groups, reverse, dtype):
+def test_values_match_a_float64_loop(implementation, length, channels, d_state, groups, reverse, dtype):
     inputs = make_inputs(2, length, channels, d_state, groups=groups, dtype=dtype)
-    out = run(inputs, reverse=reverse, collect=lambda h: h)
+    out = run(inputs, reverse=reverse, collect=lambda h: h, implementation=implementation)
     y, h_last, states = loop(to_float64(inputs), reverse=reverse)
     assert out.y.dtype == jnp.dtype(dtype)
     assert out.h_last.dtype == out.states.dtype == jnp.float32
@@ -144,7 +183,7 @@ def test_each_option_can_be_left_out(drop, softplus):
     assert_close(out.h_last, h_last, tolerances.SCAN_VALUE["float32"], "h_last")
 
 
-@pytest.mark.parametrize(
+@for_backends(
     ("length", "channels", "d_state", "groups", "reverse", "drop", "dtype"),
     [
         (17, 24, 16, None, False, (), "float32"),
@@ -154,10 +193,17 @@ def test_each_option_can_be_left_out(drop, softplus):
         (17, 12, 8, None, True, (), "bfloat16"),
         (9, 8, 1, 4, False, (), "bfloat16"),
     ],
+    [
+        (7, 24, 16, None, False, (), "float32"),
+        (9, 256, 8, 1, True, ("delta_bias", "h0"), "bfloat16"),
+        (5, 12, 1, 2, True, ("D", "z"), "float32"),
+    ],
 )
-def test_every_gradient_matches_float64_autodiff(length, channels, d_state, groups, reverse, drop, dtype):
+def test_every_gradient_matches_float64_autodiff(
+    implementation, length, channels, d_state, groups, reverse, drop, dtype
+):
     inputs = make_inputs(2, length, channels, d_state, groups=groups, dtype=dtype, drop=drop)
-    check_gradients(inputs, dtype=dtype, reverse=reverse)
+    check_gradients(inputs, dtype=dtype, reverse=reverse, implementation=implementation)
 
 
 def test_gradients_without_softplus():
@@ -170,9 +216,10 @@ def test_gradients_over_197_tokens():
     check_gradients(make_inputs(1, 197, 4, 4))
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_gradients_flow_through_collected_states(reverse):
-    check_gradients(make_inputs(2, 19, 8, 4, groups=2), collect=lambda h: h * h, reverse=reverse)
+@for_backends(("length", "d_state", "reverse"), [(19, 4, False), (19, 4, True)], [(7, 1, True)])
+def test_gradients_flow_through_collected_states(implementation, length, d_state, reverse):
+    inputs = make_inputs(2, length, 8, d_state, groups=2)
+    check_gradients(inputs, collect=lambda h: h * h, reverse=reverse, implementation=implementation)
 
 
 def test_gradients_flow_through_a_state_transform():
@@ -203,11 +250,17 @@ def test_a_state_transform_sees_the_scan_step_and_not_the_padding():
     )  # a state on a rounding boundary may fall to either side
 
 
-def test_collect_returns_any_pytree_and_may_close_over_what_is_differentiated():
+@for_backends((), [()])
+def test_collect_returns_any_pytree_and_may_close_over_what_is_differentiated(implementation):
     inputs = make_inputs(2, 19, 8, 4)
 
     def collected(weight):
-        out = selective_scan(**inputs, delta_softplus=True, collect=lambda h: {"a": (h.mean(1), h[:, :, 0] * weight)})
+        out = selective_scan(
+            **inputs,
+            delta_softplus=True,
+            collect=lambda h: {"a": (h.mean(1), h[:, :, 0] * weight)},
+            implementation=implementation,
+        )
         return out.states["a"]
 
     weight = jnp.float32(0.7)
@@ -357,7 +410,7 @@ def test_dispatch(monkeypatch):
         assert B.shape == (2, 9, 1, 4)  # always grouped
         return "it cannot collect states" if collect else None
 
-    backends = {"fast": scan.Backend(supports, lambda *, u, **_: scan.ScanOutput(u, u, None)), **scan.BACKENDS}
+    backends = {"fast": Backend(supports, lambda *, u, **_: scan.ScanOutput(u, u, None)), **scan.BACKENDS}
     monkeypatch.setattr(scan, "BACKENDS", backends)
     assert selective_scan(**inputs).y is inputs["u"]
     assert np.array_equal(selective_scan(**inputs, implementation="xla").y, expected)
@@ -366,3 +419,13 @@ def test_dispatch(monkeypatch):
         selective_scan(**inputs, collect=lambda h: h, implementation="fast")
     with pytest.raises(ValueError, match="unknown scan implementation 'triton'; choose one of fast, xla"):
         selective_scan(**inputs, implementation="triton")
+
+
+def test_reasons_against_the_kernel():
+    inputs = make_inputs(2, 9, 12, 4)
+    with pytest.raises(ValueError, match="'mosaic_gpu' cannot run this call: it needs an NVIDIA GPU"):
+        selective_scan(**inputs, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="a state transform runs between the steps"):
+        selective_scan(**inputs, state_transform=lambda h, t: h, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="17 states of a channel do not fit"):
+        selective_scan(**make_inputs(2, 9, 12, 17), implementation="mosaic_gpu")

@@ -7,11 +7,11 @@ s_out = s_in * 2^j the outliers' product is shifted left by j in the accumulator
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from ouromamba_jax.outliers import OutlierSplit
+from ouromamba_jax.pallas.device import default_device, device_reason, device_target
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, divide, max_level
 
@@ -24,28 +24,6 @@ def largest_shift(inputs: int, weight_bits: int) -> int:
     return (_INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= _INT32_MAX else -1
 
 
-def default_device() -> jax.Device:
-    """Where the next call runs. Under `jax.default_device` it may be one that this machine lacks, to compile for it."""
-    chosen = jax.config.jax_default_device
-    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
-
-
-def device_target() -> Target | str:
-    """The architecture whose kernel the default device takes, or why it takes none."""
-    device = default_device()
-    if device.platform != "gpu":
-        return f"it needs an NVIDIA GPU, and the default device is a {device.platform}"
-    if len(jax.devices()) > 1:
-        return "a kernel runs on one device, and this process sees several"
-    return target_of(getattr(device, "compute_capability", "unknown"))
-
-
-def target_of(capability: str) -> Target | str:
-    """As `device_target`, for a compute capability like "8.0"."""
-    targets: dict[str, Target] = {"8.0": "sm80", "8.6": "sm89", "8.9": "sm89", "9.0": "sm90"}
-    return targets.get(capability, f"there is no kernel for compute capability {capability}")
-
-
 def supports(split: OutlierSplit, weight: QTensor) -> str | None:
     """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
     if split.outlier_q.dtype != jnp.int8:
@@ -56,8 +34,7 @@ def supports(split: OutlierSplit, weight: QTensor) -> str | None:
         return "the accumulator holds all inputs: quantise the weight without groups"
     if largest_shift(weight.shape[0], weight.bits) < 0:
         return f"{weight.shape[0]} inputs of {weight.bits}-bit weights could overflow int32"
-    target = device_target()
-    return None if target in ("sm80", "sm89", "sm90") else target
+    return device_reason()
 
 
 def shifts(split: OutlierSplit, limit: int) -> tuple[Int32[Array, "B L"], Bool[Array, ""]]:
@@ -114,7 +91,7 @@ def run(
     """
     B, L, K = near.shape
     O = weight.shape[1]
-    target = target or _require(device_target())
+    target = target or device_target()
     tiles = tiles or matmul_tiles(target, O, weight.bits)
     # At least one tile of rows, then any number of them.
     height = (tiles.tile_m,) if tiles.tile_m > B * L else (1,)
@@ -140,9 +117,3 @@ def _kernel(target: Target, interpret: Any):
     from ouromamba_jax.pallas import outlier_matmul_sm80
 
     return outlier_matmul_sm80.matmul
-
-
-def _require(target: Target | str) -> Target:
-    if target not in ("sm80", "sm89", "sm90"):
-        raise ValueError(f"no GPU kernel can run: {target}")
-    return target  # type: ignore[return-value]

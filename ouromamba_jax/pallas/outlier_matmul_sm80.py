@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Int8, Int32
 
+from ouromamba_jax.pallas.store import store
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 
 
@@ -84,10 +85,7 @@ def matmul(
         w = plgpu.load(column_scale.at[columns], layout=accumulator.reduce(0), optimized=False)
         y = acc.astype(jnp.float32) * lax.broadcast_in_dim(scale, acc.shape, [0])
         y = y * lax.broadcast_in_dim(w, acc.shape, [1])
-        if hasattr(plgpu, "store"):  # jax 0.11 has no `store`, 0.12 refuses the plain one
-            plgpu.store(out.at[rows, columns], y, optimized=False)
-        else:
-            out[rows, columns] = y
+        store(out.at[rows, columns], y)
 
     return plgpu.kernel(
         body,

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from ouromamba_jax.outliers import OutlierConfig, OutlierSplit
+from ouromamba_jax.pallas.device import device_reason
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
 
 LANES = 128
@@ -23,7 +24,12 @@ _LARGEST_RATIO = 2.0**126
 
 
 def supports(x: Float[Array, "B L C"], config: OutlierConfig) -> str | None:
-    """Why the kernel cannot split this, from static facts; None if it can."""
+    """Why this call cannot run here, from static facts and the device; None if it can."""
+    return unsuitable(x, config) or device_reason()
+
+
+def unsuitable(x: Float[Array, "B L C"], config: OutlierConfig) -> str | None:
+    """Why the kernel cannot split this, whatever the device; None if it can."""
     if config.detection != "dynamic" or config.spec != "paper":
         return 'it is Algorithm 2 itself: detection="dynamic" and spec="paper"'
     if config.outlier_bits == 16:
@@ -39,9 +45,10 @@ def split(
     config: OutlierConfig,
     *,
     theta: Float32[Array, " L"] | None = None,
+    channels: None = None,
     interpret: Any = None,
 ) -> OutlierSplit:
-    """`outliers.split_outliers` for what `supports` accepts."""
+    """`outliers.split_outliers` for what `supports` accepts; `channels` are those of another detection."""
     B, L, C = x.shape
     width, window = C + -C % LANES, min(config.n_refresh, L)
     q_in, q_out = max_level(config.act_bits), max_level(config.outlier_bits)

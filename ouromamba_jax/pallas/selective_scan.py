@@ -1,112 +1,179 @@
-"""The selective scan's forward pass on NVIDIA GPUs: one thread per channel, its N states in registers.
+"""The selective scan on NVIDIA GPUs: when it applies, and its two kernels as one differentiable function."""
 
-A program walks the tokens of 128 channels of one sample. Delta's bias and softplus, the D skip and the silu(z) gate
-are part of the walk, so u, delta, z and y cross memory once. exp(delta A) is 2^(delta A log2 e).
-"""
-
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-CHANNELS = 128
-AHEAD = 2
-"""Tokens whose inputs are loaded while as many before them are computed; 4 of them take 246 registers, 2 take 161."""
-_LOG2_E = 1.4426950408889634
+from ouromamba_jax.pallas.device import device_reason
+from ouromamba_jax.pallas.tiles import SCAN_CHANNELS, ScanTiles, scan_tiles
+
+STATES = (1, 8, 16)
 
 
-def forward(
+def unsuitable(*, A: Float[Array, "D N"], state_transform: Any = None, **_: Any) -> str | None:
+    """Why the kernels cannot run this call, whatever the device; None if they can."""
+    if state_transform is not None:
+        return "a state transform runs between the steps, which the kernel takes without a pause"
+    if A.shape[1] > STATES[-1]:
+        return f"{A.shape[1]} states of a channel do not fit a thread's registers, {STATES[-1]} do"
+    return None
+
+
+def supports(**call: Any) -> str | None:
+    """Why this call cannot run here, from shapes, None-ness and the device; None if it can."""
+    return unsuitable(**call) or device_reason()
+
+
+def run(
     u: Float[Array, "B L D"],
     delta: Float[Array, "B L D"],
-    A: Float32[Array, "D N"],
+    A: Float[Array, "D N"],
     B: Float[Array, "B L G N"],
     C: Float[Array, "B L G N"],
-    D: Float32[Array, " D"] | None = None,
+    D: Float[Array, " D"] | None = None,
     *,
     z: Float[Array, "B L D"] | None = None,
-    delta_bias: Float32[Array, " D"] | None = None,
+    delta_bias: Float[Array, " D"] | None = None,
     delta_softplus: bool = False,
+    h0: Float[Array, "B D N"] | None = None,
     reverse: bool = False,
+    with_starts: bool = False,
+    tiles: ScanTiles | None = None,
     interpret: Any = None,
-) -> tuple[Float[Array, "B L D"], Float32[Array, "B D N"]]:
-    """y and the last state; arguments as in `scan.selective_scan`, D / G a multiple of 128, N at most 16."""
-    batch, length, channels = u.shape
+) -> tuple[Float[Array, "B L D"], Float32[Array, "B D N"], Float32[Array, "B chunks D N"] | None]:
+    """y, the last state and, `with_starts`, the states before the chunks of every segment; reverse-differentiable.
+
+    Groups are padded to a multiple of 128 channels, and states to 1, 8 or 16. `tiles` are `tiles_for(u, A, B)` if None.
+    """
     groups, states = B.shape[2:]
-    if states > 16 or channels % (groups * CHANNELS):
-        raise ValueError(
-            f"the kernel holds up to 16 states of {CHANNELS} channels of one group at a time, not {states} states and "
-            f"{channels} channels in {groups} groups: use the XLA implementation"
-        )
-    optional = [v for v in (D, delta_bias, z) if v is not None]
+    channels = u.shape[2] // groups
+    more = -channels % SCAN_CHANNELS
+    spare = next(n for n in STATES if n >= states) - states
 
-    def body(u, delta, A, B, C, *rest):
-        *given, y, h_last = rest
-        refs = iter(given)
-        skip, bias, gate = (next(refs) if v is not None else None for v in (D, delta_bias, z))
-        sample, block = lax.axis_index("sample"), lax.axis_index("block")
-        here = pl.ds(block * CHANNELS, CHANNELS)
-        group = block * CHANNELS // (channels // groups)
-        rates = [A[n, here] for n in range(states)]
+    def pad(x, *, channel_axis=None, state_axis=None):
+        if x is None:
+            return None
+        if channel_axis is not None and more:
+            split = x.reshape(*x.shape[:channel_axis], groups, channels, *x.shape[channel_axis + 1 :])
+            padded = jnp.pad(split, [(0, more if i == channel_axis + 1 else 0) for i in range(split.ndim)])
+            x = padded.reshape(*x.shape[:channel_axis], -1, *x.shape[channel_axis + 1 :])
+        if state_axis is not None and spare:
+            x = jnp.pad(x, [(0, spare if i == state_axis else 0) for i in range(x.ndim)])
+        return x
 
-        inputs = [ref for ref in (u, delta, gate) if ref is not None]
+    def crop(x, *, channel_axis, states_too=False):
+        split = x.reshape(*x.shape[:channel_axis], groups, channels + more, *x.shape[channel_axis + 1 :])
+        x = jax.lax.slice_in_dim(split, 0, channels, axis=channel_axis + 1)
+        x = x.reshape(*x.shape[:channel_axis], groups * channels, *x.shape[channel_axis + 2 :])
+        return x[..., :states] if states_too else x
 
-        def position(i):
-            """Past the end the last token comes again; with a step size of 0 it changes nothing."""
-            i = jnp.minimum(i, length - 1)
-            return length - 1 - i if reverse else i
+    def f32(x):
+        return None if x is None else x.astype(jnp.float32)
 
-        def fetch(chunk):
-            tokens = [position(chunk * AHEAD + i) for i in range(AHEAD)]
-            return tuple(tuple(ref[sample, t, here].astype(jnp.float32) for ref in inputs) for t in tokens)
-
-        def step_size(d, i):
-            if bias is not None:
-                d = d + bias[here]
-            if delta_softplus:
-                e = jnp.exp(-jnp.abs(d))
-                series = e * (1.0 - e * (0.5 - e * (1 / 3 - e * 0.25)))  # where 1 + e would lose e
-                d = jnp.maximum(d, 0.0) + jnp.where(e < 0.03, series, jnp.log(1.0 + e))
-            return d * jnp.where(i < length, jnp.float32(1), jnp.float32(0))
-
-        def chunk(k, carry):
-            h, loaded = carry
-            following = fetch(k + 1)
-            outs = []
-            for i, (x, d, *g) in enumerate(loaded):
-                t, d = position(k * AHEAD + i), step_size(d, k * AHEAD + i)
-                dx = d * x
-                decays = [jnp.exp2(d * rate) for rate in rates]
-                inflow = [dx * B[sample, t, group, n].astype(jnp.float32) for n in range(states)]
-                h = tuple(a * h_n + b for a, h_n, b in zip(decays, h, inflow, strict=True))
-                out = jnp.zeros((CHANNELS,), jnp.float32) if skip is None else x * skip[here]
-                for n in range(states):
-                    out = out + h[n] * C[sample, t, group, n].astype(jnp.float32)
-                if g:
-                    out = out * (g[0] / (1.0 + jnp.exp(-g[0])))
-                outs.append((t, out))
-            for t, out in outs:
-                y[sample, t, here] = out.astype(y.dtype)
-            return h, following
-
-        start = tuple(jnp.zeros((CHANNELS,), jnp.float32) for _ in range(states))
-        h, _ = lax.fori_loop(0, pl.cdiv(length, AHEAD), chunk, (start, fetch(0)))
-        for n in range(states):
-            h_last[sample, n, here] = h[n]
-
-    kernel = plgpu.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct(u.shape, u.dtype),
-            jax.ShapeDtypeStruct((batch, states, channels), jnp.float32),
-        ),
-        grid=(channels // CHANNELS, batch),
-        grid_names=("block", "sample"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": interpret} if interpret is not None else {}),
+    h0 = jnp.zeros((u.shape[0], *A.shape), jnp.float32) if h0 is None else f32(h0)
+    y, h_last, starts = _segments(
+        _Options(delta_softplus, reverse, with_starts, tiles or tiles_for(u, A, B), interpret),
+        pad(u, channel_axis=2),
+        pad(delta, channel_axis=2),
+        pad(f32(A), channel_axis=0, state_axis=1),
+        pad(B, state_axis=3),
+        pad(C, state_axis=3),
+        pad(f32(D), channel_axis=0),
+        pad(z, channel_axis=2),
+        pad(f32(delta_bias), channel_axis=0),
+        pad(h0, channel_axis=1, state_axis=2),
     )
-    y, h_last = kernel(u, delta, A.T * _LOG2_E, B, C, *optional)
-    return y, jnp.swapaxes(h_last, 1, 2)
+    if starts is not None:
+        starts = crop(jnp.swapaxes(starts, 2, 3), channel_axis=2, states_too=True)
+    return crop(y, channel_axis=2), crop(h_last, channel_axis=1, states_too=True), starts
+
+
+def tiles_for(u: Float[Array, "B L D"], A: Float[Array, "D N"], B: Float[Array, "B L G N"]) -> ScanTiles:
+    """The tiles of a call."""
+    (batch, length, channels), groups = u.shape, B.shape[2]
+    blocks = groups * -(-channels // (groups * SCAN_CHANNELS))
+    return scan_tiles(next(n for n in STATES if n >= A.shape[1]), batch * blocks, length)
+
+
+def _segments(options, *arguments):
+    """All segments at once, as samples of a larger batch, first from zeros, then from the states that this leaves.
+
+    A segment's last state is linear in its first: the factor is exp(A sum(step sizes)).
+    """
+    count = options.tiles.segments
+    if count == 1:
+        return _scan(options, *arguments)
+    u, delta, A, B, C, D, z, delta_bias, h0 = arguments
+    batch, length, _ = u.shape
+
+    def cut(x):
+        return None if x is None else x.reshape(batch * count, length // count, *x.shape[2:])
+
+    def by_segment(x):
+        return jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0)
+
+    tokens = cut(u), cut(delta), A, cut(B), cut(C), D, cut(z), delta_bias
+    zeros = jnp.zeros((batch * count, *A.shape), jnp.float32)
+    _, h, _ = _scan(options._replace(with_starts=False), *tokens[:5], None, None, delta_bias, zeros)
+    steps = delta.astype(jnp.float32)
+    steps = steps if delta_bias is None else steps + delta_bias[None, None]
+    steps = jax.nn.softplus(steps) if options.softplus else steps
+    decay = jnp.exp(jnp.sum(cut(steps), axis=1)[:, :, None] * A[None])
+
+    def follow(first, segment):
+        last, decay = segment
+        return last + decay * first, first
+
+    h_last, first = jax.lax.scan(follow, h0, (by_segment(h), by_segment(decay)), reverse=options.reverse)
+    y, _, starts = _scan(options, *tokens, jnp.moveaxis(first, 0, 1).reshape(zeros.shape))
+    if starts is not None:
+        starts = starts.reshape(batch, count, *starts.shape[1:])
+        starts = jnp.flip(starts, 1) if options.reverse else starts  # in scan order, as each segment's are
+        starts = starts.reshape(batch, -1, *starts.shape[3:])
+    return y.reshape(u.shape), h_last, starts
+
+
+class _Options(NamedTuple):
+    softplus: bool
+    reverse: bool
+    with_starts: bool
+    tiles: ScanTiles
+    interpret: Any
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(options, *arguments):
+    return _launch(options, arguments, options.tiles.chunk if options.with_starts else None)
+
+
+def _launch(options, arguments, chunk):
+    # Imported here: Mosaic takes a third of a second, and most processes never run a kernel.
+    from ouromamba_jax.pallas.selective_scan_forward import forward
+
+    u, delta, A, B, C, D, z, delta_bias, h0 = arguments
+    return forward(
+        u, delta, A, B, C, D, z=z, delta_bias=delta_bias, h0=h0,
+        delta_softplus=options.softplus, reverse=options.reverse, chunk=chunk, interpret=options.interpret,
+    )  # fmt: skip
+
+
+def _scan_fwd(options, *arguments):
+    y, h_last, starts = _launch(options, arguments, options.tiles.chunk)
+    return (y, h_last, starts if options.with_starts else None), (arguments, starts)
+
+
+def _scan_bwd(options, residuals, cotangents):
+    from ouromamba_jax.pallas.selective_scan_backward import backward
+
+    (u, delta, A, B, C, D, z, delta_bias, _), starts = residuals
+    d = backward(
+        u, delta, A, B, C, D, starts, *cotangents, z=z, delta_bias=delta_bias,
+        delta_softplus=options.softplus, reverse=options.reverse, tiles=options.tiles, interpret=options.interpret,
+    )  # fmt: skip
+    return d.u, d.delta, d.A, d.B.astype(B.dtype), d.C.astype(C.dtype), d.D, d.z, d.delta_bias, d.h0
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)

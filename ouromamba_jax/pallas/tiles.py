@@ -32,3 +32,38 @@ def matmul_tiles(target: Target, outputs: int, weight_bits: int) -> MatmulTiles:
     widths = (256, 128, 64) if target == "sm90" else (128, 64)
     tile_n = next((n for n in widths if outputs % n == 0), 64)
     return MatmulTiles(64 if target == "sm89" else 128, tile_n, 3, target == "sm90" and weight_bits <= 4)
+
+
+SCAN_CHANNELS = 128
+"""Channels of a scan that one program walks: one per thread of a warpgroup."""
+MIN_PROGRAMS = 512
+"""Four for each of some 130 multiprocessors: 16 warps, enough to hide most of the latency of loads."""
+MIN_SEGMENT = 64
+"""Tokens worth a program of their own."""
+
+
+@dataclass(frozen=True)
+class ScanTiles:
+    """How a scan is cut along its tokens.
+
+    The forward pass saves a state every `chunk` tokens; the backward pass holds the states of `piece` tokens in
+    registers. `segments` run side by side, and a second time from the states that they start from.
+    """
+
+    piece: int
+    chunk: int
+    segments: int = 1
+
+
+def scan_tiles(states: int, programs: int, length: int) -> ScanTiles:
+    """Tiles for a scan that would take so many programs (of 128 channels of a sample each) in one segment.
+
+    Pieces are as long as registers allow, with two to a chunk: every second one walks half a chunk more. At 16 states
+    that takes less than a saved state for every piece would: as much memory traffic as four inputs in float32.
+    Segments are for few programs with many tokens, which leave most of a GPU idle.
+    """
+    piece = 4 if states == 16 else 8
+    segments = 1
+    while programs * segments < MIN_PROGRAMS and length % (2 * segments) == 0 and length >= 2 * segments * MIN_SEGMENT:
+        segments *= 2
+    return ScanTiles(piece, 2 * piece, segments)

@@ -1,0 +1,148 @@
+"""The selective scan's forward pass on NVIDIA GPUs: one thread per channel, its N states in registers.
+
+A program walks the tokens of 128 channels of one sample. Delta's bias and softplus, the D skip and the silu(z) gate
+are part of the walk, so u, delta, z and y cross memory once. exp(delta A) is 2^(delta A log2 e).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int8
+
+from ouromamba_jax.pallas.tiles import SCAN_CHANNELS as CHANNELS
+
+AHEAD = 2
+"""Tokens whose inputs are loaded while as many before them are computed; 4 of them take 246 registers, 2 take 161."""
+LOG2_E = 1.4426950408889634
+# No memory is both read and written, so nothing needs the barriers that Pallas puts around every store.
+PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=8192)
+
+
+class Scales(NamedTuple):
+    """What a level of an int8 input stands for, per sample, token and group; None for an input in floats."""
+
+    u: Float32[Array, "B L G"] | None = None
+    delta: Float32[Array, "B L G"] | None = None
+    B: Float32[Array, "B L G"] | None = None
+    C: Float32[Array, "B L G"] | None = None
+
+
+def softplus(x):
+    """softplus(x) and its derivative."""
+    e = jnp.exp(-jnp.abs(x))
+    series = e * (1.0 - e * (0.5 - e * (1 / 3 - e * 0.25)))  # where 1 + e would lose e
+    value = jnp.maximum(x, 0.0) + jnp.where(e < 0.03, series, jnp.log(1.0 + e))
+    return value, jnp.where(x < 0.0, e, 1.0) / (1.0 + e)
+
+
+def forward(
+    u: Float[Array, "B L D"] | Int8[Array, "B L D"],
+    delta: Float[Array, "B L D"] | Int8[Array, "B L D"],
+    A: Float32[Array, "D N"],
+    B: Float[Array, "B L G N"] | Int8[Array, "B L G N"],
+    C: Float[Array, "B L G N"] | Int8[Array, "B L G N"],
+    D: Float32[Array, " D"] | None = None,
+    *,
+    z: Float[Array, "B L D"] | None = None,
+    delta_bias: Float32[Array, " D"] | None = None,
+    h0: Float32[Array, "B D N"] | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    chunk: int | None = None,
+    scales: Scales | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "B L D"], Float32[Array, "B D N"], Float32[Array, "B chunks N D"] | None]:
+    """y, the last state, and with `chunk` (an even number of tokens) the state before each chunk, in scan order.
+
+    Arguments as in `scan.selective_scan`, D / G a multiple of 128, N at most 16. y has u's type, float32 for levels.
+    """
+    batch, length, channels = u.shape
+    groups, states = B.shape[2:]
+    per_group = channels // groups
+    steps = pl.cdiv(length, AHEAD)
+    optional = {"skip": D, "bias": delta_bias, "gate": z, "h0": None if h0 is None else jnp.swapaxes(h0, 1, 2)}
+    optional |= {f"{name}_scale": scale for name, scale in (scales or Scales())._asdict().items()}
+    optional = {name: x for name, x in optional.items() if x is not None}
+
+    def body(u, delta, A, B, C, *rest):
+        given, (y, h_last, *starts) = dict(zip(optional, rest, strict=False)), rest[len(optional) :]
+        sample, block = lax.axis_index("sample"), lax.axis_index("block")
+        here = pl.ds(block * CHANNELS, CHANNELS)
+        group = block * CHANNELS // per_group
+        rates = [A[n, here] for n in range(states)]
+        inputs = {"u": u, "delta": delta} | ({"gate": given["gate"]} if "gate" in given else {})
+
+        def position(i):
+            """Past the end the last token comes again; with a step size of 0 it changes nothing."""
+            i = jnp.minimum(i, length - 1)
+            return length - 1 - i if reverse else i
+
+        def scaled(name, x, t):
+            return x * given[f"{name}_scale"][sample, t, group] if f"{name}_scale" in given else x
+
+        def fetch(k):
+            tokens = [position(k * AHEAD + i) for i in range(AHEAD)]
+            return tuple(
+                tuple(scaled(name, ref[sample, t, here].astype(jnp.float32), t) for name, ref in inputs.items())
+                for t in tokens
+            )
+
+        def step_size(d, i):
+            d = d + given["bias"][here] if "bias" in given else d
+            d = softplus(d)[0] if delta_softplus else d
+            return d * jnp.where(i < length, jnp.float32(1), jnp.float32(0))
+
+        def walk(k, carry):
+            h, loaded = carry
+            if chunk is not None:
+
+                @pl.when(lax.rem(k, chunk // AHEAD) == 0)
+                def _():
+                    for n in range(states):
+                        starts[0][sample, k * AHEAD // chunk, n, here] = h[n]
+
+            following = fetch(k + 1)
+            outs = []
+            for i, (x, d, *gate) in enumerate(loaded):
+                t, d = position(k * AHEAD + i), step_size(d, k * AHEAD + i)
+                dx = scaled("B", d * x, t)
+                decays = [jnp.exp2(d * rate) for rate in rates]
+                inflow = [dx * B[sample, t, group, n].astype(jnp.float32) for n in range(states)]
+                h = tuple(a * h_n + b for a, h_n, b in zip(decays, h, inflow, strict=True))
+                out = jnp.zeros((CHANNELS,), jnp.float32)
+                for n in range(states):
+                    out = out + h[n] * C[sample, t, group, n].astype(jnp.float32)
+                out = scaled("C", out, t)
+                if "skip" in given:
+                    out = out + x * given["skip"][here]
+                if gate:
+                    out = out * (gate[0] / (1.0 + jnp.exp(-gate[0])))
+                outs.append((t, out))
+            for t, out in outs:
+                y[sample, t, here] = out.astype(y.dtype)
+            return h, following
+
+        zeros = jnp.zeros((CHANNELS,), jnp.float32)
+        start = tuple(given["h0"][sample, n, here] if "h0" in given else zeros for n in range(states))
+        h, _ = lax.fori_loop(0, steps, walk, (start, fetch(0)))
+        for n in range(states):
+            h_last[sample, n, here] = h[n]
+
+    state = (batch, states, channels)
+    dtype = jnp.float32 if u.dtype == jnp.int8 else u.dtype
+    shapes = [jax.ShapeDtypeStruct(u.shape, dtype), jax.ShapeDtypeStruct(state, jnp.float32)]
+    if chunk is not None:
+        shapes.append(jax.ShapeDtypeStruct((batch, pl.cdiv(length, chunk), *state[1:]), jnp.float32))
+    y, h_last, *starts = plgpu.kernel(
+        body,
+        out_type=tuple(shapes),
+        grid=(channels // CHANNELS, batch),
+        grid_names=("block", "sample"),
+        compiler_params=PARAMETERS,
+        **({"interpret": interpret} if interpret is not None else {}),
+    )(u, delta, A.T * LOG2_E, B, C, *optional.values())
+    return y, jnp.swapaxes(h_last, 1, 2), starts[0] if starts else None
