@@ -377,7 +377,9 @@ def main() -> None:
         # Seed by seed, so that a study that is stopped early has whole tables.
         wanted = [(run, seed) for seed in range(arguments.seeds) for runs in chosen.values() for run in runs]
         missing = [pair for pair in dict.fromkeys(wanted) if key_of(*pair) not in done]
-        for run, seed in track([] if arguments.summarise else missing, description="runs"):
+        for count, (run, seed) in enumerate(track([] if arguments.summarise else missing, description="runs")):
+            if count % 50 == 49:
+                jax.clear_caches()  # compiled code piles up until the process may map no more memory
             entry = dict(key=key_of(run, seed), **study.measure(run, seed))
             with runs_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
