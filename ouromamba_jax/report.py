@@ -50,14 +50,21 @@ def sqnr_db(reference: Float[Array | np.ndarray, "..."], value: Float[Array | np
 def print_table(
     rows: Sequence[Sequence[Cell]], headers: Sequence[str], *, title: str | None = None, console: Console | None = None
 ) -> None:
-    """A table on the terminal: text to the left, numbers to the right. Floats get two decimals, None a dash."""
+    """A table on the terminal: text to the left, numbers to the right. Floats get two decimals, None a dash.
+
+    Where the output goes to a file, the table is as wide as its cells.
+    """
     _check_rows(rows, headers)
     table = Table(title=title, title_justify="left", header_style="bold")
     for header, numeric in zip(headers, _numeric_columns(rows, headers), strict=True):
         table.add_column(header, justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(escape(_text(cell)) for cell in row))
-    (console or Console()).print(table)
+    console = console or Console()
+    if not console.is_terminal:
+        cells = console.measure(table, options=console.options.update(width=1000)).maximum
+        console = Console(file=console.file, width=max(console.width, cells))
+    console.print(table)
 
 
 def markdown_table(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> str:
@@ -170,12 +177,15 @@ def line_chart(
 ) -> None:
     """A value against the bit width: one line per name in `series`, one tick per setting, None where nothing was run.
 
+    More than eight ticks are written upright.
+
     `reference` is a (name, value) drawn as a horizontal line, e.g. ("float", 99.0).
     """
     for name, values in series.items():
         if len(values) != len(ticks):
             raise ValueError(f"{name} has {len(values)} values, but there are {len(ticks)} ticks.")
-    figure = _figure(max(6.0, 1.2 * len(ticks) + 3.0), 4.2)
+    many = len(ticks) > 8
+    figure = _figure(max(6.0, (0.3 if many else 1.2) * len(ticks) + 3.0), 5.4 if many else 4.2)
     axis = figure.subplots()
     for (name, values), marker, colour in zip(
         series.items(), itertools.cycle("osD^vPX"), itertools.cycle(_SERIES), strict=False
@@ -184,7 +194,7 @@ def line_chart(
         axis.plot(range(len(ticks)), numbers, marker=marker, color=colour, linewidth=1.8, markersize=6, label=name)
     if reference is not None:
         axis.axhline(reference[1], color=_TEXT, linewidth=1.0, linestyle="--", label=reference[0])
-    axis.set_xticks(range(len(ticks)), ticks)
+    axis.set_xticks(range(len(ticks)), ticks, rotation=90 if many else 0, fontsize=8 if many else None)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.margins(x=0.06, y=0.1)
     axis.grid(axis="y", color=_GRID, linewidth=0.8)

@@ -186,6 +186,11 @@ class Study:
             self._reference = self.logits(self.model)
         return self._reference
 
+    def float_top1(self) -> float:
+        """Top-1 of the float model, in percent."""
+        reference, labels = self.reference()
+        return 100 * score(reference, reference, labels).top1
+
     def images(self, run: Run, seed: int) -> np.ndarray:
         """The calibration images of a run; synthetic ones are kept in OUT/images."""
         size = self.config.img_size
@@ -241,6 +246,11 @@ def _check_identity(path: Path, identity: dict[str, Any]) -> None:
     path.write_text(json.dumps(identity, indent=1) + "\n")
 
 
+def title_of(run: Run) -> str:
+    """The method's name in tables and figures."""
+    return "OuroMamba" if run.method == OURS else BASELINES[run.method].title
+
+
 def key_of(run: Run, seed: int) -> str:
     """What a line of runs.jsonl is found by."""
     return json.dumps([dataclasses.asdict(run), seed], sort_keys=True)
@@ -266,11 +276,10 @@ def summarise(chosen: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> 
         for run in dict.fromkeys(runs):
             found = [done[key] for seed in seeds if (key := key_of(run, seed)) in done]
             if found:
-                title = "OuroMamba" if run.method == OURS else BASELINES[run.method].title
                 average = {name: mean(entry[name] for entry in found) for name in ("top1", "agreement", "sqnr_db")}
                 rows.append(
                     [
-                        title,
+                        title_of(run),
                         f"{run.images} {run.source}",
                         run.bits.upper(),
                         run.setting,
@@ -288,9 +297,8 @@ def summarise(chosen: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> 
 
 def write_summary(study: Study, chosen: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> None:
     """study.json, study.md and the tables on the terminal."""
-    reference, labels = study.reference()
-    float_top1 = 100 * score(reference, reference, labels).top1
-    title = f"{study.model_name}: float top-1 {float_top1:.2f} % on {len(labels)} test images"
+    float_top1, count = study.float_top1(), len(study.reference()[1])
+    title = f"{study.model_name}: float top-1 {float_top1:.2f} % on {count} test images"
     summary = dict(summarise(chosen, done))
     text = [f"# {title}\n", "Means over seeds; +- is the standard deviation over them.\n"]
     for table, rows in summary.items():
@@ -315,20 +323,24 @@ def draw(study: Study, chosen: dict[str, list[Run]], done: dict[str, dict[str, A
     by_method: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in chosen.get("methods", ()):
         found = [done[key] for seed in range(100) if (key := key_of(run, seed)) in done]
-        label = f"{run.method}, {run.source}"
-        by_method.setdefault(label, {})[run.bits] = found
+        by_method.setdefault(f"{title_of(run)}, {run.source}", {})[run.bits] = found
     complete = {m: cells for m, cells in by_method.items() if all(cells.get(bits) for bits in BITS)}
-    for name, unit, scale in (("top1", "top-1, %", 100), ("sqnr_db", "SQNR of the logits, dB", 1)):
-        if complete:
-            series = {m: [scale * mean(e[name] for e in cells[bits]) for bits in BITS] for m, cells in complete.items()}
-            file = study.out / ("accuracy.png" if name == "top1" else "sqnr.png")
-            line_chart(file, series, BITS, ylabel=unit, heading=study.model_name)
-    at_4_bits = {m: cells["w4a4"][0]["sites"] for m, cells in complete.items()}
-    if at_4_bits:
-        sites = list(next(iter(at_4_bits.values())))
-        series = {m: [found[site] for site in sites] for m, found in at_4_bits.items() if set(sites) <= set(found)}
+    if complete:
+        top1 = {m: [100 * mean(e["top1"] for e in cells[bits]) for bits in BITS] for m, cells in complete.items()}
+        sqnr = {m: [mean(e["sqnr_db"] for e in cells[bits]) for bits in BITS] for m, cells in complete.items()}
+        top, name = ("float", study.float_top1()), study.model_name
+        line_chart(study.out / "accuracy.png", top1, BITS, ylabel="top-1, %", heading=name, reference=top)
+        line_chart(study.out / "sqnr.png", sqnr, BITS, ylabel="SQNR of the logits, dB", heading=name)
+        found_sites = {m: cells["w4a4"][0]["sites"] for m, cells in complete.items()}
+        common = [site for site in next(iter(found_sites.values())) if all(site in f for f in found_sites.values())]
+        by_site = {m: [found[site] for site in common] for m, found in found_sites.items()}
         line_chart(
-            study.out / "sites.png", series, sites, ylabel="SQNR of the product, dB", heading="Every matmul at W4A4"
+            study.out / "sites.png",
+            by_site,
+            [site.removeprefix("blocks.") for site in common],
+            xlabel="block and layer",
+            ylabel="SQNR of the product, dB",
+            heading=f"{name}: every matmul at W4A4, one seed",
         )
     default = next((run for run in chosen.get("methods", ()) if run.method == OURS and run.source == "synthetic"), None)
     if default is not None:
