@@ -1,24 +1,17 @@
 """The kernels' benchmark: what it can say without a GPU, and that every contender computes the same."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tolerances
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_kernels.py"
+from script_modules import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("bench_kernels", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_kernels"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_kernels")
 
 
 def test_limits_of_the_largest_layer(script):

@@ -1,26 +1,18 @@
 """The study script: its runs are possible, it resumes, and its tables are means over seeds."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from script_modules import load_script
 
 from ouromamba_jax import GenConfig, QuantConfig
 from ouromamba_jax.baselines import BASELINES
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "study.py"
-
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("study", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("study")
 
 
 def test_every_run_is_one_that_can_be_configured(study):

@@ -1,29 +1,23 @@
 """The training script on a tiny model, and the checkpoint that it left in the package."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from script_modules import load_script
 
 from ouromamba_jax.checkpoint import load, resolve
 from ouromamba_jax.data import load_images
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.report import top1
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train")
 
 
 @pytest.fixture(scope="module")
