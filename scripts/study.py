@@ -286,10 +286,10 @@ def summarise(chosen: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> 
                         run.setting,
                         len(found),
                         round(100 * average["top1"], 2),
-                        round(100 * pstdev(entry["top1"] for entry in found), 2),
+                        None if len(found) < 2 else round(100 * pstdev(entry["top1"] for entry in found), 2),
                         round(100 * average["agreement"], 2),
                         round(average["sqnr_db"], 2),
-                        round(pstdev(entry["sqnr_db"] for entry in found), 2),
+                        None if len(found) < 2 else round(pstdev(entry["sqnr_db"] for entry in found), 2),
                         round(100 * mean(entry["outlier_rate"] for entry in found), 2),
                     ]
                 )
@@ -301,13 +301,15 @@ def write_summary(study: Study, chosen: dict[str, list[Run]], done: dict[str, di
     float_top1, count = study.float_top1(), len(study.reference()[1])
     title = f"{study.model_name}: float top-1 {float_top1:.2f} % on {count} test images"
     summary = dict(summarise(chosen, done))
-    text = [f"# {title}\n", "Means over seeds; +- is the standard deviation over them.\n"]
+    text = [f"# {title}\n", "Means over seeds; +- is the standard deviation over them, if there are several.\n"]
     for table, rows in summary.items():
         if rows:
             print_table(rows, HEADERS, title=f"{table} ({title})")
             text.append(f"## {table}\n\n{markdown_table(rows, HEADERS)}")
     record = dict(
-        command=shlex.join(["python", "scripts/study.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
+        command=shlex.join(
+            ["python", "scripts/study.py", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
+        ),
         identity=study.identity,
         float_top1=float_top1,
         tables={table: [dict(zip(HEADERS, row, strict=True)) for row in rows] for table, rows in summary.items()},
