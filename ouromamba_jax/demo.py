@@ -57,7 +57,7 @@ def run_demo(
     *,
     model_name: str = "vim_micro",
     num_images: int = 64,
-    iterations: int = 60,
+    iterations: int = 40,
     tune_epochs: int = 0,
     seed: int = 0,
     say: Callable[[str], None] = print,
