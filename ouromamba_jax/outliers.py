@@ -295,7 +295,7 @@ def _kernel():
 
 # In order of preference: "xla" supports every call. "mosaic_gpu" compiles for GPUs but has not run on one yet: only its
 # name chooses it.
-BACKENDS = {
+BACKENDS: dict[str, Backend] = {
     "xla": Backend(lambda x, config: None, _xla),
     "mosaic_gpu": Backend(
         lambda *call: _kernel().supports(*call), lambda *call, **rest: _kernel().split(*call, **rest)

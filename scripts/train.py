@@ -10,8 +10,7 @@ in about 12 minutes of CPU time (half an hour on two busy cores); it reached 100
 `vmamba_micro` and `mambavision_micro` were made by
 
     python scripts/train.py --model vmamba_micro --out ouromamba_jax/checkpoints/vmamba_micro
-    python scripts/train.py --model mambavision_micro --set img_size=48 \\
-        --out ouromamba_jax/checkpoints/mambavision_micro
+    python scripts/train.py --model mambavision_micro --out ouromamba_jax/checkpoints/mambavision_micro
 
 in nine minutes each on two busy cores. They reached 98.5 % and 99.2 % on the validation images, 99.2 % and 98.6 % on
 the test images. At 48 pixels, MambaVision's hybrid level has 6 x 6 tokens: four windows of 4 x 4, padded. It is trained

@@ -353,13 +353,13 @@ def test_another_family_is_named(tensors):
 
 def test_the_micro_preset():
     config = model_config("mambavision_micro")
-    assert config.grids == ((8, 8), (4, 4))
+    assert config.grids == ((12, 12), (6, 6))
     assert config.preprocessing.mean == config.preprocessing.std == (0.5, 0.5, 0.5)
     model = nnx.eval_shape(lambda: create_model("mambavision_micro"))
     assert {type(block) for block in model.blocks} == {ConvBlock, HybridBlock}
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) < 250_000
     fn, state = pure(model)
-    assert jax.eval_shape(fn, state, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)).shape == (2, 10)
+    assert jax.eval_shape(fn, state, jax.ShapeDtypeStruct((2, 48, 48, 3), jnp.float32)).shape == (2, 10)
 
 
 def test_no_mixing_of_samples_and_no_other_size(tiny, run):

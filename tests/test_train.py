@@ -11,7 +11,7 @@ from script_modules import load_script
 
 from ouromamba_jax.checkpoint import load, resolve
 from ouromamba_jax.data import load_images
-from ouromamba_jax.models import create_model, pure
+from ouromamba_jax.models import create_model, model_config, pure
 from ouromamba_jax.report import top1
 
 
@@ -173,6 +173,7 @@ def test_errors_are_one_sentence(script, striped, change, message):
 def test_embedded_models_read_the_digits(name):
     pytest.importorskip("sklearn")
     model = load(name)
+    assert model.config == model_config(name)
     data = load_images("digits", "test", model.config.img_size, model.config.preprocessing)
     fn, state = pure(model)
     forward = jax.jit(fn)

@@ -12,7 +12,8 @@ class GenConfig:
 
     Args:
       num_images: images to make; the last batch is filled up and cut.
-      iterations: updates per batch. The paper takes 1000; these losses settle within 60 to 200.
+      iterations: updates per batch. The paper takes 1000; after 100, images calibrate like real ones
+        (docs/study).
       batch_size: images optimised together; an image depends on the key and its batch, not on num_images.
       learning_rate: Adam's at the start of a cosine schedule that ends at 0; in units of normalised pixels.
       scales: resolutions that noise and updates are the sum of (see `prior.py`), each half the one before; 1 is plain

@@ -101,9 +101,9 @@ MAMBAVISION_PRESETS = {
     "mambavision_b": _BASE,
     "mambavision_l": _LARGE,
     "mambavision_l2": dataclasses.replace(_LARGE, depths=(3, 3, 12, 5)),
-    # A convolutional level of 8x8 and a hybrid one of 4x4 tokens; further levels would be too small for patch contrast.
+    # A convolutional level of 12x12 tokens and a hybrid one of 6x6, padded to four windows.
     "mambavision_micro": MambaVisionConfig(
-        img_size=32,
+        img_size=48,
         dim=32,
         in_dim=16,
         depths=(1, 4),
