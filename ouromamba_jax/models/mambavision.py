@@ -101,13 +101,13 @@ MAMBAVISION_PRESETS = {
     "mambavision_b": _BASE,
     "mambavision_l": _LARGE,
     "mambavision_l2": dataclasses.replace(_LARGE, depths=(3, 3, 12, 5)),
-    # A convolutional level of 12x12 tokens and a hybrid one of 6x6, padded to four windows.
+    # A convolutional level of 12x12 tokens and a hybrid one of 6x6, which is one window as in the published networks.
     "mambavision_micro": MambaVisionConfig(
         img_size=48,
         dim=32,
         in_dim=16,
         depths=(1, 4),
-        window_size=(8, 4),
+        window_size=(6, 6),
         num_heads=(2, 4),
         num_classes=10,
         conv_levels=1,
