@@ -3,7 +3,8 @@
     python scripts/digits_table.py --json scripts/results/digits_table.json
 
 A seed draws the calibration images: which real digits, which noise, which synthetic images. All scores are on the
-held-out test split, against the float model. It took 45 minutes beside other work on two CPU cores, with three seeds.
+held-out test split, against the float model. It took 45 minutes beside other work on two CPU cores, with three seeds;
+each setting prints its rows when it is done.
 
 Expected on `vim_micro`: see `scripts/results/digits_table.json`, which this command wrote before it had the row of the
 static list by largest values.
@@ -12,7 +13,6 @@ static list by largest values.
 import argparse
 import dataclasses
 import importlib.metadata
-import itertools
 import json
 import platform
 from pathlib import Path
@@ -86,34 +86,37 @@ def main() -> None:
         (source, seed): calibration_images(source, model, train, arguments.images, seed, arguments.iterations)
         for source, seed in track(work, description="calibration sets")
     }
-    results: dict[tuple[str, str, str], list[dict]] = {}
-    for (bits, kw), (source, seed) in track(list(itertools.product(settings, work)), description="models"):
-        if (source, seed) == work[0]:
-            jax.clear_caches()  # nothing compiled for other settings serves these, and code takes memory
-        quantised, report = quantize(
-            model, images[source, seed], QuantConfig.preset(bits, tune_epochs=arguments.tune_epochs, **kw)
-        )
-        scored = score(predict(quantised, test.images, batch_size=QuantConfig.batch_size), reference, test.labels)
-        shifted = mean(s.shifted_rows for s in report.sites if s.kind == "matmul")
-        setting = ", ".join(kw.values()) or "dynamic, pow2"
-        results.setdefault((source, bits, setting), []).append(
-            {**dataclasses.asdict(scored), "outlier_rate": report.outlier_rate, "shifted_rows": shifted}
-        )
     rows = []
-    for key, runs in sorted(results.items(), key=lambda item: arguments.sources.index(item[0][0])):
-        average = {name: mean(run[name] for run in runs) for name in runs[0]}
-        rows.append(
-            [
-                *key,
-                round(100 * average["top1"], 2),
-                round(100 * (average["top1"] - float_top1), 2),
-                round(100 * average["agreement"], 2),
-                round(average["sqnr_db"], 2),
-                round(pstdev(run["sqnr_db"] for run in runs), 2),
-                round(100 * average["outlier_rate"], 2),
-                round(100 * average["shifted_rows"], 2),
-            ]
-        )
+    for bits, kw in track(settings, description="settings"):
+        jax.clear_caches()  # nothing compiled for other settings serves this one, and code takes memory
+        runs: dict[str, list[dict]] = {source: [] for source in arguments.sources}
+        for source, seed in work:
+            quantised, report = quantize(
+                model, images[source, seed], QuantConfig.preset(bits, tune_epochs=arguments.tune_epochs, **kw)
+            )
+            scored = score(predict(quantised, test.images, batch_size=QuantConfig.batch_size), reference, test.labels)
+            shifted = mean(s.shifted_rows for s in report.sites if s.kind == "matmul")
+            runs[source].append(
+                {**dataclasses.asdict(scored), "outlier_rate": report.outlier_rate, "shifted_rows": shifted}
+            )
+        for source, of_source in runs.items():
+            average = {name: mean(run[name] for run in of_source) for name in of_source[0]}
+            rows.append(
+                [
+                    source,
+                    bits,
+                    ", ".join(kw.values()) or "dynamic, pow2",
+                    round(100 * average["top1"], 2),
+                    round(100 * (average["top1"] - float_top1), 2),
+                    round(100 * average["agreement"], 2),
+                    round(average["sqnr_db"], 2),
+                    round(pstdev(run["sqnr_db"] for run in of_source), 2),
+                    round(100 * average["outlier_rate"], 2),
+                    round(100 * average["shifted_rows"], 2),
+                ]
+            )
+            print(*rows[-1], sep="  ", flush=True)
+    rows.sort(key=lambda row: arguments.sources.index(row[0]))
     title = (
         f"{arguments.model}: float top-1 {100 * float_top1:.2f} %, {arguments.seeds} seeds, {arguments.images} images"
     )

@@ -46,36 +46,30 @@ def measure(
       captured: what entered every site on the calibration images; a site may see several samples (windows) of each.
       images: number of calibration images.
     """
-    if not specs:
-        return
-    graphdefs, states = zip(*(nnx.split(module) for module in (stage, low)), strict=True)
+    floats = dict(iter_sites(stage))
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(low)}
 
     def part(start: int, x: Array) -> Array:
         samples = len(x) // images
         return x[start * samples : (start + batch_size) * samples]
 
-    batches = [
-        _measure_batch(graphdefs, tuple(specs), states, jax.tree.map(partial(part, start), captured))
-        for start in range(0, images, batch_size)
-    ]
-    sites = dict(iter_sites(stage))
     for path, spec in specs.items():
-        for name in batches[0][path]:
-            parts = [Measured(*map(float, batch[path][name])) for batch in batches]
-            facts = _describe(name, spec, isinstance(sites[path], nnx.Linear))
+        graphdefs, states = zip(*map(nnx.split, (floats[path], modules[path])), strict=True)
+        batches = [
+            _measure_site(graphdefs, states, jax.tree.map(partial(part, start), captured[path]))
+            for start in range(0, images, batch_size)
+        ]
+        for name in batches[0]:
+            parts = [Measured(*map(float, batch[name])) for batch in batches]
+            facts = _describe(name, spec, isinstance(floats[path], nnx.Linear))
             yield _site_report(f"{path}.{name}" if name else path, facts, parts)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _measure_batch(graphdefs: Any, paths: tuple[str, ...], states: Any, captured: Captured):
-    stage, low = (nnx.merge(graphdef, state) for graphdef, state in zip(graphdefs, states, strict=True))
-    floats = dict(iter_sites(stage))
-    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(low)}
-    return {path: _measure_site(floats[path], modules[path], captured[path]) for path in paths}
-
-
-def _measure_site(site: Any, module: Any, seen: dict[str, Array]) -> dict[str, Measured]:
+# Site by site, not the stage at once: equal sites, such as the directions of a block, share one compiled program.
+@partial(jax.jit, static_argnums=0)
+def _measure_site(graphdefs: Any, states: Any, seen: dict[str, Array]) -> dict[str, Measured]:
     """By operand; "" stands for the site itself."""
+    site, module = (nnx.merge(graphdef, state) for graphdef, state in zip(graphdefs, states, strict=True))
     if isinstance(module, QuantLinear):
         x = seen["act"]
         split = module.act.split(x)
