@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
+from ouromamba_jax.split_operand import SplitOperand, floats
 
 Collect = Callable[[Float[Array, "B D N"]], PyTree]
 StateTransform = Callable[[Float[Array, "B D N"], Int[Array, ""]], Float[Array, "B D N"]]
@@ -34,11 +35,11 @@ class ScanOutput(NamedTuple):
 
 
 def selective_scan(
-    u: Float[Array, "B L D"],
-    delta: Float[Array, "B L D"],
+    u: Float[Array, "B L D"] | SplitOperand,
+    delta: Float[Array, "B L D"] | SplitOperand,
     A: Float[Array, "D N"],
-    B: Float[Array, "B L N"] | Float[Array, "B L G N"],
-    C: Float[Array, "B L N"] | Float[Array, "B L G N"],
+    B: Float[Array, "B L N"] | Float[Array, "B L G N"] | SplitOperand,
+    C: Float[Array, "B L N"] | Float[Array, "B L G N"] | SplitOperand,
     D: Float[Array, "D"] | None = None,
     *,
     z: Float[Array, "B L D"] | None = None,
@@ -55,6 +56,8 @@ def selective_scan(
     The step sizes are ``delta + delta_bias``, through a softplus if ``delta_softplus``. They, ``exp(delta * A)`` and
     the state are float32 whatever the inputs are. Gradients reach every array in reverse mode; the backward pass keeps
     one state per chunk of up to 8 tokens and recomputes the others.
+
+    A `SplitOperand` is merged into floats first, unless the backend reads its levels.
 
     Args:
         u: input, ``(B, L, D)``.
@@ -82,7 +85,7 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias, h0)
     if B.ndim == 3:
-        B, C = B[:, :, None], C[:, :, None]
+        B, C = (x.reshape(*x.shape[:2], 1, -1) for x in (B, C))
     call = dict(
         u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0,
         reverse=reverse, collect=collect, state_transform=state_transform,
@@ -91,7 +94,7 @@ def selective_scan(
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
-    if u.ndim != 3 or u.size == 0:
+    if u.ndim != 3 or 0 in u.shape:
         raise ValueError(f"u must be (B, L, D) with no empty axis, but it is {u.shape}.")
     if A.ndim != 2:
         raise ValueError(f"A must be (D, N) = ({u.shape[-1]}, N), but it is {A.shape}.")
@@ -115,6 +118,9 @@ def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
             )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be of a floating dtype, but it is {array.dtype}; cast it first.")
+        groups = B.shape[2] if B.ndim == 4 else 1
+        if isinstance(array, SplitOperand) and len(array.splits) != groups:
+            raise ValueError(f"{name} must be split in {groups} groups, as many as B has, not in {len(array.splits)}.")
 
 
 # Inside, arrays are time-major, in scan order and cut in chunks: d = delta and du = delta * u are (chunks, K, B, G, P)
@@ -125,6 +131,7 @@ def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
 def _xla(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collect, state_transform) -> ScanOutput:
     (batch, length, channels), (groups, d_state) = u.shape, B.shape[2:]
     f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    u, delta, B, C = map(floats, (u, delta, B, C))
     step_size = f32(delta) if delta_bias is None else f32(delta) + f32(delta_bias)[None, None]
     if delta_softplus:
         step_size = jax.nn.softplus(step_size)
@@ -285,13 +292,34 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 def _mosaic_gpu(
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collect, state_transform, **options
 ) -> ScanOutput:
-    """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA."""
-    y, h_last, starts = kernel.run(
-        u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0, reverse=reverse,
-        with_starts=collect is not None, **options,
-    )  # fmt: skip
+    """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA.
+
+    Levels are int8 unless a token has shifted outliers. Then the kernel takes all of them in float32: the arithmetic is
+    the same, so a sample's result does not depend on its batch mates.
+    """
+    u, delta, B, C = (x if isinstance(x, SplitOperand) and x.has_levels else floats(x) for x in (u, delta, B, C))
+    split = [x for x in (u, delta, B, C) if isinstance(x, SplitOperand)]
+
+    def run(dtype):
+        def levels(x):
+            return x.levels(dtype) if isinstance(x, SplitOperand) else x
+
+        scales = kernel.Scales(*(x.steps if isinstance(x, SplitOperand) else None for x in (u, delta, B, C)))
+        return kernel.run(
+            levels(u), levels(delta), A, levels(B), levels(C), D, z=z, delta_bias=delta_bias,
+            delta_softplus=delta_softplus, h0=h0, reverse=reverse, with_starts=collect is not None, scales=scales,
+            **options,
+        )  # fmt: skip
+
+    if split:
+        unshifted = jnp.all(jnp.stack([x.unshifted() for x in split]))
+        y, h_last, starts = jax.lax.cond(unshifted, lambda: run(jnp.int8), lambda: run(jnp.float32))
+    else:
+        y, h_last, starts = run(None)
+    y = y.astype(u.dtype)
     if starts is None:
         return ScanOutput(y, h_last, None)
+    u, delta, B = map(floats, (u, delta, B))
     batch, length, _ = u.shape
     tiles = options.get("tiles") or kernel.tiles_for(u, A, B)
     length //= tiles.segments

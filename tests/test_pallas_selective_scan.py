@@ -1,5 +1,6 @@
 """What the GPU scan can beside the scans of test_scan.py: inputs in int8, and the states that it saves."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,11 +9,18 @@ import numpy as np
 import pytest
 import tolerances
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from tiny_models import TOKENS, quantised
 
+from ouromamba_jax import scan
+from ouromamba_jax.outliers import OutlierSplit
 from ouromamba_jax.pallas import selective_scan as kernel
-from ouromamba_jax.pallas.selective_scan_forward import Scales, forward
+from ouromamba_jax.pallas.dispatch import Backend
+from ouromamba_jax.pallas.selective_scan import Scales
+from ouromamba_jax.pallas.selective_scan_forward import forward
 from ouromamba_jax.pallas.tiles import ScanTiles
+from ouromamba_jax.quantize import QuantConfig
 from ouromamba_jax.scan import BACKENDS, _mosaic_gpu, selective_scan
+from ouromamba_jax.split_operand import SplitOperand
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
@@ -50,6 +58,87 @@ def test_levels_count_in_steps_of_their_token_and_group(whole):
     assert starts is None
     assert_near(y, expected.y)
     assert_near(h_last, expected.h_last)
+
+
+def split_scan(run, shift, steps, u, A):
+    """y of a scan on random levels, delta's outliers `shift` bits (B, L) further out; one value per channel."""
+    rng = np.random.default_rng(3)
+    batch, length, channels = u.shape
+
+    def operand(name, width):
+        shape = (batch, length, width)
+        outlier = jnp.asarray(rng.random(shape) < 0.3)
+        inlier, far = (jnp.asarray(rng.integers(-q, q + 1, size=shape), jnp.int8) for q in (7, 127))
+        zero = jnp.int8(0)
+        bits = shift if name == "delta" else jnp.zeros_like(shift)
+        step = jnp.ldexp(steps[name][None], bits)
+        split = OutlierSplit(
+            jnp.where(outlier, zero, inlier), jnp.where(outlier, far, zero), step, outlier, steps[name], True
+        )
+        return SplitOperand((split,), shape, jnp.dtype("float32"))
+
+    delta = operand("delta", channels)
+    B, C = (operand(name, 1).reshape(batch, length, 1, 1) for name in "BC")
+    return run(
+        u, delta, A, B, C, None, None, None, delta_softplus=True, h0=None, reverse=False, collect=None,
+        state_transform=None,
+    ).y  # fmt: skip
+
+
+STEPS = {name: jnp.linspace(0.01, 0.02, 6) * (1 + i) for i, name in enumerate(("delta", "B", "C"))}
+INTERPRETED = partial(_mosaic_gpu, tiles=ScanTiles(piece=1, chunk=2, segments=3), interpret=INTERPRET)
+
+
+def test_a_sample_in_levels_keeps_its_bits_beside_one_with_shifted_outliers():
+    """The batch then takes the kernel with levels in float32; without it, that with int8."""
+    u, A = jax.random.normal(jax.random.key(0), (2, 6, 20)), -jnp.linspace(0.5, 2.0, 20)[:, None]
+    run = jax.jit(partial(split_scan, INTERPRETED))
+    alike = run(jnp.zeros((2, 6), jnp.int32), STEPS, u, A)
+    shifted = run(jnp.zeros((2, 6), jnp.int32).at[1, 2].set(3), STEPS, u, A)
+    np.testing.assert_array_equal(alike[0], shifted[0])
+    np.testing.assert_array_equal(alike[1, :2], shifted[1, :2])
+    assert (alike[1, 2:] != shifted[1, 2:]).any()
+
+
+def test_gradients_reach_the_steps_of_levels():
+    """Of those in int8, and of those with a shifted outlier."""
+    arguments = STEPS, jax.random.normal(jax.random.key(0), (2, 6, 20)), -jnp.linspace(0.5, 2.0, 20)[:, None]
+    cotangent = jax.random.normal(jax.random.key(1), (2, 6, 20))
+
+    def results(run, shift):
+        y, pull_back = jax.vjp(partial(split_scan, run, shift), *arguments)
+        return y, pull_back(cotangent)
+
+    ours, reference = (jax.jit(partial(results, run)) for run in (INTERPRETED, BACKENDS["xla"].run))
+    for shift in (jnp.zeros((2, 6), jnp.int32), jnp.zeros((2, 6), jnp.int32).at[1, 2].set(2)):
+        actual, expected = jax.tree.leaves(ours(shift)), jax.tree.leaves(reference(shift))
+        assert len(actual) == 6
+        for value, wanted in zip(actual, expected, strict=True):
+            assert_near(value, wanted, tolerances.SCAN_GRADIENT["float32"])
+
+
+PROJECTIONS = [f"mixer.directions.{g}.{name}" for g in range(2) for name in ("x_proj", "dt_proj")]
+LINEAR = ("stem.proj", "head.proj", *(f"blocks.0.{name}" for name in ("mixer.in_proj", "mixer.out_proj", *PROJECTIONS)))
+
+
+@pytest.mark.parametrize("name", ["w4a4", "w4a8"])
+def test_a_quantised_block_hands_its_levels_to_the_kernel(name, monkeypatch):
+    """As it is: the backend in front is taken. With 16-bit outliers the operands have no levels."""
+    config = dataclasses.replace(QuantConfig.preset(name), float_dtype="float32", detection="static")
+    block = quantised(config, skipped=LINEAR).blocks[0]
+    x = jax.random.normal(jax.random.key(0), (2, TOKENS, 20))
+    expected = jax.jit(block)(x)
+    seen = set()
+
+    def run(*, delta, B, C, **call):
+        seen.update(type(operand) for operand in (delta, B, C) if operand.has_levels)
+        seen.update({len(operand.splits) for operand in (delta, B, C)})
+        return _mosaic_gpu(delta=delta, B=B, C=C, **call, interpret=INTERPRET)
+
+    monkeypatch.setattr(scan, "BACKENDS", {"interpreted": Backend(kernel.unsuitable, run), **BACKENDS})
+    actual = jax.jit(lambda x: block(x))(x)
+    assert seen == ({SplitOperand, 2} if name == "w4a4" else {2})
+    assert_near(actual, expected, tolerances.FAKE_AGAINST_INTEGER)
 
 
 def test_the_saved_states_are_those_before_each_chunk():

@@ -14,10 +14,12 @@ import tolerances
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax import scan
+from ouromamba_jax.outliers import OutlierConfig, split_outliers
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.pallas.tiles import ScanTiles
 from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.split_operand import SplitOperand, floats
 
 
 @pytest.fixture
@@ -52,6 +54,16 @@ def make_inputs(batch, length, channels, d_state, *, groups=None, dtype=jnp.floa
     inputs["delta"] = inputs["delta"] * 0.5 - 1
     inputs["A"] = -jnp.exp(jnp.asarray(rng.normal(size=(channels, d_state)), jnp.float32) * 0.5)
     return {name: value for name, value in inputs.items() if name not in drop}
+
+
+def make_split(x, groups, *, largest=None, **config):
+    """`x` rounded, every third channel an outlier; the largest level is `largest`, if that needs no shift."""
+    config = OutlierConfig(detection="static", **config)
+    parts = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:2], groups, -1), 2, 0)
+    listed = jnp.arange(parts.shape[-1]) % 3 == 0
+    scales = jnp.max(jnp.abs(parts), axis=(1, 3)) / largest
+    splits = [split_outliers(part, scale, config, channels=listed) for part, scale in zip(parts, scales, strict=True)]
+    return SplitOperand(tuple(splits), x.shape, x.dtype)
 
 
 def python_scan(step, h, xs):
@@ -165,6 +177,39 @@ def test_values_match_a_float64_loop(implementation, length, channels, d_state, 
     assert_close(out.y, y, tolerances.SCAN_VALUE[dtype], "y")
     assert_close(out.h_last, h_last, tolerances.SCAN_VALUE["float32"], "h_last")
     assert_close(out.states, states, tolerances.SCAN_VALUE["float32"], "states")
+
+
+@for_backends(
+    ("names", "largest", "config", "dtype"),
+    [
+        (("u", "delta", "B", "C"), 100, {}, "float32"),
+        (("delta", "B", "C"), 1000, {}, "bfloat16"),
+        (("delta", "B", "C"), 100, dict(act_bits=8, outlier_bits=16), "float32"),
+    ],
+    [
+        (("u", "delta", "B", "C"), 100, {}, "float32"),
+        (("delta", "B", "C"), 1000, {}, "bfloat16"),
+        (("u", "C"), 20, dict(outlier_scale="free"), "float32"),
+    ],
+)
+def test_operands_in_integers(implementation, names, largest, config, dtype):
+    """Levels that fit int8, others on shifted steps, and what has no levels: all give what their floats give.
+
+    The kernel's levels are exact, whereas floats are rounded to the operand's dtype.
+    """
+    inputs = make_inputs(2, 7, 24, 8, groups=2, dtype=dtype)
+    split = inputs | {name: make_split(inputs[name], 2, largest=largest, **config) for name in names}
+    assert all(split[name].has_levels == (not config) for name in names)
+    assert config or all(split[name].unshifted() == (largest <= 127) for name in names)
+    collect = None if len(names) == 4 else lambda h: h.mean(axis=2)
+    out = run(split, reverse=True, collect=collect, implementation=implementation)
+    expected = run({name: floats(x) for name, x in split.items()}, reverse=True, collect=collect, implementation="xla")
+    assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, expected)
+    for name, actual, wanted in zip(out._fields, out, expected, strict=True):
+        if implementation == "xla":
+            assert wanted is None or np.array_equal(actual, wanted)
+        elif wanted is not None:
+            assert_close(actual, wanted.astype(jnp.float32), tolerances.SCAN_VALUE[dtype], name)
 
 
 @pytest.mark.parametrize(
@@ -400,6 +445,12 @@ def test_integer_inputs_raise():
     inputs = make_inputs(2, 9, 12, 4)
     with pytest.raises(TypeError, match="B must be of a floating dtype"):
         selective_scan(**(inputs | {"B": jnp.round(inputs["B"]).astype(jnp.int8)}))
+
+
+def test_operands_in_integers_have_the_groups_of_the_scan():
+    inputs = make_inputs(2, 9, 12, 4, groups=2)
+    with pytest.raises(ValueError, match="u must be split in 2 groups, as many as B has, not in 1"):
+        selective_scan(**(inputs | {"u": make_split(inputs["u"], 1, largest=20)}))
 
 
 def test_dispatch(monkeypatch):

@@ -5,12 +5,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int8
 
 from ouromamba_jax.pallas.device import device_reason
 from ouromamba_jax.pallas.tiles import SCAN_CHANNELS, ScanTiles, scan_tiles
 
 STATES = (1, 8, 16)
+
+
+class Scales(NamedTuple):
+    """What a level of an input stands for, per sample, token and group; None for an input that is no levels."""
+
+    u: Float32[Array, "B L G"] | None = None
+    delta: Float32[Array, "B L G"] | None = None
+    B: Float32[Array, "B L G"] | None = None
+    C: Float32[Array, "B L G"] | None = None
 
 
 def unsuitable(*, A: Float[Array, "D N"], state_transform: Any = None, **_: Any) -> str | None:
@@ -28,11 +37,11 @@ def supports(**call: Any) -> str | None:
 
 
 def run(
-    u: Float[Array, "B L D"],
-    delta: Float[Array, "B L D"],
+    u: Float[Array, "B L D"] | Int8[Array, "B L D"],
+    delta: Float[Array, "B L D"] | Int8[Array, "B L D"],
     A: Float[Array, "D N"],
-    B: Float[Array, "B L G N"],
-    C: Float[Array, "B L G N"],
+    B: Float[Array, "B L G N"] | Int8[Array, "B L G N"],
+    C: Float[Array, "B L G N"] | Int8[Array, "B L G N"],
     D: Float[Array, " D"] | None = None,
     *,
     z: Float[Array, "B L D"] | None = None,
@@ -41,12 +50,14 @@ def run(
     h0: Float[Array, "B D N"] | None = None,
     reverse: bool = False,
     with_starts: bool = False,
+    scales: Scales | None = None,
     tiles: ScanTiles | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B L D"], Float32[Array, "B D N"], Float32[Array, "B chunks D N"] | None]:
     """y, the last state and, `with_starts`, the states before the chunks of every segment; reverse-differentiable.
 
     Groups are padded to a multiple of 128 channels, and states to 1, 8 or 16. `tiles` are `tiles_for(u, A, B)` if None.
+    y has u's type, float32 for int8.
     """
     groups, states = B.shape[2:]
     channels = u.shape[2] // groups
@@ -85,6 +96,7 @@ def run(
         pad(z, channel_axis=2),
         pad(f32(delta_bias), channel_axis=0),
         pad(h0, channel_axis=1, state_axis=2),
+        scales or Scales(),
     )
     if starts is not None:
         starts = crop(jnp.swapaxes(starts, 2, 3), channel_axis=2, states_too=True)
@@ -106,7 +118,7 @@ def _segments(options, *arguments):
     count = options.tiles.segments
     if count == 1:
         return _scan(options, *arguments)
-    u, delta, A, B, C, D, z, delta_bias, h0 = arguments
+    u, delta, A, B, C, D, z, delta_bias, h0, scales = arguments
     batch, length, _ = u.shape
 
     def cut(x):
@@ -116,9 +128,10 @@ def _segments(options, *arguments):
         return jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0)
 
     tokens = cut(u), cut(delta), A, cut(B), cut(C), D, cut(z), delta_bias
+    cut_scales = Scales(*map(cut, scales))
     zeros = jnp.zeros((batch * count, *A.shape), jnp.float32)
-    _, h, _ = _scan(options._replace(with_starts=False), *tokens[:5], None, None, delta_bias, zeros)
-    steps = delta.astype(jnp.float32)
+    _, h, _ = _scan(options._replace(with_starts=False), *tokens[:5], None, None, delta_bias, zeros, cut_scales)
+    steps = _scaled(delta, scales.delta).astype(jnp.float32)
     steps = steps if delta_bias is None else steps + delta_bias[None, None]
     steps = jax.nn.softplus(steps) if options.softplus else steps
     decay = jnp.exp(jnp.sum(cut(steps), axis=1)[:, :, None] * A[None])
@@ -128,12 +141,19 @@ def _segments(options, *arguments):
         return last + decay * first, first
 
     h_last, first = jax.lax.scan(follow, h0, (by_segment(h), by_segment(decay)), reverse=options.reverse)
-    y, _, starts = _scan(options, *tokens, jnp.moveaxis(first, 0, 1).reshape(zeros.shape))
+    y, _, starts = _scan(options, *tokens, jnp.moveaxis(first, 0, 1).reshape(zeros.shape), cut_scales)
     if starts is not None:
         starts = starts.reshape(batch, count, *starts.shape[1:])
         starts = jnp.flip(starts, 1) if options.reverse else starts  # in scan order, as each segment's are
         starts = starts.reshape(batch, -1, *starts.shape[3:])
     return y.reshape(u.shape), h_last, starts
+
+
+def _scaled(x, scale):
+    """An input in floats."""
+    if scale is None:
+        return x
+    return (x.astype(jnp.float32).reshape(*scale.shape, -1) * scale[..., None]).reshape(x.shape)
 
 
 class _Options(NamedTuple):
@@ -153,9 +173,9 @@ def _launch(options, arguments, chunk):
     # Imported here: Mosaic takes a third of a second, and most processes never run a kernel.
     from ouromamba_jax.pallas.selective_scan_forward import forward
 
-    u, delta, A, B, C, D, z, delta_bias, h0 = arguments
+    u, delta, A, B, C, D, z, delta_bias, h0, scales = arguments
     return forward(
-        u, delta, A, B, C, D, z=z, delta_bias=delta_bias, h0=h0,
+        u, delta, A, B, C, D, z=z, delta_bias=delta_bias, h0=h0, scales=scales,
         delta_softplus=options.softplus, reverse=options.reverse, chunk=chunk, interpret=options.interpret,
     )  # fmt: skip
 
@@ -168,12 +188,14 @@ def _scan_fwd(options, *arguments):
 def _scan_bwd(options, residuals, cotangents):
     from ouromamba_jax.pallas.selective_scan_backward import backward
 
-    (u, delta, A, B, C, D, z, delta_bias, _), starts = residuals
+    (u, delta, A, B, C, D, z, delta_bias, _, scales), starts = residuals
+    (u, delta, B, C), pull_back = jax.vjp(lambda *x: tuple(map(_scaled, *x)), (u, delta, B, C), tuple(scales))
     d = backward(
         u, delta, A, B, C, D, starts, *cotangents, z=z, delta_bias=delta_bias,
         delta_softplus=options.softplus, reverse=options.reverse, tiles=options.tiles, interpret=options.interpret,
     )  # fmt: skip
-    return d.u, d.delta, d.A, d.B.astype(B.dtype), d.C.astype(C.dtype), d.D, d.z, d.delta_bias, d.h0
+    (d_u, d_delta, d_B, d_C), d_scales = pull_back((d.u, d.delta, d.B.astype(B.dtype), d.C.astype(C.dtype)))
+    return d_u, d_delta, d.A, d_B, d_C, d.D, d.z, d.delta_bias, d.h0, Scales(*d_scales)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)

@@ -4,7 +4,7 @@ A program walks the tokens of 128 channels of one sample. Delta's bias and softp
 are part of the walk, so u, delta, z and y cross memory once. exp(delta A) is 2^(delta A log2 e).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8
 
+from ouromamba_jax.pallas.selective_scan import Scales
 from ouromamba_jax.pallas.tiles import SCAN_CHANNELS as CHANNELS
 
 AHEAD = 2
@@ -20,15 +21,6 @@ AHEAD = 2
 LOG2_E = 1.4426950408889634
 # No memory is both read and written, so nothing needs the barriers that Pallas puts around every store.
 PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=8192)
-
-
-class Scales(NamedTuple):
-    """What a level of an int8 input stands for, per sample, token and group; None for an input in floats."""
-
-    u: Float32[Array, "B L G"] | None = None
-    delta: Float32[Array, "B L G"] | None = None
-    B: Float32[Array, "B L G"] | None = None
-    C: Float32[Array, "B L G"] | None = None
 
 
 def softplus(x):

@@ -25,7 +25,6 @@ from ouromamba_jax.quantize.modules import (
     straight_through_round,
 )
 from ouromamba_jax.released import quantize_asymmetric
-from ouromamba_jax.scan import ScanOutput
 
 Scales = dict[str, dict[str, Array]]
 
@@ -53,9 +52,6 @@ class FakeSelectiveScan(RoundedOperands):
         self.spec, self.scales, self.fixed = spec, scales, fixed
         self.directions, self.A_log, self.D, self.dt_bias = scan.directions, scan.A_log, scan.D, scan.dt_bias
         self.delta_bias = scan.delta_bias
-
-    def __call__(self, u: Array, delta: Array, B: Array, C: Array, *, collect: Any = None) -> ScanOutput:
-        return self.scan(*self.operands(u, delta, B, C), collect=collect)
 
     def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array:
         if name not in self.scales:

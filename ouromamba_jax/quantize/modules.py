@@ -17,6 +17,7 @@ from ouromamba_jax.qtensor import QTensor
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 from ouromamba_jax.released import quantize_asymmetric
 from ouromamba_jax.scan import ScanOutput
+from ouromamba_jax.split_operand import SplitOperand, floats
 
 Site = nnx.Linear | SelectiveScan | QuantPoint
 ACTIVATION_OPERANDS = ("u", "delta", "B", "C", "y")
@@ -151,7 +152,7 @@ class RoundedOperands:
     dt_bias: Any
     delta_bias: Callable[[Array], Array]
 
-    def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array:
+    def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array | SplitOperand:
         raise NotImplementedError
 
     def parameter(self, name: str) -> Float[Array, "D N"] | None:
@@ -162,21 +163,29 @@ class RoundedOperands:
         """What happens to h after every step, for `selective_scan`."""
         raise NotImplementedError
 
+    def __call__(self, u: Array, delta: Array, B: Array, C: Array, *, collect: Any = None) -> ScanOutput:
+        return self.scan(*self._rounded(u, delta, B, C), collect=collect)
+
     def operands(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
-        # The published code rounds delta with its bias on.
-        bias = self.delta_bias(delta) if is_asymmetric("delta", self.spec.config) else None
-        u = self._round("u", u)
-        delta = self._round("delta", delta) if bias is None else self._round("delta", delta + bias) - bias
-        B, C = self._round("B", B), self._round("C", C)
+        u, delta, A, B, C, D = map(floats, self._rounded(u, delta, B, C))
+        return u, delta, A, B, C, D
+
+    def _rounded(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Any, Any, Array, Any, Any, Array]:
+        """`operands`; what `_round` leaves in integers stays so."""
+        if is_asymmetric("delta", self.spec.config):  # the published code rounds delta with its bias on
+            bias = self.delta_bias(delta)
+            steps: Any = floats(self._round("delta", delta + bias)) - bias
+        else:
+            steps = self._round("delta", delta)
         A, D = self.parameter("A"), self.parameter("D")
         A = -jnp.exp(self.A_log[...].astype(jnp.float32)) if A is None else A
         D = self.D[...].astype(jnp.float32) if D is None else D[:, 0]
-        return u, delta, A, B, C, D
+        return self._round("u", u), steps, A, self._round("B", B), self._round("C", C), D
 
     def scan(self: Any, u, delta, A, B, C, D, *, collect=None) -> ScanOutput:
         transform = self.state_transform(u)
         out = SelectiveScan.scan(self, u, delta, A, B, C, D, collect=collect, state_transform=transform)
-        return out._replace(y=self._round("y", out.y))
+        return out._replace(y=floats(self._round("y", out.y)))
 
 
 class QuantSelectiveScan(RoundedOperands, SelectiveScan):
@@ -206,10 +215,13 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
         self.parameter_levels = nnx.Dict({name: Levels(q.values, bits=q.bits) for name, q in parameters.items()})
         self.parameter_scale = nnx.Dict({name: Scale(q.scale) for name, q in parameters.items()})
 
-    def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array:
+    def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array | SplitOperand:
         if name not in self.act:
             return x
-        return jnp.stack([q.round(x[:, :, g])[0] for g, q in enumerate(self.act[name])], axis=2).astype(x.dtype)
+        groups = [(q, x[:, :, g]) for g, q in enumerate(self.act[name])]
+        if is_asymmetric(name, self.spec.config):
+            return jnp.stack([q.round(part)[0] for q, part in groups], axis=2).astype(x.dtype)
+        return SplitOperand(tuple(q.split(part) for q, part in groups), x.shape, x.dtype)
 
     def parameter(self, name: str) -> Array | None:
         if name not in self.parameter_levels:
