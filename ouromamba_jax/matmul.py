@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int8, Int32
 
+from ouromamba_jax import triton_matmul
 from ouromamba_jax.outliers import OutlierSplit, merge
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
@@ -172,23 +173,32 @@ def _xla(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
     return lax.cond(jnp.any(_shifted(split)), _two_products, _one_product, split, weight)
 
 
-def _mosaic_gpu(split: OutlierSplit, weight: QTensor, **options) -> Float32[Array, "B L O"]:
+def _one_launch(launch: Callable[..., Array], split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
     """One kernel with one accumulator; a token whose shift could overflow it sends the call to XLA."""
     shift, fits = kernel.shifts(split, kernel.largest_shift(weight.shape[0], weight.bits))
 
-    def one_launch():
+    def accumulate():
         near, far = _near_and_far(split)
         rows = jnp.where(jnp.isnan(split.outlier_scale), split.outlier_scale, split.inlier_scale[None])
-        return kernel.run(near, far, shift, rows, weight, **options)
+        return launch(near, far, shift, rows, weight)
 
-    return lax.cond(fits, one_launch, lambda: _xla(split, weight))
+    return lax.cond(fits, accumulate, lambda: _xla(split, weight))
 
 
-# In order of preference. "xla" is the reference and supports everything; "mosaic_gpu" compiles for GPUs but has not run
-# on one yet: only its name chooses it.
+def _mosaic_gpu(split: OutlierSplit, weight: QTensor, **options) -> Float32[Array, "B L O"]:
+    return _one_launch(partial(kernel.run, **options), split, weight)
+
+
+def _triton(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
+    return _one_launch(triton_matmul.run, split, weight)
+
+
+# In order of preference. "xla" is the reference and supports everything; the others compile for GPUs but have not run
+# on one yet: only their names choose them.
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(lambda split, weight: None, _xla),
     "mosaic_gpu": Backend(kernel.supports, _mosaic_gpu),
+    "triton": Backend(triton_matmul.supports, _triton),
 }
 
 

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from functools import cache, partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax import matmul
@@ -22,6 +24,8 @@ TILES = {
     "sm80": MatmulTiles(tile_m=128, tile_n=64, stages=2),
     "sm89": MatmulTiles(tile_m=64, tile_n=64, stages=3),
 }
+NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton extra")
+TRITON = pytest.param("triton", marks=NEEDS_TRITON)
 
 
 def options(name, **interpreter):
@@ -33,6 +37,8 @@ def product(name, detect_races=False):
     """A backend's product, compiled once for all inputs of the same shapes."""
     if name == "xla":
         return jax.jit(matmul.BACKENDS["xla"].run)
+    if name == "triton":
+        return jax.jit(partial(matmul._one_launch, triton_interpreter.run))
     return jax.jit(partial(matmul._mosaic_gpu, **options(name, detect_races=detect_races)))
 
 
@@ -62,7 +68,9 @@ def random_split(rng, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [(n, k) for n in ("xla", *TILES) for k in CASES if (n, k) != ("sm90_packed", "w8")]
+    ("name", "kind"),
+    [(n, k) for n in ("xla", *TILES) for k in CASES if (n, k) != ("sm90_packed", "w8")]
+    + [pytest.param("triton", k, marks=NEEDS_TRITON) for k in CASES],
 )
 def test_integers_are_exact(name, kind, capfd):
     """The interpreter raises (jax 0.12) or reports (0.11) accesses that no barrier orders.
@@ -79,7 +87,7 @@ def test_integers_are_exact(name, kind, capfd):
     assert "RACE" not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("name", [*TILES, TRITON])
 def test_a_split_activation_gives_the_bits_of_xla(name):
     """Real scales, tokens that share no power of two, and one whose scale is NaN."""
     rng = np.random.default_rng(1)
@@ -166,14 +174,15 @@ def test_the_widest_tile_that_divides_the_outputs(outputs, width):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mosaic_gpu", TRITON])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("K", "O"), [(768, 3072), (1536, 768), (192, 384), (384, 56)])
-def test_on_the_device(K, O, bits):
+def test_on_the_device(name, K, O, bits):
     """The compiled kernel itself, at the layers of Vim; run it with JAX_PLATFORMS=cuda."""
     rng = np.random.default_rng(7)
     x = rng.normal(size=(32, 197, K)) * np.where(rng.random((32, 197, K)) < 0.001, 100, 1)
     x = jnp.asarray(x.astype(np.float32))
     split = split_outliers(x, search_token_scales(x, OutlierConfig()), OutlierConfig())
     weight = quantize_array(jnp.asarray(rng.normal(size=(K, O)).astype(np.float32)), bits)
-    y = matmul.outlier_matmul(split, weight, implementation="mosaic_gpu")
+    y = matmul.outlier_matmul(split, weight, implementation=name)
     np.testing.assert_array_equal(y, matmul.outlier_matmul(split, weight, implementation="xla"))

@@ -1,0 +1,103 @@
+"""The outlier matmul through jax-triton: when it applies, its operands, and the launch.
+
+An optional backend (`pip install 'ouromamba_jax[triton]'`) beside the Mosaic kernels of `pallas/`, whose plan
+it shares.
+"""
+
+import importlib.metadata
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int8, Int32
+
+from ouromamba_jax.outliers import OutlierSplit
+from ouromamba_jax.pallas import outlier_matmul as mosaic
+from ouromamba_jax.pallas.device import default_device, device_target
+from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, matmul_tiles
+from ouromamba_jax.qtensor import QTensor
+
+VERSION = "0.3.1"
+"""Of jax-triton. 0.4.1 fails on jax 0.12.0.1: its rule for dead code takes two arguments and is given three."""
+
+
+def supports(split: OutlierSplit, weight: QTensor) -> str | None:
+    """Why this call cannot run here, from shapes, dtypes, the device and what is installed; None if it can."""
+    return mosaic.supports(split, weight) or _missing()
+
+
+def _missing() -> str | None:
+    try:
+        installed = importlib.metadata.version("jax-triton")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "none"
+    if installed == VERSION:
+        return None
+    return f"it needs jax-triton {VERSION} and found {installed} (pip install 'ouromamba_jax[triton]')"
+
+
+def run(
+    near: Int8[Array, "B L K"],
+    far: Int8[Array, "B L K"],
+    shift: Int32[Array, "B L"],
+    row_scale: Float32[Array, "B L"],
+    weight: QTensor,
+) -> Float32[Array, "B L O"]:
+    """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32.
+
+    Args:
+      near, far: int8 levels in units of s_in and of s_in * 2^shift.
+      shift: at most `pallas.outlier_matmul.largest_shift` wherever `far` is not zero.
+    """
+    import jax_triton  # here, because it is optional, and sets environment variables
+
+    from ouromamba_jax.triton_matmul_kernel import matmul
+
+    B, L, _ = near.shape
+    O = weight.shape[1]
+    tiles = launch_tiles(O)
+    capability = default_device().compute_capability.replace(".", "")
+    y = jax_triton.triton_call(
+        *operands(near, far, shift, row_scale, weight, tiles),
+        kernel=matmul,
+        out_shape=jax.ShapeDtypeStruct((B * L, O), jnp.float32),
+        grid=(-(-B * L // tiles.tile_m), -(-O // tiles.tile_n)),
+        compute_capability=int(capability),  # jax-triton would ask the driver, which a compiling machine may lack
+        num_stages=tiles.stages,
+        num_warps=warps(tiles),
+        **constants(B * L, O, near.shape[2], tiles),
+    )
+    return y.reshape(B, L, O)
+
+
+def launch_tiles(outputs: int) -> MatmulTiles:
+    """The default device's tiles for levels of a byte each, whatever their bits."""
+    return matmul_tiles(device_target(), outputs, 8)
+
+
+def warps(tiles: MatmulTiles) -> int:
+    """Eight for large tiles: at 128 x 128, four on an A100 spill 16 bytes."""
+    return 8 if tiles.tile_m * tiles.tile_n >= 128 * 128 else 4
+
+
+def operands(
+    near: Int8[Array, "B L K"],
+    far: Int8[Array, "B L K"],
+    shift: Int32[Array, "B L"],
+    row_scale: Float32[Array, "B L"],
+    weight: QTensor,
+    tiles: MatmulTiles,
+) -> tuple[Array, ...]:
+    """The kernel's inputs: planes of whole K-blocks, where the outliers are, rows, the weight with K last, columns."""
+    M, K = near.shape[0] * near.shape[1], near.shape[2]
+    near, far = (jnp.pad(x.reshape(M, K), [(0, 0), (0, -K % TILE_K)]) for x in (near, far))
+    values = jnp.pad(weight.values.T, [(0, 0), (0, -K % TILE_K)])
+    # A last tile that is not full begins where it does in the kernel: at a multiple of the tile.
+    whole = jnp.pad(far, [(0, -M % tiles.tile_m), (0, 0)])
+    lists = mosaic.far_lists(whole, tiles.tile_m)
+    return near, far, *lists, shift.reshape(M), row_scale.reshape(M), values, weight.scale[0]
+
+
+def constants(rows: int, outputs: int, inputs: int, tiles: MatmulTiles) -> dict[str, int]:
+    """What the kernel is compiled for."""
+    shape = {"M": rows, "N": outputs, "K": inputs + -inputs % TILE_K}
+    return shape | {"TILE_M": tiles.tile_m, "TILE_N": tiles.tile_n, "TILE_K": TILE_K}

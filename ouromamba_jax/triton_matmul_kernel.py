@@ -1,0 +1,55 @@
+"""The Triton kernel of the outlier matmul: one launch, one int32 accumulator. Importing it imports Triton."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def matmul(
+    near_ptr,
+    far_ptr,
+    far_count_ptr,
+    far_blocks_ptr,
+    shift_ptr,
+    row_scale_ptr,
+    weight_ptr,
+    column_scale_ptr,
+    out_ptr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for W (N, K) and K a multiple of TILE_K.
+
+    As in the Mosaic kernels the tile's outlier blocks come first, then a shift of every row, then the dense blocks, so
+    that the integers are exact. Rows and columns beyond M and N are read as the last ones and not written.
+    """
+    row_tile = tl.program_id(0)
+    rows = row_tile * TILE_M + tl.arange(0, TILE_M)
+    columns = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    read_rows = tl.minimum(rows, M - 1)
+    read_columns = tl.minimum(columns, N - 1)
+    inner = tl.arange(0, TILE_K)
+    planes = read_rows[:, None] * K + inner[None, :]
+    weights = weight_ptr + read_columns[None, :] * K + inner[:, None]
+
+    accumulator = tl.full((TILE_M, TILE_N), 0, tl.int32)
+    for i in range(tl.load(far_count_ptr + row_tile)):
+        block = tl.load(far_blocks_ptr + row_tile * (K // TILE_K) + i) * TILE_K
+        accumulator = tl.dot(
+            tl.load(far_ptr + planes + block), tl.load(weights + block), accumulator, out_dtype=tl.int32
+        )
+    accumulator = accumulator << tl.load(shift_ptr + read_rows)[:, None]
+    for step in range(K // TILE_K):
+        block = step * TILE_K
+        accumulator = tl.dot(
+            tl.load(near_ptr + planes + block), tl.load(weights + block), accumulator, out_dtype=tl.int32
+        )
+
+    y = accumulator.to(tl.float32) * tl.load(row_scale_ptr + read_rows)[:, None]
+    y = y * tl.load(column_scale_ptr + read_columns)[None, :]
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    tl.store(out_ptr + rows[:, None] * N + columns[None, :], y, mask=inside)

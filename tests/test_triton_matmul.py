@@ -1,0 +1,78 @@
+"""The jax-triton backend: when it refuses, and its kernel compiled to machine code without a GPU.
+
+Its integers are checked with those of all backends, in test_pallas_outlier_matmul.py.
+"""
+
+import importlib.metadata
+import re
+import subprocess
+from importlib.util import find_spec
+
+import pytest
+
+from ouromamba_jax import triton_matmul
+from ouromamba_jax.pallas.tiles import matmul_tiles
+
+SHARED_MEMORY = {"sm80": 166912, "sm89": 101376, "sm90": 232448}
+POINTERS = {
+    "near_ptr": "*i8",
+    "far_ptr": "*i8",
+    "far_count_ptr": "*i32",
+    "far_blocks_ptr": "*i32",
+    "shift_ptr": "*i32",
+    "row_scale_ptr": "*fp32",
+    "weight_ptr": "*i8",
+    "column_scale_ptr": "*fp32",
+    "out_ptr": "*fp32",
+}
+
+
+@pytest.mark.parametrize("installed", ["none", "0.4.1", triton_matmul.VERSION])
+def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
+    def version(name):
+        assert name == "jax-triton"
+        if installed == "none":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight: None)
+    reason = triton_matmul.supports(None, None)
+    assert (reason is None) == (installed == triton_matmul.VERSION)
+    assert reason is None or (installed in reason and "ouromamba_jax[triton]" in reason)
+    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight: "16-bit outliers")
+    assert triton_matmul.supports(None, None) == "16-bit outliers"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton extra")
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+@pytest.mark.parametrize(("outputs", "inputs"), [(3072, 768), (768, 1536), (384, 192), (56, 384)])
+def test_it_compiles_without_a_gpu(target, outputs, inputs, tmp_path):
+    """At the layers of Vim: int8 tensor cores, no spill, no call, no more shared memory than there is."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ouromamba_jax.triton_matmul_kernel import matmul
+
+    tiles = matmul_tiles(target, outputs, 8)
+    constants = triton_matmul.constants(6304, outputs, inputs, tiles)
+    source = ASTSource(
+        matmul,
+        signature=POINTERS | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(POINTERS))},
+    )
+    options = {"num_warps": triton_matmul.warps(tiles), "num_stages": tiles.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(target[2:]), 32), options=options)
+    assert compiled.metadata.shared <= SHARED_MEMORY[target]
+    ptx = compiled.asm["ptx"]
+    instruction = r"wgmma\.mma_async\.sync\S*s32\.s8\.s8" if target == "sm90" else r"mma\.sync\S*s32\.s8\.s8"
+    assert re.search(instruction, ptx)
+    assert not re.search(r"^\s*call", ptx, re.MULTILINE)
+    path = tmp_path / "kernel.ptx"
+    path.write_text(ptx)
+    architecture = re.search(r"\.target (\w+)", ptx).group(1)
+    command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={architecture}", path, "-o", tmp_path / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert re.findall(r"(\d+) bytes (?:stack|spill)", said) == ["0"] * 3
