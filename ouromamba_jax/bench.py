@@ -1,4 +1,4 @@
-"""Speed of models: interleaved timing, float beside quantised, and which parts of a block take the time.
+"""Speed of models: interleaved timing, float beside quantised. Which parts take the time: `breakdown.py`.
 
 Only ratios within one run mean something on a shared machine: the calls under comparison take turns, and a speed-up is
 the median over rounds of the ratio of neighbouring calls, so that a slow second hits both sides. Processor time, summed
@@ -10,7 +10,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
+from ouromamba_jax import matmul, outliers
+from ouromamba_jax import scan as scans
 from ouromamba_jax.models import VisionModel, build_model, pure
 from ouromamba_jax.models.config import height_width
-from ouromamba_jax.models.layers import SelectiveScan, as_tokens
-from ouromamba_jax.quantize import QuantConfig, QuantLinear, QuantSelectiveScan, quantize
-from ouromamba_jax.quantize.modules import quantized_specs, set_module
+from ouromamba_jax.quantize import QuantConfig, quantize
+from ouromamba_jax.quantize.modules import quantized_specs
 
 Progress = Callable[[str], None]
 HEADERS = ("model", "ms", "spread %", "CPU ms", "images/s", "speed-up", "CPU speed-up")
-BREAKDOWN_HEADERS = ("part", "ms", "% of block", "of it splitting, ms")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,52 @@ def time_ratio(slow: Timing, fast: Timing, *, cpu: bool = False) -> float:
     if cpu:
         return float(np.median(np.divide(slow.cpu_seconds, fast.cpu_seconds)))
     return float(np.median(np.divide(slow.seconds, fast.seconds)))
+
+
+def repeated(operation: Callable[..., Any], times: int) -> Callable[[Any], Any]:
+    """A function of `operation`'s inputs that runs it so often, each run waiting for the last, in one compiled loop.
+
+    The compiler cannot merge them. Launching a program takes a GPU about as long as many a kernel runs.
+    """
+
+    def run(inputs: tuple) -> Any:
+        def again(_: Any, out: Any) -> Any:
+            held, _ = lax.optimization_barrier((inputs, out))
+            return operation(*held)
+
+        return lax.fori_loop(1, times, again, operation(*inputs))
+
+    return jax.jit(run)
+
+
+@contextmanager
+def preferring(implementation: str) -> Iterator[None]:
+    """While it lasts, calls that name no backend take this one if it supports them: so models run on the kernels.
+
+    It counts when a function is traced. JAX's caches are cleared on entry and exit, since compiled functions keep
+    their choice; what `lower().compile()` returned keeps it, too, and stays valid.
+
+    Raises:
+      ValueError: if no operation has such a backend.
+    """
+    tables = (outliers.BACKENDS, matmul.BACKENDS, scans.BACKENDS)
+    if not any(implementation in table for table in tables):
+        raise ValueError(
+            f"no operation has an implementation {implementation!r}; choose one of {', '.join(tables[1])}."
+        )
+    before = [dict(table) for table in tables]
+
+    def fill(orders: list[dict]) -> None:
+        for table, order in zip(tables, orders, strict=True):
+            table.clear()
+            table.update(order)
+        jax.clear_caches()
+
+    fill([dict(sorted(table.items(), key=lambda item: item[0] != implementation)) for table in before])
+    try:
+        yield
+    finally:
+        fill(before)
 
 
 def machine() -> dict[str, str]:
@@ -165,87 +212,12 @@ def speed_rows(timings: Mapping[str, Timing], batch_size: int) -> list[list[str 
     ]
 
 
-def quantize_untuned(model: VisionModel, preset: str) -> VisionModel:
+def quantize_untuned(model: VisionModel, preset: str, **overrides: Any) -> VisionModel:
     """`model` at a preset's bits, calibrated on one Gaussian image: fit to be timed, not to be used."""
-    config = QuantConfig.preset(preset, tune_epochs=0, scale_search="max")
+    config = QuantConfig.preset(preset, tune_epochs=0, scale_search="max", **overrides)
     return quantize(model, random_images(model, 1, seed=1), config)[0]
 
 
 def random_images(model: VisionModel, batch_size: int, *, seed: int = 0) -> Float[Array, "B H W 3"]:
     """Gaussian images of the model's input size."""
     return jax.random.normal(jax.random.key(seed), (batch_size, *height_width(model.config.img_size), 3))
-
-
-def block_breakdown(model: VisionModel, batch_size: int = 1, *, repeats: int = 10) -> list[list[str | float | None]]:
-    """Where the middle block of a model spends its time, as table rows under `BREAKDOWN_HEADERS`.
-
-    Every linear layer and the scan are timed alone on what they receive inside the block, interleaved with the whole
-    block. The splitting of outliers is timed alone, too. "rest" is what the block takes beyond its parts; alone, parts
-    cannot fuse with their surroundings, so it may come out below zero.
-    """
-    stages = [stage for _, stage in model.stages]
-    middle = len(stages) // 2
-
-    @jax.jit
-    def until_block(images: Array) -> Array:
-        x = images
-        for stage in stages[:middle]:
-            x = stage(x)
-        return x
-
-    block = stages[middle]
-    x = until_block(random_images(model, batch_size))
-    parts = _part_inputs(block, x)
-    calls: dict[str, Callable[[], Any]] = {"block": _jitted(block, x)}
-    for path, (module, args) in parts.items():
-        calls[path] = _jitted(module, *args)
-        if isinstance(module, QuantLinear):
-            calls[path + " splitting"] = _jitted(module, *args, method=lambda m, a: m.act.split(as_tokens(a)))
-        elif isinstance(module, QuantSelectiveScan):
-            calls[path + " splitting"] = _jitted(module, *args, method=lambda m, *a: m.operands(*a))
-    milliseconds = {name: 1e3 * t.median for name, t in time_interleaved(calls, repeats=repeats).items()}
-    whole = milliseconds["block"]
-    rows = [(path, milliseconds[path], milliseconds.get(path + " splitting")) for path in parts]
-    splitting = [split for _, _, split in rows if split is not None]
-    rows.append(("rest", whole - sum(ms for _, ms, _ in rows), None))
-    rows.append(("block", whole, sum(splitting) if splitting else None))
-    return [[path, ms, 100 * ms / whole, split] for path, ms, split in rows]
-
-
-def _jitted(module: nnx.Module, *args: Array, method: Callable = lambda m, *a: m(*a)) -> Callable[[], Any]:
-    graphdef, state = nnx.split(module)
-    return partial(jax.jit(lambda state, *args: method(nnx.merge(graphdef, state), *args)), state, *args)
-
-
-class _Recorder:
-    """Calls the module it stands for and keeps what went in."""
-
-    def __init__(self, module: nnx.Module):
-        self.module = module
-        self.args: tuple[Array, ...] = ()
-
-    def __call__(self, *args: Array) -> Any:
-        self.args = args
-        return self.module(*args)
-
-
-def _part_inputs(block: nnx.Module, x: Array) -> dict[str, tuple[nnx.Module, tuple[Array, ...]]]:
-    """{path: (module, its arguments)} of every linear layer and scan that the block calls on x."""
-    graphdef, state = nnx.split(block)
-
-    @jax.jit
-    def run(state: nnx.State, x: Array) -> dict[str, tuple[Array, ...]]:
-        copy = nnx.merge(graphdef, state)
-        recorders = {path: _Recorder(module) for path, module in _parts(copy).items()}
-        for path, recorder in recorders.items():
-            set_module(copy, path, recorder)
-        copy(x)
-        return {path: recorder.args for path, recorder in recorders.items() if recorder.args}
-
-    modules = _parts(block)
-    return {path: (modules[path], args) for path, args in run(state, x).items()}
-
-
-def _parts(block: nnx.Module) -> dict[str, nnx.Module]:
-    kinds = (nnx.Linear, QuantLinear, SelectiveScan)
-    return {".".join(map(str, path)): m for path, m in nnx.iter_modules(block) if isinstance(m, kinds)}

@@ -22,9 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from ouromamba_jax.bench import Timing, time_interleaved, time_ratio, write_results
+from ouromamba_jax.bench import Timing, repeated, time_interleaved, time_ratio, write_results
 from ouromamba_jax.matmul import outlier_matmul
 from ouromamba_jax.outliers import OutlierConfig, search_token_scales, split_outliers
 from ouromamba_jax.qtensor import quantize_array
@@ -186,19 +185,6 @@ def pull_back(function: Callable, inputs: tuple) -> tuple[Callable, tuple]:
     """The backward pass alone: what the forward pass leaves is its input."""
     y, back = jax.jit(lambda *x: jax.vjp(function, *x))(*inputs)
     return lambda back, dy: back(dy), (back, y)
-
-
-def repeated(operation: Callable, times: int) -> Callable:
-    """`operation` several times over on the same inputs, each waiting for the last; the compiler cannot merge them."""
-
-    def run(inputs):
-        def again(_, out):
-            held, _ = lax.optimization_barrier((inputs, out))
-            return operation(*held)
-
-        return lax.fori_loop(1, times, again, operation(*inputs))
-
-    return jax.jit(run)
 
 
 def measure(case: Scan | Layer, batch: int, inner: int, repeats: int) -> dict[str, Timing]:

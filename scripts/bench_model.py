@@ -1,7 +1,8 @@
-"""Whole models on CPU: our scan against the associative_scan formulation, and quantised against float.
+"""Whole models: on CPU our scan against associative_scan, and quantised against float; on a GPU the kernels.
 
     python scripts/bench_model.py associative --model vim_tiny --batch 4
     python scripts/bench_model.py quantised --model vim_base --batch 2 --json scripts/results/bench_model_cpu.json
+    python scripts/bench_model.py --device gpu --json scripts/results/bench_model_h100.json    # needs an NVIDIA GPU
 
 `associative` times a model against the same model on `jax.lax.associative_scan` (the usual parallel formulation in
 JAX, which holds (B, L, D, N) arrays). `quantised` times a float model against its W8A8 and W4A4 versions, and then
@@ -11,10 +12,19 @@ take turns and the ratios are medians over rounds, so that other work on the mac
 On two busy CPU cores `associative` took one to three minutes and `quantised` nine to sixteen (mostly compiling).
 Measured there by processor time: vim_tiny 3.8x faster than on associative_scan; vim_base 1.1x as fast as float at W8A8
 and 1.3x at W4A4 (16-bit outliers take a second int8 product). Trained models have other outliers.
+
+`--device gpu` times six published models at batch 32 in bfloat16, W8A8 and W4A4, through XLA and on our kernels
+(`bench.preferring`), then says what share of the time on the kernels goes into finding and splitting outliers, into
+products, into scans and into the rest. W8A8 has 8-bit outliers there, since no kernel takes 16-bit ones; the first and
+last layer keep those, and XLA. What a kernel refuses runs on XLA: "kernels" counts its calls in the compiled
+program. Not run on a GPU yet: no time and no number is known.
 """
 
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +32,27 @@ from flax import nnx
 from jaxtyping import Array
 
 from ouromamba_jax.bench import (
-    BREAKDOWN_HEADERS,
     HEADERS,
-    block_breakdown,
+    preferring,
     quantize_untuned,
+    random_images,
     speed_rows,
+    time_interleaved,
     time_models,
+    time_ratio,
     write_results,
 )
-from ouromamba_jax.models import create_model
+from ouromamba_jax.breakdown import BREAKDOWN_HEADERS, KINDS, block_breakdown, model_breakdown
+from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize.modules import set_module
 from ouromamba_jax.report import print_table
 from ouromamba_jax.scan import ScanOutput
+
+OURS, XLA, FLOAT = "mosaic_gpu", "xla", "bf16"
+GPU_MODELS = ("vim_tiny", "vim_small", "vim_base", "vmamba_tiny_s1l8", "vmamba_base_s1l20", "mambavision_t")
+GPU_HEADERS = ("bits", "backend", "ms", "spread %", "images/s", "bf16 / this", "xla / this", "kernels")
+SHARE_HEADERS = ("bits", "ms", *(f"{kind} %" for kind in KINDS))
 
 
 class AssociativeScan(SelectiveScan):
@@ -84,21 +102,85 @@ def bench_quantised(model: nnx.Module, batch: int, repeats: int, bits: list[str]
     return speed_rows(time_models(models, batch, repeats=repeats), batch), parts
 
 
-def main() -> None:
+def gpu_models(name: str, bits: list[str], **overrides: Any) -> dict[str, nnx.Module]:
+    """A bfloat16 model and its quantised versions, with outliers that the kernels take."""
+    model = create_model(name, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, **overrides)
+    return {FLOAT: model, **{preset: quantize_untuned(model, preset, outlier_bits=8) for preset in bits}}
+
+
+def bench_gpu(models: dict[str, nnx.Module], batch: int, repeats: int) -> tuple[list[list], list[list]]:
+    """Rows under GPU_HEADERS and SHARE_HEADERS."""
+    images = random_images(models[FLOAT], batch)
+    calls, kernels, shares = {}, {}, []
+    for backend in (XLA, OURS):
+        with preferring(backend):
+            for bits, model in models.items():
+                log(f"compiling {bits} on {backend}")
+                function, state = pure(model)
+                compiled = jax.jit(function).lower(state, images).compile()
+                calls[bits, backend] = partial(compiled, state, images)
+                kernels[bits, backend] = compiled.as_text().count('custom_call_target="mosaic_gpu')
+    timings = time_interleaved(calls, repeats=repeats)
+    rows = []
+    for (bits, backend), timing in timings.items():
+        ratios = [time_ratio(timings[other], timing) for other in ((FLOAT, backend), (bits, XLA))]
+        times = [1e3 * timing.median, 100 * timing.spread, batch / timing.median]
+        rows.append([bits, backend, *times, *ratios, kernels[bits, backend]])
+    with preferring(OURS):
+        for bits, model in models.items():
+            log(f"taking {bits} apart")
+            parts = model_breakdown(model, batch, repeats=repeats, progress=log)
+            total = sum(parts.values())
+            shares.append([bits, total, *(100 * ms / total for ms in parts.values())])
+    return rows, shares
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main_gpu(arguments: argparse.Namespace, overrides: dict[str, int]) -> int:
+    if jax.devices()[0].platform != "gpu":
+        log("The kernels need an NVIDIA GPU, and JAX sees none here: without --device gpu this times models on CPU.")
+        return 1
+    batch = arguments.batch or 32
+    results: dict[str, Any] = {
+        "batch": batch, "depth": arguments.depth, "headers": GPU_HEADERS, "share_headers": SHARE_HEADERS, "models": {}
+    }  # fmt: skip
+    for name in [arguments.model] if arguments.model else GPU_MODELS:
+        log(f"building {name}")
+        rows, shares = bench_gpu(gpu_models(name, arguments.bits, **overrides), batch, arguments.repeats)
+        print_table(rows, GPU_HEADERS, title=f"{name}, batch {batch}")
+        print_table(shares, SHARE_HEADERS, title=f"{name} on {OURS}: where the time goes")
+        results["models"][name] = {"rows": rows, "shares": shares}
+        if arguments.json is not None:  # after every model: all six take long
+            write_results(arguments.json, results)
+            print(f"wrote {arguments.json}")
+    return 0
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [WHAT] [options]"
     )
     parser.add_argument(
         "what", nargs="?", choices=("associative", "quantised"), help="one comparison; both if left out"
     )
-    parser.add_argument("--model", help="vim_tiny for associative, vim_base for quantised if left out")
-    parser.add_argument("--batch", type=int, help="images per call; 4 for associative, 2 for quantised if left out")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="gpu: the kernels (default: cpu)")
+    parser.add_argument("--model", help="vim_tiny for associative, vim_base for quantised, six for gpu if left out")
+    parser.add_argument(
+        "--batch", type=int, help="images per call; 4 for associative, 2 for quantised, 32 for gpu if left out"
+    )
     parser.add_argument("--depth", type=int, help="fewer blocks, for a quick look")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a4"], help="presets to compare (default: w8a8 w4a4)")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of each model (default: 10)")
     parser.add_argument("--json", type=Path, help="also write the numbers, the machine and the command to this file")
     arguments = parser.parse_args()
     overrides = {} if arguments.depth is None else {"depth": arguments.depth}
+    if arguments.device == "gpu":
+        if arguments.what is not None:
+            parser.error(f"{arguments.what} is a comparison on CPU: leave it out with --device gpu.")
+        return main_gpu(arguments, overrides)
     results: dict = {"depth": arguments.depth}
 
     if arguments.what in (None, "associative"):
@@ -118,7 +200,8 @@ def main() -> None:
     if arguments.json is not None:
         write_results(arguments.json, results)
         print(f"wrote {arguments.json}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,9 +12,10 @@ import tiny_models
 from flax import nnx
 from tiny_models import TINY
 
-from ouromamba_jax import bench
+from ouromamba_jax import bench, breakdown, outliers
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.models.layers import QuantPoint
+from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.quantize import QuantConfig, memory_report
 from ouromamba_jax.quantize.modules import SiteSpec, apply_specs, iter_sites, quantized_specs
 
@@ -130,7 +131,7 @@ def test_a_quantised_model_is_compared_with_its_float_model(quantised, monkeypat
 def test_the_breakdown_names_every_part(kind, model, quantised):
     chosen = model if kind == "float" else quantised
     before = jax.tree.leaves(nnx.state(chosen))
-    *parts, rest, block = bench.block_breakdown(chosen, repeats=2)
+    *parts, rest, block = breakdown.block_breakdown(chosen, repeats=2)
     names = {f"mixer.directions.{i}.{layer}_proj" for i in (0, 1) for layer in ("x", "dt")}
     assert {row[0] for row in parts} == names | {"mixer.in_proj", "mixer.out_proj", "mixer.scan"}
     assert rest[0] == "rest"
@@ -139,6 +140,56 @@ def test_the_breakdown_names_every_part(kind, model, quantised):
     assert all(row[3] is None or row[3] > 0 for row in parts)
     after = jax.tree.leaves(nnx.state(chosen))  # recorders went into a copy
     assert all(jnp.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["float", "quantised"])
+def test_the_breakdown_of_a_model_counts_equal_blocks(kind, monkeypatch):
+    """Every call takes 20 ms, so that the sums count calls: a block has 6 linear layers and a scan, stem and head 1."""
+    config = QuantConfig.preset("w4a4")
+    model = create_model("vim_micro", **(TINY | {"depth": 3})) if kind == "float" else tiny_models.quantised(config)
+    blocks = len(model.blocks)
+    timed = []
+
+    def time_interleaved(calls, *, repeats):
+        timed.extend(calls)
+        for call in calls.values():
+            jax.eval_shape(call)
+        return {name: bench.Timing((0.02,) * repeats, (0.02,) * repeats) for name in calls}
+
+    monkeypatch.setattr(breakdown, "time_interleaved", time_interleaved)
+    said = []
+    times = breakdown.model_breakdown(model, 2, inner=2, repeats=1, progress=said.append)
+    assert tuple(times) == breakdown.KINDS
+    assert sum(times.values()) == pytest.approx(10 * (blocks + 2))  # 10 ms per stage
+    assert said == ["timing stem, one of 1", f"timing blocks.0, one of {blocks}", "timing head, one of 1"]
+    layers = 6 * blocks + 2
+    split = {"float": 0, "quantised": 10 * (layers + blocks)}[kind]
+    whole = {"detection + split": 0, "product": 10 * layers, "scan": 10 * blocks}
+    if kind == "quantised":  # what remains of a part that takes as long as its splitting
+        whole = {"detection + split": split, "product": 0, "scan": 0}
+    assert {name: times[name] for name in whole} == pytest.approx(whole)
+    assert len([name for name in timed if name.endswith("splitting")]) == (0 if kind == "float" else layers + blocks)
+
+
+def test_a_preferred_backend_is_taken_where_it_supports_the_call(monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (1, 2, 3))
+    marked = Backend(lambda x, config: None if x.shape[1] == 2 else "it wants two tokens", lambda x, *_, **__: x + 1)
+    monkeypatch.setitem(outliers.BACKENDS, "marked", marked)
+    before = list(outliers.BACKENDS)
+    split = jax.jit(lambda x: outliers.split_outliers(x, jnp.ones(x.shape[1]), outliers.OutlierConfig()))
+    assert not isinstance(split(x), jax.Array)
+    with bench.preferring("marked"):
+        np.testing.assert_array_equal(split(x), x + 1)
+        assert isinstance(split(x[:, :1]), outliers.OutlierSplit)
+        compiled = split.lower(x).compile()
+    assert not isinstance(split(x), jax.Array)
+    np.testing.assert_array_equal(compiled(x), x + 1)
+    assert list(outliers.BACKENDS) == before
+
+
+def test_an_unknown_preferred_backend_is_refused():
+    with pytest.raises(ValueError, match=r"'cuda'; choose one of .*mosaic_gpu"), bench.preferring("cuda"):
+        pass
 
 
 @pytest.mark.parametrize(("name", "least"), [("vim_small", 3.5), ("vim_base", 3.7)])

@@ -1,0 +1,109 @@
+"""The models' benchmark on a GPU: its tables with XLA in the place of the kernels, and what it says without one."""
+
+import json
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from script_modules import load_script
+from tiny_models import TINY
+
+from ouromamba_jax.models import create_model, list_models
+from ouromamba_jax.quantize import QuantConfig
+
+
+@pytest.fixture
+def script(monkeypatch):
+    script = load_script("bench_model")
+    monkeypatch.setattr(script, "create_model", lambda name, **types: create_model("vim_micro", **TINY, **types))
+    return script
+
+
+@pytest.fixture
+def gpu(script, monkeypatch):
+    monkeypatch.setattr(script.jax, "devices", lambda: [SimpleNamespace(platform="gpu", device_kind="a GPU")])
+
+
+def run(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["scripts/bench_model.py", "--device", "gpu", *arguments])
+    return script.main()
+
+
+def test_the_models_exist(script):
+    assert set(script.GPU_MODELS) <= set(list_models())
+
+
+def test_without_a_gpu_it_says_so_in_one_sentence(script, capsys, monkeypatch):
+    monkeypatch.setattr(script.jax, "devices", lambda: [SimpleNamespace(platform="cpu")])
+    assert run(script, monkeypatch) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "need an NVIDIA GPU" in said.err
+    assert said.err.count("\n") == said.err.count(". ") + 1 == 1
+
+
+def test_a_comparison_on_cpu_is_refused(script, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        run(script, monkeypatch, "quantised")
+    assert "leave it out with --device gpu" in capsys.readouterr().err
+
+
+def test_models_are_quantised_to_what_the_kernels_take(script, monkeypatch):
+    asked = []
+
+    def quantize(model, preset, **overrides):
+        asked.append(QuantConfig.preset(preset, **overrides))
+        return model
+
+    monkeypatch.setattr(script, "quantize_untuned", quantize)
+    models = script.gpu_models("vim_tiny", ["w8a8", "w4a4"])
+    assert list(models) == ["bf16", "w8a8", "w4a4"]
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(script.pure(models["bf16"])[1]))
+    assert [(c.weight_bits, c.act_bits, c.outlier_bits) for c in asked] == [(8, 8, 8), (4, 4, 8)]
+    assert all(config.splitting.outlier_scale == "pow2" for config in asked)
+
+
+def test_its_tables_and_results(script, gpu, capsys, monkeypatch, tmp_path):
+    other = create_model("vim_micro", **TINY)  # stands for a quantised model
+    pure = script.pure
+    monkeypatch.setattr(script, "pure", lambda model: pure(model.stem))  # compiles in no time
+    monkeypatch.setattr(script, "OURS", "xla also")
+    monkeypatch.setattr(script, "quantize_untuned", lambda model, preset, **_: other)
+    preferred = []
+
+    def preferring(backend):
+        preferred.append(backend)
+        return nullcontext()
+
+    monkeypatch.setattr(script, "preferring", preferring)
+    broken_down = []
+
+    def model_breakdown(model, batch, **_):
+        broken_down.append((model is other, batch))
+        return dict(zip(script.KINDS, (1.0, 2.0, 3.0, 4.0), strict=True))
+
+    monkeypatch.setattr(script, "model_breakdown", model_breakdown)
+    monkeypatch.setenv("COLUMNS", "200")
+    path = tmp_path / "results.json"
+    arguments = ("--model", "vim_tiny", "--batch", "2", "--bits", "w4a4", "--repeats", "2", "--json", str(path))
+    assert run(script, monkeypatch, *arguments) == 0
+    assert preferred == ["xla", "xla also", "xla also"]
+    assert broken_down == [(False, 2), (True, 2)]
+    written = json.loads(path.read_text())
+    assert written["machine"]["devices"].endswith("a GPU")
+    assert written["machine"]["jax"] == jax.__version__
+    rows = written["models"]["vim_tiny"]["rows"]
+    assert [row[:2] for row in rows] == [[bits, b] for b in ("xla", "xla also") for bits in ("bf16", "w4a4")]
+    assert all(len(row) == len(written["headers"]) for row in rows)
+    named = [dict(zip(written["headers"], row, strict=True)) for row in rows]
+    assert all(row["images/s"] == pytest.approx(2 / (row["ms"] / 1e3)) for row in named)
+    assert all(row["bf16 / this"] == 1 for row in named if row["bits"] == "bf16")
+    assert all(row["xla / this"] == 1 for row in named if row["backend"] == "xla")
+    assert all(row["kernels"] == 0 for row in named)
+    assert written["models"]["vim_tiny"]["shares"] == [[bits, 10, 10, 20, 30, 40] for bits in ("bf16", "w4a4")]
+    printed = capsys.readouterr().out
+    assert "where the time goes" in printed
+    assert "detection + split %" in printed
