@@ -3,10 +3,10 @@
     pip install --no-deps jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION    # VERSION of the installed jax, 150 MB
     python scripts/compile_kernels.py [--target h100] [--only NAME]
 
-Needs ptxas, which JAX finds on PATH or under /usr/local/cuda. About 7 s per kernel and target, five minutes in all on
-one CPU core. Prints registers, spills, shared memory and tensor-core instructions (in PTX: wgmma on Hopper, mma.sync
-below), and exits with 1 if a kernel does not compile, spills, calls a function, exceeds the device's shared memory, or
-multiplies without int8 tensor cores. It says nothing about speed.
+Needs ptxas, which JAX finds on PATH or under /usr/local/cuda. About 5 s of CPU time per kernel and target, and as
+many at a time as there are CPUs. Prints registers, spills, shared memory and tensor-core instructions (in PTX: wgmma on
+Hopper, mma.sync below), and exits with 1 if a kernel does not compile, spills, calls a function, exceeds the device's
+shared memory, or multiplies without int8 tensor cores. It says nothing about speed.
 """
 
 import argparse
@@ -14,10 +14,9 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -113,12 +112,11 @@ def split(channels: int, scale: str) -> tuple[Callable, list]:
 
 
 def scan_shapes(channels: int, states: int, groups: int, dtype: str) -> dict[str, Any]:
-    """The arguments of a scan by name; with int8, levels and no gate, since models keep that in floats."""
+    """The arguments of a scan by name."""
     import jax
 
     tokens, projection = (BATCH, TOKENS, channels), (BATCH, TOKENS, groups, states)
-    inputs = {"u": tokens, "delta": tokens, "B": projection, "C": projection}
-    inputs |= {} if dtype == "int8" else {"z": tokens}
+    inputs = {"u": tokens, "delta": tokens, "z": tokens, "B": projection, "C": projection}
     parameters = {"A": (channels, states), "D": (channels,), "delta_bias": (channels,)}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in inputs.items()} | {
         name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in parameters.items()
@@ -150,15 +148,25 @@ def scan_gradient(channels: int, states: int, groups: int, dtype: str, collect: 
 
 
 def scan_levels(channels: int, states: int, groups: int) -> tuple[Callable, list]:
+    """As quantised models call it: u in floats; delta, B and C in levels, int8 or, with shifted outliers, float32."""
     import jax
 
-    from ouromamba_jax.pallas.selective_scan_forward import Scales, forward
+    from ouromamba_jax.outliers import OutlierSplit
+    from ouromamba_jax.scan import selective_scan
+    from ouromamba_jax.split_operand import SplitOperand
 
-    def run(arrays, scales):
-        return forward(**arrays, delta_softplus=True, scales=Scales(*scales))
+    def levels(x):
+        shape = (BATCH, TOKENS, x.size // (BATCH * TOKENS * groups))
+        fields = [(shape, "int8"), (shape, "int8"), (shape[:2], "float32"), (shape, "bool"), ((TOKENS,), "float32")]
+        return SplitOperand(
+            (OutlierSplit(*(jax.ShapeDtypeStruct(*f) for f in fields), True),) * groups, x.shape, x.dtype
+        )
 
-    scale = jax.ShapeDtypeStruct((BATCH, TOKENS, groups), "float32")
-    return run, [scan_shapes(channels, states, groups, "int8"), (scale,) * 4]
+    def run(arrays):
+        return selective_scan(**arrays, delta_softplus=True, implementation="mosaic_gpu")[:2]
+
+    arrays = scan_shapes(channels, states, groups, "float32")
+    return run, [{name: levels(x) if name in ("delta", "B", "C") else x for name, x in arrays.items() if name != "z"}]
 
 
 KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]] = {
@@ -206,20 +214,16 @@ class Report:
     tensor_core: int
 
     @classmethod
-    def read(cls, folder: Path) -> "Report":
-        """From what Mosaic leaves in MOSAIC_GPU_DUMP_TO: ptxas -v, the resources, the PTX."""
-        ptxas, resources, ptx = (
-            "".join(path.read_text() for path in folder.glob(pattern))
-            for pattern in ("*.ptxas", "*.resources.txt", "*.ptx")
-        )
-        spilled = re.findall(r"(\d+) bytes (?:spill|stack)", ptxas)
+    def read(cls, printed: str) -> "Report":
+        """From what Mosaic prints of a compilation: its resources, the PTX, ptxas -v."""
+        spilled = re.findall(r"(\d+) bytes (?:spill|stack)", printed)
         instructions = r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S*s32\.s8\.s8"
         return cls(
-            registers=max(map(int, re.findall(r"Used (\d+) registers", ptxas))),
+            registers=max(map(int, re.findall(r"Used (\d+) registers", printed))),
             spills=sum(map(int, spilled)),
-            calls=len(re.findall(r"^\s*call", ptx, re.MULTILINE)),
-            shared_memory=max(map(int, re.findall(r"smem_scratch_bytes=(\d+)", resources))),
-            tensor_core=len(re.findall(instructions, ptx)),
+            calls=len(re.findall(r"^\s*call", printed, re.MULTILINE)),
+            shared_memory=max(map(int, re.findall(r"smem_scratch_bytes=(\d+)", printed))),
+            tensor_core=len(re.findall(instructions, printed)),
         )
 
     def problems(self, kernel: str, device: Device) -> list[str]:
@@ -236,15 +240,14 @@ class Report:
 
 
 def check(kernel: str, target: str) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--target", target, "--only", kernel, "--compile"]
-        done = subprocess.run(
-            command, env={**os.environ, "MOSAIC_GPU_DUMP_TO": folder}, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            print(f"{target:5} {kernel:22} does not compile:\n{done.stderr[-2000:]}")
-            return False
-        report = Report.read(Path(folder))
+    command = [sys.executable, __file__, "--target", target, "--only", kernel, "--compile"]
+    # Only what the report reads: a dump of everything takes longer than the compilation.
+    dump = dict.fromkeys(("MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS"), "1")
+    done = subprocess.run(command, env=os.environ | dump, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{target:5} {kernel:22} does not compile:\n{done.stderr[-2000:]}", flush=True)
+        return False
+    report = Report.read(done.stdout)
     problems = report.problems(kernel, DEVICES[target])
     print(
         f"{target:5} {kernel:22} {report.registers:4} registers {report.spills:4} B spilled "
@@ -265,7 +268,9 @@ def main() -> int:
         return 0
     targets = [args.target] if args.target else list(DEVICES)
     kernels = [args.only] if args.only else list(KERNELS)
-    return 0 if all([check(kernel, target) for target in targets for kernel in kernels]) else 1
+    pairs = [(kernel, target) for target in targets for kernel in kernels]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return 0 if all(list(pool.map(check, *zip(*pairs, strict=True)))) else 1
 
 
 if __name__ == "__main__":
