@@ -1,6 +1,7 @@
 """The whole pipeline on an embedded model: generate, quantise, compare, draw. Offline, minutes on two CPU cores."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,10 @@ def run_demo(
         "noise": (noise, dict(tune_epochs=tune_epochs)),
         "synthetic, RTN": (generated.images, ROUND_TO_NEAREST),
     }
-    runs: list[Run] = []
     low: dict[tuple[str, str], VisionModel] = {}
-    for bits in BITS:
+
+    def compare(bits: str) -> list[Run]:
+        runs = []
         for source, (images, overrides) in sources.items():
             say(f"quantising to {bits}, calibrated by {source}")
             quantised, report = quantize(model, images, QuantConfig.preset(bits, **overrides))
@@ -106,6 +108,11 @@ def run_demo(
             scored = score(logits, reference, labels)
             runs.append(Run(source, bits, scored, report.mean_sqnr_db, report.outlier_rate, memory_report(quantised)))
             low[source, bits] = quantised
+        return runs
+
+    # Most of the time goes into compiling, one core per program; bit widths share few programs.
+    with ThreadPoolExecutor(2) as pool:
+        runs = [run for of_bits in pool.map(compare, BITS) for run in of_bits]
 
     outlier_figure(folder / "outliers.png", low["synthetic", "w4a4"], test.images)
     attention_figure(folder / "attention.png", model, test.images[:3])
