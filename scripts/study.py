@@ -1,14 +1,14 @@
 """Every comparison of the paper on one model: method x bits x calibration source x seed.
 
-    python scripts/study.py --model vim_micro --data digits --out docs/study/vim_micro
+    python scripts/study.py --model vim_micro --data digits --out docs/study/vim_micro --images 64 --iterations 60
     python scripts/study.py --model vim_micro_cifar10 --data "cifar10_{split}.npz" --out docs/study/vim_micro_cifar10
     python scripts/study.py --model vim_tiny/ --data tfds:imagenet2012 --test-split validation --out outputs/study
 
 With `--images 128 --iterations 100`, three seeds of `methods calibration detection` of vim_micro_cifar10 took an hour
 and a half beside other work on two CPU cores, and one seed of the other tables an hour, without the contrastive loss on
-`attention` features, which was stopped after twenty minutes. Every finished run is one line
-of OUT/runs.jsonl: started again, the study goes on where it stopped. At the end, or with `--summarise` at any time, the
-runs become OUT/study.json, OUT/study.md and figures.
+`attention` features, which was stopped after twenty minutes. On the digits, one seed of those first three tables takes
+twenty minutes. Every finished run is one line of OUT/runs.jsonl: started again, the study goes on where it stopped. At
+the end, or with `--summarise` at any time, the runs become OUT/study.json, OUT/study.md and figures.
 
 Calibration images are the model's own (synthetic), drawn from the training split (real), or noise; a seed draws them
 anew. All scores are on the test split, against the float model: top-1, agreement and the logits' signal to
