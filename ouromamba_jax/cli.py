@@ -147,11 +147,16 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def bench(arguments: argparse.Namespace) -> None:
     from ouromamba_jax.bench import bench_model
+    from ouromamba_jax.breakdown import BREAKDOWN_HEADERS, block_breakdown
 
     named = arguments.model in list_models() and not Path(arguments.model).exists()
     model = create_model(arguments.model) if named else load(arguments.model)
-    rows, headers = bench_model(model, batch_size=arguments.batch_size)
+    with console.status("") as status:
+        rows, headers = bench_model(model, batch_size=arguments.batch_size, progress=status.update)
+        status.update("taking one block apart")
+        parts = block_breakdown(model, arguments.batch_size)
     print_table(rows, headers, title=f"{arguments.model}, batch {arguments.batch_size}, {jax.devices()[0].device_kind}")
+    print_table(parts, BREAKDOWN_HEADERS, title=f"the middle block of {arguments.model}")
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -300,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("path", help="native checkpoint folder, .pth or .safetensors")
     sub.add_argument("--entry", help="entry of a training file")
 
-    sub = verb("bench", bench, "speed of a model, float and quantised", "vim_tiny --batch-size 4")
+    sub = verb("bench", bench, "speed of a model, float and quantised, part by part", "vim_tiny --batch-size 4")
     sub.add_argument("model", help="checkpoint folder, or a model name for random weights")
     sub.add_argument("--batch-size", type=int, default=4, help="images per step")
 

@@ -80,6 +80,21 @@ def test_the_pipeline_from_images_to_scores(folder, capsys):
     assert "quantised sites" in text
 
 
+def test_bench_names_the_models_and_the_parts_of_a_block(folder, capsys, monkeypatch):
+    timed = []
+
+    def bench_model(model, *, batch_size, progress):
+        progress("timing")
+        timed.append(batch_size)
+        return [["float", 1.0]], ("model", "ms")
+
+    monkeypatch.setattr("ouromamba_jax.bench.bench_model", bench_model)
+    status, text, _ = run(capsys, "bench", folder / "tiny", "--batch-size", 2)
+    assert status == 0
+    assert timed == [2]
+    assert all(part in text for part in ("float", "mixer.in_proj", "mixer.scan", "rest", "block"))
+
+
 def test_inspect_lists_a_pytorch_file(capsys):
     status, text, _ = run(capsys, "inspect", GOLDEN / "checkpoint.pth")
     assert status == 0
