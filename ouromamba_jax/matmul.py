@@ -180,7 +180,7 @@ def _one_launch(launch: Callable[..., Array], split: OutlierSplit, weight: QTens
     def accumulate():
         near, far = _near_and_far(split)
         rows = jnp.where(jnp.isnan(split.outlier_scale), split.outlier_scale, split.inlier_scale[None])
-        return launch(near, far, shift, rows, weight)
+        return launch(kernel.Planes(near, far, shift, rows), weight)
 
     return lax.cond(fits, accumulate, lambda: _xla(split, weight))
 

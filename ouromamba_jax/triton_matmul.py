@@ -8,7 +8,7 @@ import importlib.metadata
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int8, Int32
+from jaxtyping import Array, Float32
 
 from ouromamba_jax.outliers import OutlierSplit
 from ouromamba_jax.pallas import outlier_matmul as mosaic
@@ -35,36 +35,25 @@ def _missing() -> str | None:
     return f"it needs jax-triton {VERSION} and found {installed} (pip install 'ouromamba_jax[triton]')"
 
 
-def run(
-    near: Int8[Array, "B L K"],
-    far: Int8[Array, "B L K"],
-    shift: Int32[Array, "B L"],
-    row_scale: Float32[Array, "B L"],
-    weight: QTensor,
-) -> Float32[Array, "B L O"]:
-    """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32.
-
-    Args:
-      near, far: int8 levels in units of s_in and of s_in * 2^shift.
-      shift: at most `pallas.outlier_matmul.largest_shift` wherever `far` is not zero.
-    """
+def run(planes: mosaic.Planes, weight: QTensor) -> Float32[Array, "B L O"]:
+    """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32."""
     import jax_triton  # here, because it is optional, and sets environment variables
 
     from ouromamba_jax.triton_matmul_kernel import matmul
 
-    B, L, _ = near.shape
+    B, L, K = planes.near.shape
     O = weight.shape[1]
     tiles = launch_tiles(O)
     capability = default_device().compute_capability.replace(".", "")
     y = jax_triton.triton_call(
-        *operands(near, far, shift, row_scale, weight, tiles),
+        *operands(planes, weight, tiles),
         kernel=matmul,
         out_shape=jax.ShapeDtypeStruct((B * L, O), jnp.float32),
         grid=(-(-B * L // tiles.tile_m), -(-O // tiles.tile_n)),
         compute_capability=int(capability),  # jax-triton would ask the driver, which a compiling machine may lack
         num_stages=tiles.stages,
         num_warps=warps(tiles),
-        **constants(B * L, O, near.shape[2], tiles),
+        **constants(B * L, O, K, tiles),
     )
     return y.reshape(B, L, O)
 
@@ -79,15 +68,9 @@ def warps(tiles: MatmulTiles) -> int:
     return 8 if tiles.tile_m * tiles.tile_n >= 128 * 128 else 4
 
 
-def operands(
-    near: Int8[Array, "B L K"],
-    far: Int8[Array, "B L K"],
-    shift: Int32[Array, "B L"],
-    row_scale: Float32[Array, "B L"],
-    weight: QTensor,
-    tiles: MatmulTiles,
-) -> tuple[Array, ...]:
+def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles) -> tuple[Array, ...]:
     """The kernel's inputs: planes of whole K-blocks, where the outliers are, rows, the weight with K last, columns."""
+    near, far, shift, row_scale = planes
     M, K = near.shape[0] * near.shape[1], near.shape[2]
     near, far = (jnp.pad(x.reshape(M, K), [(0, 0), (0, -K % TILE_K)]) for x in (near, far))
     values = jnp.pad(weight.values.T, [(0, 0), (0, -K % TILE_K)])

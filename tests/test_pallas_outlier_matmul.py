@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import cache, partial
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,6 @@ TILES = {
     "sm80": MatmulTiles(tile_m=128, tile_n=64, stages=2),
     "sm89": MatmulTiles(tile_m=64, tile_n=64, stages=3),
 }
-NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton extra")
-TRITON = pytest.param("triton", marks=NEEDS_TRITON)
 
 
 def options(name, **interpreter):
@@ -69,8 +66,7 @@ def random_split(rng, kind):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(n, k) for n in ("xla", *TILES) for k in CASES if (n, k) != ("sm90_packed", "w8")]
-    + [pytest.param("triton", k, marks=NEEDS_TRITON) for k in CASES],
+    [(n, k) for n in ("xla", *TILES, "triton") for k in CASES if (n, k) != ("sm90_packed", "w8")],
 )
 def test_integers_are_exact(name, kind, capfd):
     """The interpreter raises (jax 0.12) or reports (0.11) accesses that no barrier orders.
@@ -87,7 +83,7 @@ def test_integers_are_exact(name, kind, capfd):
     assert "RACE" not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("name", [*TILES, TRITON])
+@pytest.mark.parametrize("name", [*TILES, "triton"])
 def test_a_split_activation_gives_the_bits_of_xla(name):
     """Real scales, tokens that share no power of two, and one whose scale is NaN."""
     rng = np.random.default_rng(1)
@@ -113,7 +109,8 @@ def test_the_largest_shift_fits(name):
     extreme = jnp.asarray(np.where(rng.random((1, 64, 1)) < 0.5, 127, -127).astype(np.int8) * np.ones(K, np.int8))
     weight = QTensor(jnp.full((K, 3), level, jnp.int8), jnp.ones((1, 3), jnp.float32), bits)
     rows = jnp.ones((1, 64), jnp.float32)
-    y = kernel.run(extreme, extreme, jnp.full((1, 64), limit, jnp.int32), rows, weight, **options(name))
+    planes = kernel.Planes(extreme, extreme, jnp.full((1, 64), limit, jnp.int32), rows)
+    y = kernel.run(planes, weight, **options(name))
     exact = np.asarray(extreme, np.int64).sum(-1, keepdims=True) * level * (2**limit + 1) * np.ones(3, np.int64)
     np.testing.assert_array_equal(y, exact.astype(np.float32))
 
@@ -174,7 +171,7 @@ def test_the_widest_tile_that_divides_the_outputs(outputs, width):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mosaic_gpu", TRITON])
+@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("K", "O"), [(768, 3072), (1536, 768), (192, 384), (384, 56)])
 def test_on_the_device(name, K, O, bits):

@@ -6,12 +6,15 @@ Its integers are checked with those of all backends, in test_pallas_outlier_matm
 import importlib.metadata
 import re
 import subprocess
-from importlib.util import find_spec
 
 import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from ouromamba_jax import triton_matmul
 from ouromamba_jax.pallas.tiles import matmul_tiles
+from ouromamba_jax.triton_matmul_kernel import matmul
 
 SHARED_MEMORY = {"sm80": 166912, "sm89": 101376, "sm90": 232448}
 POINTERS = {
@@ -44,17 +47,10 @@ def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
     assert triton_matmul.supports(None, None) == "16-bit outliers"
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton extra")
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 @pytest.mark.parametrize(("outputs", "inputs"), [(3072, 768), (768, 1536), (384, 192), (56, 384)])
 def test_it_compiles_without_a_gpu(target, outputs, inputs, tmp_path):
     """At the layers of Vim: int8 tensor cores, no spill, no call, no more shared memory than there is."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from ouromamba_jax.triton_matmul_kernel import matmul
-
     tiles = matmul_tiles(target, outputs, 8)
     constants = triton_matmul.constants(6304, outputs, inputs, tiles)
     source = ASTSource(

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from triton.runtime import interpreter
 
 from ouromamba_jax import triton_matmul
 from ouromamba_jax.pallas.tiles import MatmulTiles
+from ouromamba_jax.triton_matmul_kernel import matmul
 
 TILES = MatmulTiles(tile_m=128, tile_n=64, stages=3)
 
@@ -43,21 +45,17 @@ class HostTensor:
     copy_ = set_
 
 
-def run(near, far, shift, row_scale, weight):
+def run(planes, weight):
     """As `triton_matmul.run`, inside jit as well."""
-    B, L, K = near.shape
+    B, L, K = planes.near.shape
     O = weight.shape[1]
     out = jax.ShapeDtypeStruct((B * L, O), jnp.float32)
-    operands = triton_matmul.operands(near, far, shift, row_scale, weight, TILES)
+    operands = triton_matmul.operands(planes, weight, TILES)
     y = jax.pure_callback(lambda *arrays: _launch(arrays, out, K), out, *operands)
     return y.reshape(B, L, O)
 
 
 def _launch(arrays, out, inputs):
-    from triton.runtime import interpreter
-
-    from ouromamba_jax.triton_matmul_kernel import matmul
-
     y = np.full(out.shape, np.nan, np.float32)
     tensors = [HostTensor(np.array(x)) for x in (*arrays, y)]
     grid = (-(-y.shape[0] // TILES.tile_m), -(-y.shape[1] // TILES.tile_n))

@@ -5,7 +5,7 @@ s_out = s_in * 2^j the outliers' product is shifted left by j in the accumulator
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int8, Int32
@@ -16,6 +16,21 @@ from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, divide, max_level
 
 _INT32_MAX = 2**31 - 1
+
+
+class Planes(NamedTuple):
+    """An activation as two planes of integers that one accumulator can add, row_scale * (2^shift * far + near).
+
+    Attributes:
+      near, far: int8 levels in units of s_in and of s_in * 2^shift.
+      shift: at most `largest_shift` wherever `far` is not zero.
+      row_scale: s_in, or NaN for a token with non-finite values.
+    """
+
+    near: Int8[Array, "B L K"]
+    far: Int8[Array, "B L K"]
+    shift: Int32[Array, "B L"]
+    row_scale: Float32[Array, "B L"]
 
 
 def largest_shift(inputs: int, weight_bits: int) -> int:
@@ -71,10 +86,7 @@ def _pad_to(x: Array, multiples: tuple[int, ...]) -> Array:
 
 
 def run(
-    near: Int8[Array, "B L K"],
-    far: Int8[Array, "B L K"],
-    shift: Int32[Array, "B L"],
-    row_scale: Float32[Array, "B L"],
+    planes: Planes,
     weight: QTensor,
     *,
     target: Target | None = None,
@@ -84,25 +96,24 @@ def run(
     """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32.
 
     Args:
-      near, far: int8 levels in units of s_in and of s_in * 2^shift.
-      shift: at most `largest_shift` wherever `far` is not zero.
       target, tiles: the default device's kernel and its tiles, unless given.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
+    near, far, shift, row_scale = planes
     B, L, K = near.shape
     O = weight.shape[1]
     target = target or device_target()
     tiles = tiles or matmul_tiles(target, O, weight.bits)
     # At least one tile of rows, then any number of them.
     height = (tiles.tile_m,) if tiles.tile_m > B * L else (1,)
-    planes = [_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far)]
+    near, far = (_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far))
     rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
     values = _pad_to(weight.values.T, (tiles.tile_n, TILE_K))
     columns = _pad_to(weight.scale[0], (tiles.tile_n,))
     if tiles.packed:  # unpacked by masks, without a shift back
         values, columns = pack_halves(values), columns * 0.0625
     y = _kernel(target, interpret)(
-        *planes, *far_lists(planes[1], tiles.tile_m), *rows, values, columns, tiles=tiles, interpret=interpret
+        near, far, *far_lists(far, tiles.tile_m), *rows, values, columns, tiles=tiles, interpret=interpret
     )
     return y[: B * L, :O].reshape(B, L, O)
 
