@@ -9,7 +9,9 @@ FOLDER = Path(__file__).parents[1] / "scripts"
 
 
 def load_script(name: str) -> ModuleType:
-    """scripts/NAME.py, imported without running its `main`."""
+    """scripts/NAME.py, imported without running its `main`; it may import its neighbours, as it may when run."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,6 +1,8 @@
 """The study script: its runs are possible, it resumes, and its tables are means over seeds."""
 
+import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,61 +13,110 @@ from ouromamba_jax.baselines import BASELINES
 
 
 @pytest.fixture(scope="module")
-def study():
-    return load_script("study")
+def runs():
+    return load_script("study_runs")
 
 
-def test_every_run_is_one_that_can_be_configured(study):
-    tables = study.tables(128, 50)
-    assert {run.method for run in tables["methods"]} == {study.OURS, *BASELINES}
-    for runs in tables.values():
-        for run in runs:
-            config = GenConfig(num_images=run.images, **dict(run.gen))
-            assert run.source != "synthetic" or config.iterations == 50
-            if run.method == study.OURS:
+def test_every_run_is_one_that_can_be_configured(runs):
+    tables = runs.tables(128, iterations=50)
+    assert {run.method for run in tables["methods"]} == {runs.OURS, *BASELINES}
+    for table, rows in tables.items():
+        for run in rows:
+            assert table == "iterations" or run.gen_config.iterations == 50
+            assert run.gen_config.num_images == run.images
+            if run.method == runs.OURS:
                 QuantConfig.preset(run.bits, **dict(run.settings))
             else:
                 assert run.source == "real"
     assert {run.source for run in tables["calibration"]} == {"synthetic", "real", "noise"}
-    assert {dict(run.settings)["detection"] for run in tables["detection"]} == {"none", "static", "dynamic"}
+    configs = [QuantConfig.preset(run.bits, **dict(run.settings)) for run in tables["detection"]]
+    assert {config.detection for config in configs} == {"none", "static", "dynamic"}
 
 
-def test_keys_tell_runs_and_seeds_apart(study):
-    runs = {run for table in study.tables(64, 10).values() for run in table}
-    keys = {study.key_of(run, seed) for run in runs for seed in (0, 1)}
-    assert len(keys) == 2 * len(runs)
+def test_equal_runs_have_one_key_and_others_their_own(runs):
+    def described(run):
+        quant = QuantConfig.preset(run.bits, **dict(run.settings)) if run.method == runs.OURS else run.settings
+        return (
+            run.method,
+            run.source,
+            run.bits,
+            run.images,
+            quant,
+            run.gen_config if run.source == "synthetic" else None,
+        )
+
+    every = [run for rows in runs.tables(64, iterations=10).values() for run in rows]
+    for seed in (0, 1):
+        assert len({run.key(seed) for run in every}) == len({described(run) for run in every})
+    assert not {run.key(0) for run in every} & {run.key(1) for run in every}
+    default = runs.Run(images=64)
+    explicit = dataclasses.replace(
+        default, gen=(("contrastive", GenConfig.contrastive),), settings=(("n_refresh", QuantConfig.n_refresh),)
+    )
+    assert default.key(3) == explicit.key(3)
 
 
-def entry(study, run, seed, rng):
+def entry(run, seed, rng):
     values = dict(zip(("top1", "agreement", "sqnr_db", "outlier_rate"), rng.random(4).tolist(), strict=True))
-    return dict(key=study.key_of(run, seed), sites={}, **values)
+    return dict(key=run.key(seed), sites={}, **values)
 
 
-def test_a_line_that_was_cut_off_is_unfinished(study, tmp_path):
-    rng, (first, second, *_) = np.random.default_rng(0), study.tables(64, 10)["methods"]
-    lines = [json.dumps(entry(study, run, 0, rng)) for run in (first, second)]
+def test_a_line_that_was_cut_off_is_unfinished_and_spoils_no_other(runs, tmp_path):
+    rng, (first, second, third, *_) = np.random.default_rng(0), runs.tables(64)["methods"]
+    lines = [json.dumps(entry(run, 0, rng)) for run in (first, second, third)]
     path = tmp_path / "runs.jsonl"
-    assert study.read_runs(path) == {}
+    assert runs.read_runs(path) == {}
     path.write_text(lines[0] + "\n" + lines[1][:-9])
-    assert list(study.read_runs(path)) == [study.key_of(first, 0)]
+    assert list(runs.read_runs(path)) == [first.key(0)]
+    with path.open("a") as file:  # as the study goes on
+        file.write(lines[2] + "\n")
+    assert list(runs.read_runs(path)) == [first.key(0), third.key(0)]
 
 
-def test_rows_are_means_over_the_finished_seeds(study):
-    rng, (first, second, *_) = np.random.default_rng(1), study.tables(64, 10)["methods"]
-    entries = [entry(study, first, seed, rng) for seed in range(3)]
-    ((table, rows),) = study.summarise({"methods": [first, second, first]}, {e["key"]: e for e in entries})
-    assert table == "methods"
-    (row,) = rows
-    found = dict(zip(study.HEADERS, row, strict=True))
-    assert found["seeds"] == 3
-    assert found["top-1 %"] == pytest.approx(100 * np.mean([e["top1"] for e in entries]), abs=0.005)
-    assert found["SQNR dB"] == pytest.approx(np.mean([e["sqnr_db"] for e in entries]), abs=0.005)
-    assert found["top-1 +-"] == pytest.approx(100 * np.std([e["top1"] for e in entries]), abs=0.005)
-    assert found["SQNR +-"] == pytest.approx(np.std([e["sqnr_db"] for e in entries]), abs=0.005)
+def test_rows_are_means_over_the_finished_seeds(runs):
+    rng, (first, second, other, *_) = np.random.default_rng(1), runs.tables(64)["calibration"][::4]
+    entries = [entry(first, seed, rng) for seed in range(3)] + [entry(second, 1, rng)]
+    ((table, rows),) = runs.summarise({"calibration": [first, second, first, other]}, {e["key"]: e for e in entries})
+    assert table == "calibration"
+    row, single = (dict(zip(runs.HEADERS, row, strict=True)) for row in rows)
+    assert (row["seeds"], single["seeds"], single["SQNR +-"]) == (3, 1, None)
+    of_first = entries[:3]
+    assert row["top-1 %"] == pytest.approx(100 * np.mean([e["top1"] for e in of_first]), abs=0.005)
+    assert row["SQNR dB"] == pytest.approx(np.mean([e["sqnr_db"] for e in of_first]), abs=0.005)
+    assert row["top-1 +-"] == pytest.approx(100 * np.std([e["top1"] for e in of_first]), abs=0.005)
+    assert row["SQNR +-"] == pytest.approx(np.std([e["sqnr_db"] for e in of_first]), abs=0.005)
 
 
-def test_a_folder_belongs_to_one_model_and_data_set(study, tmp_path):
-    study._check_identity(tmp_path / "identity.json", dict(model="a", data="b"))
-    study._check_identity(tmp_path / "identity.json", dict(model="a", data="b"))
-    with pytest.raises(ValueError, match="another model or data; choose another --out"):
-        study._check_identity(tmp_path / "identity.json", dict(model="c", data="b"))
+def test_a_table_of_one_row_compares_nothing(runs):
+    rng, (first, *_) = np.random.default_rng(2), runs.tables(64)["refresh"]
+    found = entry(first, 0, rng)
+    assert not list(runs.summarise({"refresh": [first]}, {found["key"]: found}))
+
+
+def test_a_folder_belongs_to_one_model_and_data_set(tmp_path):
+    study = load_script("study")
+    study.check_identity(tmp_path / "identity.json", dict(model="a", data="b"))
+    study.check_identity(tmp_path / "identity.json", dict(model="a", data="b"))
+    with pytest.raises(ValueError, match="another model; choose another --out"):
+        study.check_identity(tmp_path / "identity.json", dict(model="c", data="b"))
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    study, runs = load_script("study"), load_script("study_runs")
+    arguments = ["--model", "vim_micro", "--data", "digits", "--limit", "20", "--out", str(tmp_path), "--images", "4"]
+    arguments += ["--iterations", "2", "--batch-size", "4", "--tables", "refresh", "--seeds", "0"]
+    few = runs.tables(4, iterations=2, batch_size=4)
+    monkeypatch.setattr(study, "tables", lambda images, **common: dict(few, refresh=few["refresh"][:4]))
+    monkeypatch.setattr(study, "draw_activations", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
+    study.main()
+    whole = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(whole) == 4
+    (tmp_path / "runs.jsonl").write_text("\n".join(whole[:3]) + whole[3][:20])
+    study.main()
+    again = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in whole]
+    assert [{**e, "seconds": 0} for e in again] == [{**e, "seconds": 0} for e in before]
+    assert {p.name for p in tmp_path.iterdir()} >= {"study.json", "study.md", "generated.png", "outliers.png"}
+    assert "n_refresh 5" in (tmp_path / "study.md").read_text()

@@ -1,0 +1,77 @@
+"""The numbers of README's tables are the committed results', rounded once."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean
+
+import pytest
+from script_modules import load_script
+
+ROOT = Path(__file__).parents[1]
+STUDY = ROOT / "docs" / "study" / "vim_micro_cifar10"
+
+
+def table(first_header: str) -> list[list[str]]:
+    """Body rows of the README table whose header line starts so, as cells without bold."""
+    lines = iter((ROOT / "README.md").read_text().splitlines())
+    next(line for line in lines if line.startswith(f"| {first_header}"))
+    next(lines)
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip().strip("*") for cell in line.strip("|").split("|")])
+    return rows
+
+
+def same(written: str, value: float) -> bool:
+    """Whether `written` is `value` to as many decimals as it shows."""
+    decimals = len(written.partition(".")[2])
+    return written == f"{value:.{decimals}f}"
+
+
+def test_the_comparison_with_other_methods():
+    runs = load_script("study_runs")
+    done = runs.read_runs(STUDY / "runs.jsonl")
+    every = [run for name in ("methods", "calibration") for run in runs.tables(128)[name]]
+    rows = table("top-1, % / SQNR")
+    assert len(rows) > 6
+    for title, source, *cells in rows:
+        assert len(cells) == len(runs.BITS)
+        for bits, cell in zip(runs.BITS, cells, strict=True):
+            run = next(r for r in every if (r.title, r.source, r.bits) == (title, source, bits))
+            found = runs.finished(run, done)
+            assert len(found) == 3, (title, source, bits)
+            top1, sqnr = cell.split(" / ")
+            assert same(top1, 100 * mean(e["top1"] for e in found)), (title, source, bits)
+            assert same(sqnr, mean(e["sqnr_db"] for e in found)), (title, source, bits)
+
+
+@pytest.mark.parametrize("model", ["vim_micro", "vmamba_micro", "mambavision_micro"])
+def test_the_digits(model):
+    name = "digits_table" if model == "vim_micro" else f"digits_table_{model}"
+    rows = json.loads((ROOT / "scripts" / "results" / f"{name}.json").read_text())["rows"]
+    found = {(row["calibration"], row["bits"], row["setting"]): row for row in rows}
+    columns = [
+        ("w8a8", "dynamic, pow2"),
+        ("w6a6", "dynamic, pow2"),
+        ("w4a8", "dynamic, pow2"),
+        ("w4a4", "dynamic, pow2"),
+        ("w4a4", "static"),
+        ("w4a4", "none"),
+    ]
+    if model == "vim_micro":
+        shown = table("calibration images")
+    else:
+        rows = table("model (float top-1)")
+        start = next(i for i, row in enumerate(rows) if model in row[0])
+        shown = [row[1:] for row in rows[start : start + 3]]
+    assert [row[0].split()[0] for row in shown] == ["real", "synthetic", "Gaussian"]
+    for label, *cells in shown:
+        source = "noise" if label.startswith("Gaussian") else label.split()[0]
+        for (bits, setting), cell in zip(columns, cells, strict=True):
+            sqnr, top1 = re.fullmatch(r"([\d.]+) dB, ([\d.]+) %", cell).groups()
+            row = found[source, bits, setting]
+            assert same(sqnr, row["SQNR dB"]), (label, bits, setting)
+            assert same(top1, row["top-1 %"]), (label, bits, setting)
