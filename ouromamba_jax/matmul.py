@@ -16,10 +16,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from ouromamba_jax import triton_matmul
-from ouromamba_jax.outliers import OutlierSplit, merge
+from ouromamba_jax.outlier_types import OutlierSplit
+from ouromamba_jax.outliers import merge
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
-from ouromamba_jax.qtensor import QTensor, divide
+from ouromamba_jax.qtensor import QTensor, divide, guard_product
 
 FRACTION_BITS = 12
 """16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""
@@ -41,8 +42,8 @@ def _sum_groups(product: Callable[[Array, Array, Array], Array], levels: Array, 
     first = (levels[0], values[0], weight.scale[0])
     rest = (levels[1:], values[1:], weight.scale[1:])
 
-    def guarded(group):  # keeps the compiler from contracting product and sum in some shapes and not in others
-        return jnp.minimum(product(*group), jnp.float32(3.4028235e38))
+    def guarded(group):  # or product and sum would be contracted in some shapes and not in others
+        return guard_product(product(*group))
 
     return lax.scan(lambda total, group: (total + guarded(group), None), guarded(first), rest)[0]
 

@@ -11,8 +11,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
-from ouromamba_jax.outliers import OutlierConfig, calibration_mask, mean_and_std, walk_windows
+from ouromamba_jax.outlier_detection import calibration_mask
+from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.qtensor import MIN_SCALE, SEARCH_NORM, divide
+from ouromamba_jax.token_windows import mean_and_std, walk_windows
 
 
 @partial(jax.jit, static_argnames="config")

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
-from ouromamba_jax.outliers import OutlierSplit, merge
+from ouromamba_jax.outlier_types import OutlierSplit
+from ouromamba_jax.outliers import merge
 from ouromamba_jax.qtensor import divide
 
 

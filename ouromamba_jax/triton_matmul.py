@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from ouromamba_jax.outliers import OutlierSplit
+from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas import outlier_matmul as mosaic
 from ouromamba_jax.pallas.device import default_device, device_target
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, matmul_tiles

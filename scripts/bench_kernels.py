@@ -25,7 +25,9 @@ import numpy as np
 
 from ouromamba_jax.bench import Timing, repeated, time_interleaved, time_ratio, write_results
 from ouromamba_jax.matmul import outlier_matmul
-from ouromamba_jax.outliers import OutlierConfig, search_token_scales, split_outliers
+from ouromamba_jax.outlier_calibration import search_token_scales
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.qtensor import quantize_array
 from ouromamba_jax.report import print_table
 from ouromamba_jax.scan import selective_scan

@@ -21,7 +21,9 @@ import numpy as np
 
 from ouromamba_jax.bench import write_results
 from ouromamba_jax.matmul import outlier_matmul
-from ouromamba_jax.outliers import OutlierConfig, outlier_statistics, search_token_scales, split_outliers
+from ouromamba_jax.outlier_calibration import search_token_scales
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import outlier_statistics, split_outliers
 from ouromamba_jax.qtensor import quantize_array
 
 TOKENS = 197

@@ -82,7 +82,7 @@ def matmul(inputs: int, outputs: int, bits: int) -> tuple[Callable, list]:
     import jax.numpy as jnp
 
     from ouromamba_jax.matmul import outlier_matmul
-    from ouromamba_jax.outliers import OutlierSplit
+    from ouromamba_jax.outlier_types import OutlierSplit
     from ouromamba_jax.qtensor import QTensor
 
     def run(inlier, outlier, outlier_scale, mask, scale, values, columns):
@@ -101,7 +101,8 @@ def split(channels: int, scale: str) -> tuple[Callable, list]:
     import jax
     import jax.numpy as jnp
 
-    from ouromamba_jax.outliers import OutlierConfig, split_outliers
+    from ouromamba_jax.outlier_types import OutlierConfig
+    from ouromamba_jax.outliers import split_outliers
 
     config = OutlierConfig(outlier_scale=scale)  # type: ignore[arg-type]
     shapes = [(BATCH, TOKENS, channels), (TOKENS,)]
@@ -151,7 +152,7 @@ def scan_levels(channels: int, states: int, groups: int) -> tuple[Callable, list
     """As quantised models call it: u in floats; delta, B and C in levels, int8 or, with shifted outliers, float32."""
     import jax
 
-    from ouromamba_jax.outliers import OutlierSplit
+    from ouromamba_jax.outlier_types import OutlierSplit
     from ouromamba_jax.scan import selective_scan
     from ouromamba_jax.split_operand import SplitOperand
 

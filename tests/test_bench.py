@@ -15,6 +15,7 @@ from tiny_models import TINY
 from ouromamba_jax import bench, breakdown, outliers
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.models.layers import QuantPoint
+from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.quantize import QuantConfig, memory_report
 from ouromamba_jax.quantize.modules import SiteSpec, apply_specs, iter_sites, quantized_specs
@@ -176,11 +177,11 @@ def test_a_preferred_backend_is_taken_where_it_supports_the_call(monkeypatch):
     marked = Backend(lambda x, config: None if x.shape[1] == 2 else "it wants two tokens", lambda x, *_, **__: x + 1)
     monkeypatch.setitem(outliers.BACKENDS, "marked", marked)
     before = list(outliers.BACKENDS)
-    split = jax.jit(lambda x: outliers.split_outliers(x, jnp.ones(x.shape[1]), outliers.OutlierConfig()))
+    split = jax.jit(lambda x: outliers.split_outliers(x, jnp.ones(x.shape[1]), OutlierConfig()))
     assert not isinstance(split(x), jax.Array)
     with bench.preferring("marked"):
         np.testing.assert_array_equal(split(x), x + 1)
-        assert isinstance(split(x[:, :1]), outliers.OutlierSplit)
+        assert isinstance(split(x[:, :1]), OutlierSplit)
         compiled = split.lower(x).compile()
     assert not isinstance(split(x), jax.Array)
     np.testing.assert_array_equal(compiled(x), x + 1)

@@ -7,7 +7,9 @@ import pytest
 import tolerances
 
 from ouromamba_jax.matmul import BACKENDS, integer_products, outlier_matmul
-from ouromamba_jax.outliers import OutlierConfig, OutlierSplit, merge, search_token_scales, split_outliers
+from ouromamba_jax.outlier_calibration import search_token_scales
+from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
+from ouromamba_jax.outliers import merge, split_outliers
 from ouromamba_jax.qtensor import quantize_array
 
 B, L, K, O = 3, 13, 33, 20

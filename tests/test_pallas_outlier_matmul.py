@@ -11,7 +11,9 @@ import triton_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax import matmul
-from ouromamba_jax.outliers import OutlierConfig, OutlierSplit, search_token_scales, split_outliers
+from ouromamba_jax.outlier_calibration import search_token_scales
+from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
+from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.device import target_of
 from ouromamba_jax.pallas.tiles import MatmulTiles, matmul_tiles

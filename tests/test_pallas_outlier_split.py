@@ -9,7 +9,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax import outliers
-from ouromamba_jax.outliers import OutlierConfig, calibrate_theta, search_token_scales, split_outliers
+from ouromamba_jax.outlier_calibration import calibrate_theta, search_token_scales
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.pallas import outlier_split as kernel
 from ouromamba_jax.pallas.dispatch import Backend
 

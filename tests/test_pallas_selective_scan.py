@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from tiny_models import TOKENS, quantised
 
 from ouromamba_jax import scan
-from ouromamba_jax.outliers import OutlierSplit
+from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.pallas.selective_scan import Scales

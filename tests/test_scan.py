@@ -14,7 +14,8 @@ import tolerances
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax import scan
-from ouromamba_jax.outliers import OutlierConfig, split_outliers
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.pallas.tiles import ScanTiles

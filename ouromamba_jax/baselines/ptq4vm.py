@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32
 from ouromamba_jax.baselines.base import BaselineConfig, linear_sites, site_reports
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import as_tokens
-from ouromamba_jax.outliers import OutlierConfig
+from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
 from ouromamba_jax.quantize.config import QuantRule
 from ouromamba_jax.quantize.modules import Levels, Scale, set_module, straight_through_round

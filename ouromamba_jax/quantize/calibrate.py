@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from ouromamba_jax.models.layers import DotProductAttention, SelectiveScan, as_tokens
-from ouromamba_jax.outliers import calibrate_channels, calibrate_theta, search_token_scales
+from ouromamba_jax.outlier_calibration import calibrate_channels, calibrate_theta, search_token_scales
 from ouromamba_jax.qtensor import search_weight_scale
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.fake import scan_parameter, search_parameter_scale

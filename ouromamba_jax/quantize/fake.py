@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan, as_tokens
-from ouromamba_jax.outliers import OutlierConfig, fake_quant
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import fake_quant
 from ouromamba_jax.qtensor import FULL_RANGE_FRACTIONS, QTensor, max_level, search_scale
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.modules import (

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from ouromamba_jax.matmul import outlier_matmul
 from ouromamba_jax.models.layers import QuantPoint, SelectiveScan, as_tokens
-from ouromamba_jax.outliers import OutlierSplit, merge, split_outliers
+from ouromamba_jax.outlier_types import OutlierSplit
+from ouromamba_jax.outliers import merge, split_outliers
 from ouromamba_jax.qtensor import QTensor
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 from ouromamba_jax.released import quantize_asymmetric
