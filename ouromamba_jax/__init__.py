@@ -10,7 +10,8 @@ from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.qtensor import QTensor, quantize_array
 from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantReport, QuantRule, memory_report, quantize
-from ouromamba_jax.scan import ScanOutput, selective_scan
+from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.scan_types import ScanOutput
 
 __all__ = [
     "GenConfig",

@@ -43,7 +43,7 @@ def associative(u, delta, A, B, C):
 
 
 def plain(u, delta, A, B, C):
-    """One token per step of ``lax.scan``, state (B, D, N), differentiated by JAX."""
+    """One token per step of `lax.scan`, state (B, D, N), differentiated by JAX."""
 
     def step(h, x):
         u, delta, B, C = x

@@ -24,6 +24,9 @@ FORBIDDEN = {
     "*": ("torch", "torchvision", "tensorflow"),
     f"{PACKAGE}": ("PIL", "matplotlib", "sklearn"),
     f"{PACKAGE}.scan": ("flax", f"{PACKAGE}.models"),
+    f"{PACKAGE}.scan_types": ("flax", f"{PACKAGE}.models", f"{PACKAGE}.pallas"),
+    f"{PACKAGE}.scan_xla": ("flax", f"{PACKAGE}.models"),
+    f"{PACKAGE}.scan_mosaic": ("flax", f"{PACKAGE}.models"),
     f"{PACKAGE}.attention": ("flax", f"{PACKAGE}.models"),
     f"{PACKAGE}.outliers": ("flax", f"{PACKAGE}.models"),
     f"{PACKAGE}.outlier_types": ("flax", f"{PACKAGE}.models", f"{PACKAGE}.pallas"),
@@ -111,8 +114,8 @@ def test_direct_imports(module, prefixes):
     assert violations(imported(module), prefixes) == []
 
 
-PURE = """scan attention matmul qtensor outliers outlier_types outlier_detection outlier_calibration token_windows
-    data report"""
+PURE = """scan scan_types scan_xla scan_mosaic attention matmul qtensor outliers outlier_types outlier_detection
+    outlier_calibration token_windows data report"""
 
 
 @pytest.mark.parametrize("module", PURE.split())

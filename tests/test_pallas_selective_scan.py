@@ -11,7 +11,7 @@ import tolerances
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from tiny_models import TOKENS, quantised
 
-from ouromamba_jax import scan
+from ouromamba_jax import scan, scan_mosaic
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.dispatch import Backend
@@ -19,7 +19,7 @@ from ouromamba_jax.pallas.selective_scan import Scales
 from ouromamba_jax.pallas.selective_scan_forward import forward
 from ouromamba_jax.pallas.tiles import ScanTiles
 from ouromamba_jax.quantize import QuantConfig
-from ouromamba_jax.scan import BACKENDS, _mosaic_gpu, selective_scan
+from ouromamba_jax.scan import BACKENDS, selective_scan
 from ouromamba_jax.split_operand import SplitOperand
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -86,7 +86,7 @@ def split_scan(run, shift, steps, u, A):
 
 
 STEPS = {name: jnp.linspace(0.01, 0.02, 6) * (1 + i) for i, name in enumerate(("delta", "B", "C"))}
-INTERPRETED = partial(_mosaic_gpu, tiles=ScanTiles(piece=1, chunk=2, segments=3), interpret=INTERPRET)
+INTERPRETED = partial(scan_mosaic.run, tiles=ScanTiles(piece=1, chunk=2, segments=3), interpret=INTERPRET)
 
 
 def test_a_sample_in_levels_keeps_its_bits_beside_one_with_shifted_outliers():
@@ -133,7 +133,7 @@ def test_a_quantised_block_hands_its_levels_to_the_kernel(name, monkeypatch):
     def run(*, delta, B, C, **call):
         seen.update(type(operand) for operand in (delta, B, C) if operand.has_levels)
         seen.update({len(operand.splits) for operand in (delta, B, C)})
-        return _mosaic_gpu(delta=delta, B=B, C=C, **call, interpret=INTERPRET)
+        return scan_mosaic.run(delta=delta, B=B, C=C, **call, interpret=INTERPRET)
 
     monkeypatch.setattr(scan, "BACKENDS", {"interpreted": Backend(kernel.unsuitable, run), **BACKENDS})
     actual = jax.jit(lambda x: block(x))(x)
@@ -178,7 +178,7 @@ def test_segments_give_the_scan_in_one_go():
 
         return jax.tree.leaves(jax.jit(forward_and_back)(x, cotangents))
 
-    kernels = partial(_mosaic_gpu, tiles=ScanTiles(piece=1, chunk=2, segments=3), interpret=INTERPRET)
+    kernels = partial(scan_mosaic.run, tiles=ScanTiles(piece=1, chunk=2, segments=3), interpret=INTERPRET)
     for actual, expected in zip(results(kernels), results(BACKENDS["xla"].run), strict=True):
         assert_near(actual, expected, tolerances.SCAN_GRADIENT["float32"])
 

@@ -13,13 +13,14 @@ import pytest
 import tolerances
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ouromamba_jax import scan
+from ouromamba_jax import scan, scan_mosaic
 from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.pallas.tiles import ScanTiles
 from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.scan_types import ScanOutput
 from ouromamba_jax.split_operand import SplitOperand, floats
 
 
@@ -27,7 +28,7 @@ from ouromamba_jax.split_operand import SplitOperand, floats
 def implementation(request, monkeypatch, capfd):
     """A backend's name. The interpreter raises (jax 0.12) or reports (0.11) accesses that no barrier orders."""
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    run = partial(scan._mosaic_gpu, tiles=ScanTiles(piece=2, chunk=4), interpret=interpret)
+    run = partial(scan_mosaic.run, tiles=ScanTiles(piece=2, chunk=4), interpret=interpret)
     monkeypatch.setitem(scan.BACKENDS, "interpreted", Backend(kernel.unsuitable, run))
     yield request.param
     assert "RACE" not in "".join(capfd.readouterr())
@@ -44,7 +45,7 @@ def for_backends(names, cases, interpreted=()):
 
 
 def make_inputs(batch, length, channels, d_state, *, groups=None, dtype=jnp.float32, drop=(), seed=0):
-    """Random arguments of a scan; ``groups=None`` gives the (B, L, N) form of B and C."""
+    """Random arguments of a scan; `groups=None` gives the (B, L, N) form of B and C."""
     rng = np.random.default_rng(seed)
     projection = (batch, length, d_state) if groups is None else (batch, length, groups, d_state)
     shapes = {
@@ -68,7 +69,7 @@ def make_split(x, groups, *, largest=None, **config):
 
 
 def python_scan(step, h, xs):
-    """What ``jax.lax.scan`` computes, in numpy."""
+    """What `jax.lax.scan` computes, in numpy."""
     outputs = []
     for x in zip(*xs, strict=True):
         h, output = step(h, x)
@@ -462,7 +463,7 @@ def test_dispatch(monkeypatch):
         assert B.shape == (2, 9, 1, 4)  # always grouped
         return "it cannot collect states" if collect else None
 
-    backends = {"fast": Backend(supports, lambda *, u, **_: scan.ScanOutput(u, u, None)), **scan.BACKENDS}
+    backends = {"fast": Backend(supports, lambda *, u, **_: ScanOutput(u, u, None)), **scan.BACKENDS}
     monkeypatch.setattr(scan, "BACKENDS", backends)
     assert selective_scan(**inputs).y is inputs["u"]
     assert np.array_equal(selective_scan(**inputs, implementation="xla").y, expected)

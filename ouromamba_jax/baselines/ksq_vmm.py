@@ -46,7 +46,8 @@ from ouromamba_jax.quantize.config import QuantRule
 from ouromamba_jax.quantize.modules import Levels, Scale, iter_sites, set_module
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
-from ouromamba_jax.scan import ScanOutput, selective_scan
+from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.scan_types import ScanOutput
 
 ROUNDS = 3
 """How often a linear layer's scales are searched in turn: weights, then outputs."""

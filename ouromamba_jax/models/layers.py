@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
-from ouromamba_jax.scan import ScanOutput, selective_scan
+from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.scan_types import ScanOutput
 
 
 class RMSNorm(nnx.Module):

@@ -21,7 +21,7 @@ from ouromamba_jax.quantize.modules import (
     set_module,
 )
 from ouromamba_jax.released import search_ranges
-from ouromamba_jax.scan import ScanOutput
+from ouromamba_jax.scan_types import ScanOutput
 
 Captured = dict[str, dict[str, Array]]
 """{site: {name: activation}}: "act" (B, L, C) of a linear layer or marked tensor, (B, L, G, C) per scan operand."""

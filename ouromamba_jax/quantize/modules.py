@@ -17,7 +17,7 @@ from ouromamba_jax.outliers import merge, split_outliers
 from ouromamba_jax.qtensor import QTensor
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 from ouromamba_jax.released import quantize_asymmetric
-from ouromamba_jax.scan import ScanOutput
+from ouromamba_jax.scan_types import ScanOutput
 from ouromamba_jax.split_operand import SplitOperand, floats
 
 Site = nnx.Linear | SelectiveScan | QuantPoint
