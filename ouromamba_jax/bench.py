@@ -27,7 +27,7 @@ from ouromamba_jax import scan as scans
 from ouromamba_jax.models import VisionModel, build_model, pure
 from ouromamba_jax.models.config import height_width
 from ouromamba_jax.quantize import QuantConfig, quantize
-from ouromamba_jax.quantize.modules import quantized_specs
+from ouromamba_jax.quantize.specs import quantized_specs
 
 Progress = Callable[[str], None]
 HEADERS = ("model", "ms", "spread %", "CPU ms", "images/s", "speed-up", "CPU speed-up")

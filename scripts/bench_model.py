@@ -45,7 +45,7 @@ from ouromamba_jax.bench import (
 from ouromamba_jax.breakdown import BREAKDOWN_HEADERS, KINDS, block_breakdown, model_breakdown
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.quantize.modules import set_module
+from ouromamba_jax.quantize.sites import set_module
 from ouromamba_jax.report import print_table
 from ouromamba_jax.scan_types import ScanOutput
 

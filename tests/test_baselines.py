@@ -26,7 +26,7 @@ from ouromamba_jax.evaluate import predict
 from ouromamba_jax.models import create_model, list_models
 from ouromamba_jax.qtensor import max_level
 from ouromamba_jax.quantize import QuantConfig, QuantLinear, QuantRule, QuantSelectiveScan, quantize
-from ouromamba_jax.quantize.modules import iter_sites
+from ouromamba_jax.quantize.sites import iter_sites
 from ouromamba_jax.report import sqnr_db
 
 

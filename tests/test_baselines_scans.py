@@ -38,7 +38,8 @@ from ouromamba_jax.baselines.qmamba_like import (
     token_groups,
 )
 from ouromamba_jax.quantize import QuantLinear
-from ouromamba_jax.quantize.modules import Levels, iter_sites
+from ouromamba_jax.quantize.modules import Levels
+from ouromamba_jax.quantize.sites import iter_sites
 from ouromamba_jax.report import sqnr_db
 
 

@@ -18,7 +18,9 @@ from ouromamba_jax.models.layers import QuantPoint
 from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.quantize import QuantConfig, memory_report
-from ouromamba_jax.quantize.modules import SiteSpec, apply_specs, iter_sites, quantized_specs
+from ouromamba_jax.quantize.modules import SiteSpec
+from ouromamba_jax.quantize.sites import iter_sites
+from ouromamba_jax.quantize.specs import apply_specs, quantized_specs
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,9 @@ from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import SelectiveScan, as_tokens, merge_groups
 from ouromamba_jax.qtensor import MIN_SCALE
 from ouromamba_jax.quantize.config import QuantRule
-from ouromamba_jax.quantize.modules import Levels, Scale, iter_sites, set_module
+from ouromamba_jax.quantize.modules import Levels, Scale
 from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.sites import iter_sites, set_module
 from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
 from ouromamba_jax.scan import selective_scan
 from ouromamba_jax.scan_types import ScanOutput

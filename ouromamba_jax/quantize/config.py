@@ -9,6 +9,10 @@ from ouromamba_jax.outlier_types import OutlierConfig
 
 OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z", "q", "k", "v", "probs")
 """Tensors in and around a selective scan, and of dot-product attention, that can be quantised."""
+ACTIVATION_OPERANDS = ("u", "delta", "B", "C", "y")
+"""Those of a scan that are split while it runs."""
+PARAMETER_OPERANDS = ("A", "D")
+"""Those of a scan that are rounded once."""
 
 
 @dataclass(frozen=True)
