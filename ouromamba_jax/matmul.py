@@ -8,12 +8,11 @@ epilogue rounds. A sample's result never depends on its batch mates.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int8, Int32
+from jaxtyping import Array, Float32, Int8, Int32
 
 from ouromamba_jax import triton_matmul
 from ouromamba_jax.outlier_types import OutlierSplit
@@ -48,13 +47,6 @@ def _sum_groups(product: Callable[[Array, Array, Array], Array], levels: Array, 
     return lax.scan(lambda total, group: (total + guarded(group), None), guarded(first), rest)[0]
 
 
-class IntegerProducts(NamedTuple):
-    """Exact accumulators, int32 (groups, B, L, O): `near` counts in units of S[t], `far` in units of s_O[t]."""
-
-    near: Int32[Array, "groups B L O"]
-    far: Int32[Array, "groups B L O"]
-
-
 def _near_and_far(split: OutlierSplit) -> tuple[Int8[Array, "B L C"], Int8[Array, "B L C"]]:
     """int8 matrices in units of S[t] and of s_O[t].
 
@@ -63,34 +55,8 @@ def _near_and_far(split: OutlierSplit) -> tuple[Int8[Array, "B L C"], Int8[Array
     if not split.pow2:
         return split.inlier_q, split.outlier_q
     zero = jnp.zeros((), jnp.int8)
-    far = jnp.where(_shifted(split)[:, :, None], split.outlier_q, zero)
+    far = jnp.where(split.shifted[:, :, None], split.outlier_q, zero)
     return split.inlier_q + (split.outlier_q - far), far
-
-
-def _shifted(split: OutlierSplit) -> Bool[Array, "B L"]:
-    """Tokens at j > 0 (or with a NaN scale)."""
-    return split.outlier_scale != split.inlier_scale[None]
-
-
-@jax.jit
-def integer_products(split: OutlierSplit, weight: QTensor) -> IntegerProducts:
-    """The exact integers behind `outlier_matmul`, for tests of backends: Y = sum_g s_w[g] * (S * near + s_O * far).
-
-    "free": near = I.W and far = O.W. "pow2": tokens at j = 0 have their outliers in `near` and nothing in `far`.
-
-    Raises:
-      ValueError: for 16-bit outliers, which are floats.
-    """
-    if split.outlier_q.dtype != jnp.int8:
-        raise ValueError("16-bit outliers are floats and have no integer products: split with outlier_bits <= 8")
-    groups, O = weight.scale.shape
-    values = weight.values.reshape(groups, -1, O)
-
-    def products(levels):
-        parts = jnp.moveaxis(levels.reshape(*levels.shape[:-1], groups, -1), -2, 0)
-        return jnp.stack([_dot(part, value) for part, value in zip(parts, values, strict=True)])
-
-    return IntegerProducts(*map(products, _near_and_far(split)))
 
 
 def _one_product(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
@@ -171,7 +137,7 @@ def _xla(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
         return _fixed_point_outliers(split, weight)
     if not split.pow2:
         return _two_products(split, weight)
-    return lax.cond(jnp.any(_shifted(split)), _two_products, _one_product, split, weight)
+    return lax.cond(jnp.any(split.shifted), _two_products, _one_product, split, weight)
 
 
 def _one_launch(launch: Callable[..., Array], split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:

@@ -92,3 +92,8 @@ class OutlierSplit:
     mask: Bool[Array, "B L C"]
     inlier_scale: Float32[Array, " L"]
     pow2: bool
+
+    @property
+    def shifted(self) -> Bool[Array, "B L"]:
+        """Tokens whose outliers have a step of their own: with pow2 scales j > 0 (or NaN)."""
+        return self.outlier_scale != self.inlier_scale[None]

@@ -66,7 +66,7 @@ class SplitOperand:
 
     def unshifted(self) -> Bool[Array, ""]:
         """Whether inliers and outliers share a step in every token."""
-        return jnp.all(self.steps == self._inlier_steps)
+        return ~jnp.any(jnp.stack([split.shifted for split in self.splits]))
 
 
 def floats(x: Array | SplitOperand) -> Array:

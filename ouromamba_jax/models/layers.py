@@ -13,6 +13,8 @@ from ouromamba_jax.models.trace import ScanOrder, ScanTrace
 from ouromamba_jax.scan import selective_scan
 from ouromamba_jax.scan_types import ScanOutput
 
+_DT_MIN, _DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
+
 
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang and Sennrich 2019)."""
@@ -110,7 +112,7 @@ class SelectiveScan(nnx.Module):
     """The scan of one mixer with its parameters, all directions at once as groups of channels.
 
     u and delta are (B, L, G, E), B and C (B, L, G, N), each direction in its own scan order; delta comes without
-    bias and before softplus. A = -exp(A_log). `operands` is where a quantised model steps in.
+    bias and before softplus. `operands` is where a quantised model steps in.
     """
 
     def __init__(
@@ -119,8 +121,6 @@ class SelectiveScan(nnx.Module):
         channels: int,
         d_state: int,
         *,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -131,18 +131,26 @@ class SelectiveScan(nnx.Module):
         a = jnp.log(jnp.arange(1, d_state + 1, dtype=param_dtype))
         self.A_log = nnx.Param(jnp.tile(a[None], (total, 1)))
         self.D = nnx.Param(jnp.ones((total,), param_dtype))
-        span = math.log(dt_max) - math.log(dt_min)
-        dt = jnp.exp(jax.random.uniform(rngs.params(), (total,), param_dtype) * span + math.log(dt_min))
+        span = math.log(_DT_MAX) - math.log(_DT_MIN)
+        dt = jnp.exp(jax.random.uniform(rngs.params(), (total,), param_dtype) * span + math.log(_DT_MIN))
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # inverse of softplus
 
     def operands(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
         """(u, delta, A, B, C, D) as the scan uses them; grouped as given."""
-        A = -jnp.exp(self.A_log[...].astype(jnp.float32))
-        return u, delta, A, B, C, self.D[...].astype(jnp.float32)
+        return u, delta, self.decay_rates(), B, C, self.D[...].astype(jnp.float32)
+
+    def decay_rates(self) -> Float[Array, "GE N"]:
+        """A = -exp(A_log), in float32."""
+        return -jnp.exp(self.A_log[...].astype(jnp.float32))
 
     def delta_bias(self, delta: Float[Array, "B L G E"]) -> Float[Array, "1 1 G E"]:
         """The bias that the scan adds to `delta`, in its shape and type."""
         return self.dt_bias[...].astype(delta.dtype).reshape(1, 1, *delta.shape[2:])
+
+    def step_sizes(self, delta: Float[Array, "B L G E"]) -> Float[Array, "B L G E"]:
+        """softplus(delta + bias), in float32."""
+        delta = delta.astype(jnp.float32)
+        return jax.nn.softplus(delta + self.delta_bias(delta))
 
     def __call__(
         self,
@@ -182,8 +190,7 @@ class SelectiveScan(nnx.Module):
             return tuple(collect(h[:, g * channels : (g + 1) * channels]) for g in range(groups))
 
         out = self.scan(u, delta, A, B, C, D, collect=None if collect is None else collect_groups)
-        bias = self.dt_bias[...].astype(jnp.float32).reshape(groups, channels)
-        delta = jax.nn.softplus(delta.astype(jnp.float32) + bias[None, None])
+        delta = self.step_sizes(delta)
         A, D = A.reshape(groups, channels, -1), D.reshape(groups, channels)
         scans = tuple(
             ScanTrace(

@@ -43,8 +43,8 @@ class FakeSelectiveScan(RoundedOperands):
 
     def __init__(self, scan: SelectiveScan, spec: SiteSpec, scales: dict[str, Array], fixed: dict[str, Any]):
         self.spec, self.scales, self.fixed = spec, scales, fixed
-        self.directions, self.A_log, self.D, self.dt_bias = scan.directions, scan.A_log, scan.D, scan.dt_bias
-        self.delta_bias = scan.delta_bias
+        self.directions, self.D, self.dt_bias = scan.directions, scan.D, scan.dt_bias
+        self.decay_rates, self.delta_bias = scan.decay_rates, scan.delta_bias
 
     def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array:
         if name not in self.scales:

@@ -42,7 +42,7 @@ def fake_weight(kernel: Float[Array, "K O"], scale: Float[Array, "g O"], config:
 def scan_parameter(scan: Any, name: str) -> Float[Array, "D N"]:
     """A (D, N) or D (D, 1) of a float scan."""
     if name == "A":
-        return -jnp.exp(scan.A_log[...].astype(jnp.float32))
+        return scan.decay_rates()
     return scan.D[...].astype(jnp.float32)[:, None]
 
 

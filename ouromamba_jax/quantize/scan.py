@@ -23,9 +23,9 @@ class RoundedOperands:
 
     spec: SiteSpec
     directions: int
-    A_log: Any
     D: Any
     dt_bias: Any
+    decay_rates: Callable[[], Array]
     delta_bias: Callable[[Array], Array]
 
     def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array | SplitOperand:
@@ -54,7 +54,7 @@ class RoundedOperands:
         else:
             steps = self._round("delta", delta)
         A, D = self.parameter("A"), self.parameter("D")
-        A = -jnp.exp(self.A_log[...].astype(jnp.float32)) if A is None else A
+        A = self.decay_rates() if A is None else A
         D = self.D[...].astype(jnp.float32) if D is None else D[:, 0]
         return self._round("u", u), steps, A, self._round("B", B), self._round("C", C), D
 
