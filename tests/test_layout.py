@@ -46,6 +46,9 @@ FORBIDDEN = {
     f"{PACKAGE}.report": (f"{PACKAGE}.models",),
     f"{PACKAGE}.models*": tuple(f"{PACKAGE}.{name}" for name in ("quantize", "gen", "convert", "pallas")),
     f"{PACKAGE}.pallas*": ("flax", f"{PACKAGE}.models", f"{PACKAGE}.quantize"),
+    # No family knows another, and what they share knows none.
+    **{family: tuple(other for other in NAMED_MODELS if other != family) for family in NAMED_MODELS},
+    **{f"{PACKAGE}.models.{name}": NAMED_MODELS for name in ("base", "layers", "convolution", "trace", "windows")},
 }
 MAX_LINES = 500
 

@@ -18,7 +18,8 @@ from ouromamba_jax.gen.losses import (
     total_variation,
 )
 from ouromamba_jax.models.config import Preprocessing
-from ouromamba_jax.models.trace import AttentionTrace, LayerTrace
+from ouromamba_jax.models.trace import LayerTrace
+from ouromamba_jax.models.windows import AttentionTrace
 
 
 class Network(NamedTuple):
