@@ -171,6 +171,8 @@ def bench_model(
     Returns:
       (rows, headers) for `report.print_table`; the speed-up is over the first row.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; use at least 1.")
     say = progress or (lambda text: None)
     if quantized_specs(model):
         say("building the float model")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,14 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ouromamba: {_sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("ouromamba: interrupted; nothing was written.", file=sys.stderr)
+        kept = getattr(arguments, "resume", None)
+        print(f"ouromamba: interrupted{f'; the same command goes on from {kept}' if kept else ''}.", file=sys.stderr)
         return 130
     return 0
 
 
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}."
+        return f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror.lower()}."
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -72,9 +74,8 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     _refuse_existing(arguments.out, suffix=".npz")
+    config = GenConfig(**_given(arguments, GenConfig))
     model = load(arguments.model)
-    given = {f.name: getattr(arguments, f.name, None) for f in dataclasses.fields(GenConfig)}
-    config = GenConfig(**{name: value for name, value in given.items() if value is not None})
     generated = generate_images(
         model, config, jax.random.key(arguments.seed), progress=True, checkpoint_dir=arguments.resume
     )
@@ -89,10 +90,8 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def quantize_verb(arguments: argparse.Namespace) -> None:
     _refuse_existing(arguments.out)
+    config = QuantConfig.preset(arguments.bits, **_given(arguments, QuantConfig))
     model = load(arguments.model)
-    config = QuantConfig.preset(arguments.bits, **{k: getattr(arguments, k) for k in _QUANT if getattr(arguments, k)})
-    if arguments.tune_epochs is not None:
-        config = dataclasses.replace(config, tune_epochs=arguments.tune_epochs)
     images = load_images(
         arguments.images, arguments.split, model.config.img_size, model.config.preprocessing, limit=arguments.limit
     ).images
@@ -185,6 +184,12 @@ def demo(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {figures}; {time.perf_counter() - start:.0f} s")
 
 
+def _given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The fields of a config that the command line sets."""
+    values = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _refuse_existing(path: str, *, suffix: str | None = None) -> None:
     if suffix is not None and not path.endswith(suffix):
         raise ValueError(f"{path} must end in {suffix}.")
@@ -224,9 +229,6 @@ def _field(text: str) -> tuple[str, int | float | tuple[int | float, ...]]:
     return name, numbers[0] if len(numbers) == 1 else numbers
 
 
-_QUANT = ("detection", "outlier_scale", "threshold", "n_refresh", "sigma", "weight_group", "batch_size")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ouromamba", description="Data-free quantisation of vision Mamba models in JAX."
@@ -254,7 +256,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("out", help="folder to write")
     sub.add_argument("--entry", help="entry of a training file, e.g. model_ema; by default model or state_dict")
     sub.add_argument(
-        "--set", action="append", type=_field, metavar="FIELD=NUMBER", help="config field, e.g. img_size=384"
+        "--set",
+        action="append",
+        type=_field,
+        metavar="FIELD=NUMBER[,NUMBER...]",
+        help="config field, e.g. img_size=384; may be given several times",
     )
     sub.add_argument(
         "--interpolate-positions",

@@ -98,6 +98,8 @@ def iterate_batches(
     limit: int | None = None,
 ) -> Iterator[Dataset]:
     """As `load_images`, but `batch_size` images at a time; the last batch holds what is left."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; use at least 1.")
     opened = _open(str(source), split)
     indices = _spread(opened.length, limit)
 

@@ -304,7 +304,14 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, Path]:
     """The command line: one flag per field of TrainConfig and Augmentation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=INT[,INT...]", help="config fields of the model")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="FIELD=INT[,INT...]",
+        help="config fields of the model; may be given several times",
+    )
     groups = (TrainConfig(), Augmentation())
     for group in groups:
         for field in dataclasses.fields(group):
