@@ -113,15 +113,9 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
         model.config.preprocessing,
         batch_size=arguments.batch_size,
         limit=arguments.limit,
+        labelled=True,
     )
-
-    def labelled():
-        for batch in batches:
-            if batch.labels is None:
-                raise ValueError(f"{arguments.data} has no labels; evaluation needs one folder per class, or labels.")
-            yield batch.images, batch.labels
-
-    result = evaluate(model, labelled())
+    result = evaluate(model, ((batch.images, batch.labels) for batch in batches))
     rows = [[100 * result.top1, 100 * result.top5, result.images, result.images_per_second]]
     print_table(rows, ["top-1 %", "top-5 %", "images", "images/s"], title=str(arguments.model))
 

@@ -60,6 +60,7 @@ def load_images(
     *,
     limit: int | None = None,
     seed: int | None = None,
+    labelled: bool = False,
 ) -> Dataset:
     """The images of a source in memory, ready for a model.
 
@@ -76,6 +77,7 @@ def load_images(
       preprocessing: the model's `config.preprocessing`.
       limit: take this many images, evenly spaced over the source.
       seed: draw those at random instead, by this seed.
+      labelled: refuse images without a class (no labels, or negative ones): nothing can be scored on them.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: one sentence that names the file and what to do.
@@ -85,7 +87,10 @@ def load_images(
     if seed is not None:
         indices = np.random.default_rng(seed).permutation(opened.length)[: len(indices)]
     with ThreadPoolExecutor() as pool:
-        return _read(opened, indices, img_size, preprocessing, pool)
+        dataset = _read(opened, indices, img_size, preprocessing, pool)
+    if labelled:
+        _check_labels(dataset, str(source), split)
+    return dataset
 
 
 def iterate_batches(
@@ -96,6 +101,7 @@ def iterate_batches(
     *,
     batch_size: int,
     limit: int | None = None,
+    labelled: bool = False,
 ) -> Iterator[Dataset]:
     """As `load_images`, but `batch_size` images at a time; the last batch holds what is left."""
     if batch_size < 1:
@@ -106,7 +112,10 @@ def iterate_batches(
     def batches() -> Iterator[Dataset]:
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(indices), batch_size):
-                yield _read(opened, indices[start : start + batch_size], img_size, preprocessing, pool)
+                batch = _read(opened, indices[start : start + batch_size], img_size, preprocessing, pool)
+                if labelled:
+                    _check_labels(batch, str(source), split)
+                yield batch
 
     return batches()  # a source that cannot be opened is reported now, not at the first batch
 
@@ -320,6 +329,20 @@ def _read(
 
     pictures, labels = zip(*pool.map(load, indices.tolist()), strict=True)
     return Dataset(np.stack(pictures), None if labels[0] is None else np.asarray(labels, np.int32), source.classes)
+
+
+def _check_labels(dataset: Dataset, source: str, split: str) -> None:
+    if dataset.labels is None:
+        raise ValueError(f"{source} has no labels; give one folder per class, or an .npz with `labels`.")
+    if dataset.labels.min() >= 0:
+        return
+    if source.startswith("tfds:"):
+        name, _, named_split = source.removeprefix("tfds:").partition(":")
+        raise ValueError(
+            f"the split {named_split or split!r} of {name} has images without a class (label {dataset.labels.min()}); "
+            f"name one that is labelled, e.g. tfds:{name}:validation."
+        )
+    raise ValueError(f"{source} has the label {dataset.labels.min()}, which is no class; count the classes from 0.")
 
 
 def _spread(length: int, limit: int | None) -> Int[np.ndarray, " M"]:

@@ -27,6 +27,8 @@ def topk(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarra
     logits, labels = np.asarray(logits), np.asarray(labels)
     if labels.shape != logits.shape[:1]:
         raise ValueError(f"there are {logits.shape[0]} rows of logits but labels of shape {labels.shape}.")
+    if labels.size and labels.min() < 0:
+        raise ValueError(f"there is a label {labels.min()}, which is no class; score on images whose class is known.")
     best = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
     return float(np.mean(np.any(best == labels[:, None], axis=-1)))
 

@@ -203,9 +203,9 @@ def read_split(config: TrainConfig, model: Any, split: str) -> Dataset:
     """One split of the data as the model takes it, with labels that it can have."""
     if config.data != "digits" and not config.data.startswith("tfds:") and "{split}" not in config.data:
         raise ValueError(f'--data {config.data} has one split only; write {{split}} where "train" or "test" belongs.')
-    data = load_images(config.data, split, model.config.img_size, model.config.preprocessing, limit=config.limit)
-    if data.labels is None:
-        raise ValueError(f"--data {config.data} has no labels; give class folders or an .npz with `labels`.")
+    data = load_images(
+        config.data, split, model.config.img_size, model.config.preprocessing, limit=config.limit, labelled=True
+    )
     if data.labels.max() >= model.config.num_classes:
         raise ValueError(
             f"--data {config.data} has labels up to {data.labels.max()}, but {config.model} has "

@@ -311,6 +311,32 @@ def test_tfds(monkeypatch, rng):
     assert "long advice" not in str(caught.value)
 
 
+def test_images_without_a_class_cannot_be_scored(monkeypatch, rng, tmp_path):
+    """As in the test split of TFDS's imagenet2012, whose labels are all -1."""
+    pixels = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+
+    def data_source(name, *, split):
+        return [{"image": p, "label": np.int64(-1 if split == "test" else 7)} for p in pixels]
+
+    tfds = ModuleType("tensorflow_datasets")
+    monkeypatch.setattr(tfds, "data_source", data_source, raising=False)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
+    says = r"the split 'test' of imagenet2012 has images without a class .* e\.g\. tfds:imagenet2012:validation"
+    for source, split in (("tfds:imagenet2012", "test"), ("tfds:imagenet2012:test", "train")):
+        assert load_images(source, split, 8, HALF).images.shape == (4, 8, 8, 3)  # enough for calibration
+        with pytest.raises(ValueError, match=says):
+            load_images(source, split, 8, HALF, labelled=True)
+        with pytest.raises(ValueError, match=says):
+            next(iterate_batches(source, split, 8, HALF, batch_size=2, labelled=True))
+    np.testing.assert_array_equal(load_images("tfds:imagenet2012:validation", "test", 8, HALF, labelled=True).labels, 7)
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.array([0, 1, -1, 2]))
+    with pytest.raises(ValueError, match=r"a\.npz has the label -1, which is no class"):
+        load_images(tmp_path / "a.npz", "test", 8, HALF, labelled=True)
+    np.savez(tmp_path / "b.npz", images=pixels)
+    with pytest.raises(ValueError, match=r"b\.npz has no labels; give one folder per class"):
+        load_images(tmp_path / "b.npz", "test", 8, HALF, labelled=True)
+
+
 def test_tfds_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # importing it now fails, installed or not
     with pytest.raises(ImportError, match=r"tfds:mnist needs TFDS; pip install \"ouromamba_jax\[data\]\""):

@@ -36,6 +36,8 @@ def test_top1_and_agreement(rng):
     assert agreement(logits, other) == 0.9
     with pytest.raises(ValueError, match="200 rows of logits"):
         top1(logits, labels[:10])
+    with pytest.raises(ValueError, match="a label -1, which is no class"):
+        top1(logits, labels - 1)
 
 
 def test_sqnr_of_noise_a_tenth_of_the_signal_is_20_db(rng):

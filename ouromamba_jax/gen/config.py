@@ -14,7 +14,7 @@ class GenConfig:
       num_images: images to make; the last batch is filled up and cut.
       iterations: updates per batch. The paper takes 1000; after 100, images calibrate like real ones
         (docs/study).
-      batch_size: images optimised together; an image depends on the key and its batch, not on num_images.
+      batch_size: images optimised together; an image depends on the key, its batch and its target, not on num_images.
       learning_rate: Adam's at the start of a cosine schedule that ends at 0; in units of normalised pixels.
       scales: resolutions that noise and updates are the sum of (see `prior.py`), each half the one before; 1 is plain
         pixels, None goes down to about 4 x 4 cells.
@@ -35,7 +35,8 @@ class GenConfig:
       temperature: of the contrastive softmax.
       jitter: every iteration sees the images shifted (cyclically) by up to this share of their height and width.
       flip: every iteration sees the images mirrored with probability 1/2.
-      targets: class of every image: "round_robin" over the classes, or "random".
+      targets: class of every image: "round_robin" over the classes, evenly spaced ones if there are fewer images than
+        classes, or "random". `class_targets` gives them.
       checkpoint_every: iterations between two checkpoints, where `generate_images` is given a directory.
     """
 

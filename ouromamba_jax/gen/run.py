@@ -122,7 +122,7 @@ def generate_images(
     mesh = data_mesh(config.batch_size)
     weights = replicate(mesh, weights)
     batches = -(-config.num_images // config.batch_size)
-    targets = _targets(model.config.num_classes, batches * config.batch_size, config, jax.random.fold_in(key, 0))
+    targets = _batch_targets(config, model.config.num_classes, key)
     shape = (config.batch_size, *height_width(model.config.img_size), 3)
     low, high = _pixel_range(network.preprocessing)
     names = (*config.loss_names, "total", "gradient")
@@ -170,10 +170,21 @@ def generate_images(
     return Generated(jnp.asarray(run.done[: config.num_images]), targets[: config.num_images], run.history)
 
 
-def _targets(classes: int, count: int, config: GenConfig, key: Array) -> Int[Array, " N"]:
+def class_targets(config: GenConfig, num_classes: int, key: Array) -> Int[Array, " N"]:
+    """The class that each image of `generate_images` with this config and key is made for."""
+    return _batch_targets(config, num_classes, key)[: config.num_images]
+
+
+def _batch_targets(config: GenConfig, num_classes: int, key: Array) -> Int[Array, " N"]:
+    """Those of all batches; the last one is full."""
+    count = -(-config.num_images // config.batch_size) * config.batch_size
     if config.targets == "random":
-        return jax.random.randint(key, (count,), 0, classes)
-    return jnp.arange(count, dtype=jnp.int32) % classes
+        return jax.random.randint(jax.random.fold_in(key, 0), (count,), 0, num_classes)
+    index = np.arange(count)
+    if config.num_images < num_classes:
+        # The first classes alone would be one kind of thing: ImageNet begins with 398 animals.
+        index = index * num_classes // config.num_images
+    return jnp.asarray(index % num_classes, jnp.int32)
 
 
 def _check_finite(record: dict[str, np.ndarray], batch: int, start: int) -> None:
