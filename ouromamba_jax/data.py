@@ -128,21 +128,21 @@ def preprocess(
     """One picture to model input: timm's evaluation transform.
 
     The picture is resized, keeping its proportions, so that it just covers floor(img_size / crop_pct); the centre
-    is cropped, scaled to [0, 1] and normalised per channel.
+    is cropped, scaled to [0, 1] and normalised per channel. As in timm, a target that is not square is resized
+    bilinearly, whatever `preprocessing.interpolation` (timm.data.transforms_imagenet_eval, crop_mode "center").
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
     image = image.convert("RGB")
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    scaled = _cover(
-        (image.height, image.width),
-        (math.floor(height / preprocessing.crop_pct), math.floor(width / preprocessing.crop_pct)),
-    )
+    target = math.floor(height / preprocessing.crop_pct), math.floor(width / preprocessing.crop_pct)
+    scaled = _cover((image.height, image.width), target)
     if preprocessing.interpolation not in _RESAMPLING:
         raise ValueError(
             f"there is no interpolation {preprocessing.interpolation!r}; use one of {', '.join(_RESAMPLING)}."
         )
-    image = image.resize(scaled[::-1], _RESAMPLING[preprocessing.interpolation])
+    interpolation = preprocessing.interpolation if target[0] == target[1] else "bilinear"
+    image = image.resize(scaled[::-1], _RESAMPLING[interpolation])
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / np.float32(255)
     mean, std = _statistics(preprocessing)

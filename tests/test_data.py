@@ -61,13 +61,13 @@ def test_preprocess_takes_height_and_width_in_that_order(rng):
 
 
 @pytest.mark.parametrize("shape", [(61, 97), (131, 50), (40, 41)])
-def test_a_target_that_is_not_square_rounds_the_size(rng, shape):
-    """timm's ResizeKeepRatio, written out."""
+def test_a_target_that_is_not_square_is_rounded_and_bilinear(rng, shape):
+    """timm's ResizeKeepRatio, written out; its default filter is bilinear, and the transform passes it no other."""
     pixels, (height, width) = smooth_picture(rng, *shape), (24, 40)
     covered = [math.floor(side / HALF.crop_pct) for side in (height, width)]
     ratio = min(shape[0] / covered[0], shape[1] / covered[1])
     new = [round(side / ratio) for side in shape]
-    resized = np.asarray(Image.fromarray(pixels).resize(new[::-1], Image.Resampling.BICUBIC))
+    resized = np.asarray(Image.fromarray(pixels).resize(new[::-1], Image.Resampling.BILINEAR))
     top, left = round((new[0] - height) / 2), round((new[1] - width) / 2)
     expected = resized[top : top + height, left : left + width] / 127.5 - 1
     np.testing.assert_allclose(preprocess(pixels, (height, width), HALF), expected, atol=PIXEL, rtol=0)

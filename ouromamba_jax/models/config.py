@@ -10,7 +10,7 @@ class Preprocessing:
     Args:
       mean, std: per RGB channel, in units of [0, 1] pixels.
       crop_pct: side of the centre crop over the side that the image is resized to.
-      interpolation: "bicubic", "bilinear" or "nearest".
+      interpolation: "bicubic", "bilinear" or "nearest"; inputs that are not square are resized bilinearly.
     """
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
