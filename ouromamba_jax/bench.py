@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from ouromamba_jax import matmul, outliers
 from ouromamba_jax import scan as scans
 from ouromamba_jax.models import VisionModel, build_model, pure
-from ouromamba_jax.models.config import height_width
+from ouromamba_jax.preprocessing import height_width
 from ouromamba_jax.quantize import QuantConfig, quantize
 from ouromamba_jax.quantize.modules import quantized_specs
 

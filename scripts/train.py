@@ -227,8 +227,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> tuple[nnx.Module, di
     state = replicate(mesh, state)
     per_epoch = len(data.images) // batch
     tx = optimizer(config, config.epochs * per_epoch)
-    preprocessing = model.config.preprocessing
-    black = -jnp.asarray(preprocessing.mean, jnp.float32) / jnp.asarray(preprocessing.std, jnp.float32)
+    mean, std = model.config.preprocessing.mean_and_std()
+    black = jnp.asarray(-mean / std).reshape(3)
 
     @jax.jit
     def step(state, averaged, opt_state, images, labels, key):

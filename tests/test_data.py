@@ -3,7 +3,8 @@
 import io
 import math
 import sys
-from types import ModuleType, SimpleNamespace
+from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,11 +12,10 @@ from PIL import Image
 from tolerances import PIXEL
 
 from ouromamba_jax.data import digits_split, iterate_batches, load_images, preprocess, to_pixels
+from ouromamba_jax.preprocessing import Preprocessing
 
-HALF = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0, interpolation="bicubic")
-IMAGENET = SimpleNamespace(
-    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875, interpolation="bicubic"
-)
+HALF = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0)
+IMAGENET = Preprocessing()
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def expected_input(pixels, size, config):
 @pytest.mark.parametrize("shape", [(64, 64), (60, 97), (131, 50), (40, 41), (33, 32), (300, 200)])
 @pytest.mark.parametrize(("size", "crop_pct", "interpolation"), [(32, 0.875, "bicubic"), (48, 1.0, "bilinear")])
 def test_preprocess_is_the_published_transform(rng, shape, size, crop_pct, interpolation):
-    config = SimpleNamespace(**{**vars(IMAGENET), "crop_pct": crop_pct, "interpolation": interpolation})
+    config = replace(IMAGENET, crop_pct=crop_pct, interpolation=interpolation)
     pixels = smooth_picture(rng, *shape)
     result = preprocess(pixels, size, config)
     assert result.dtype == np.float32
@@ -83,13 +83,13 @@ def test_gray_and_transparent_pictures_become_rgb(rng):
 
 def test_to_pixels_inverts_the_normalisation(rng):
     pixels = rng.integers(0, 256, (3, 9, 11, 3), dtype=np.uint8)
-    images = np.stack([preprocess(p, (9, 11), SimpleNamespace(**{**vars(IMAGENET), "crop_pct": 1.0})) for p in pixels])
+    images = np.stack([preprocess(p, (9, 11), replace(IMAGENET, crop_pct=1.0)) for p in pixels])
     np.testing.assert_array_equal(to_pixels(images, IMAGENET), pixels)
 
 
 def test_unknown_interpolation_is_named(rng):
     with pytest.raises(ValueError, match="no interpolation 'lanczos'; use one of bicubic"):
-        preprocess(smooth_picture(rng, 9, 9), 8, SimpleNamespace(**{**vars(HALF), "interpolation": "lanczos"}))
+        preprocess(smooth_picture(rng, 9, 9), 8, replace(HALF, interpolation="lanczos"))
 
 
 # --- digits

@@ -17,8 +17,8 @@ from ouromamba_jax.gen.losses import (
     patch_similarity_entropy,
     total_variation,
 )
-from ouromamba_jax.models.config import Preprocessing
 from ouromamba_jax.models.trace import AttentionTrace, LayerTrace
+from ouromamba_jax.preprocessing import Preprocessing
 
 
 class Network(NamedTuple):
@@ -105,6 +105,5 @@ def image_losses(
             nnx.merge(network.head, head)(x), targets, config.output_loss, smoothing=config.smoothing
         )
     if config.total_variation:
-        std = jnp.asarray(network.preprocessing.std, jnp.float32)[None, None, None]
-        losses["total_variation"] = total_variation(images * std)
+        losses["total_variation"] = total_variation(images * network.preprocessing.mean_and_std()[1])
     return losses

@@ -17,7 +17,7 @@ from ouromamba_jax.gen.config import GenConfig
 from ouromamba_jax.gen.network import Network, image_losses, split
 from ouromamba_jax.gen.prior import noise, optimiser
 from ouromamba_jax.gen.resume import RunState, restore, run_identity
-from ouromamba_jax.models.config import Preprocessing, height_width
+from ouromamba_jax.preprocessing import Preprocessing, height_width
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -40,7 +40,7 @@ class Generated(NamedTuple):
 
 def _pixel_range(preprocessing: Preprocessing) -> tuple[Array, Array]:
     """Normalised values of black and white, (1, 1, 1, 3) each."""
-    mean, std = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (preprocessing.mean, preprocessing.std))
+    mean, std = (jnp.asarray(x) for x in preprocessing.mean_and_std())
     return (0.0 - mean) / std, (1.0 - mean) / std
 
 

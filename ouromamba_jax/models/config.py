@@ -1,24 +1,5 @@
 """What every model's config holds: how pixels become inputs."""
 
-from dataclasses import dataclass
+from ouromamba_jax.preprocessing import Preprocessing, height_width
 
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """Evaluation transform of a published model: resize, centre crop, scale to [0, 1], normalise.
-
-    Args:
-      mean, std: per RGB channel, in units of [0, 1] pixels.
-      crop_pct: side of the centre crop over the side that the image is resized to.
-      interpolation: "bicubic", "bilinear" or "nearest"; inputs that are not square are resized bilinearly.
-    """
-
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    crop_pct: float = 0.875
-    interpolation: str = "bicubic"
-
-
-def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """`img_size` as (height, width)."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+__all__ = ["Preprocessing", "height_width"]
