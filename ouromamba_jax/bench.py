@@ -6,7 +6,6 @@ over threads, is measured beside wall-clock time: other processes hardly touch i
 """
 
 import importlib.metadata
-import json
 import platform
 import sys
 import time
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float
 
 from ouromamba_jax import matmul, outliers
 from ouromamba_jax import scan as scans
+from ouromamba_jax.files import write_json
 from ouromamba_jax.models import VisionModel, build_model, pure
 from ouromamba_jax.preprocessing import height_width
 from ouromamba_jax.quantize import QuantConfig, quantize
@@ -144,8 +144,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Writes JSON: the command of the running script, the machine, and `results`."""
     script = Path(sys.argv[0])
     command = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": command, "machine": machine(), **results}, indent=1) + "\n")
+    write_json(path, {"command": command, "machine": machine(), **results})
 
 
 def bench_model(
@@ -169,7 +168,7 @@ def bench_model(
       progress: called with a short text before each slow step.
 
     Returns:
-      (rows, headers) for `report.print_table`; the speed-up is over the first row.
+      (rows, headers) for `tables.print_table`; the speed-up is over the first row.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; use at least 1.")

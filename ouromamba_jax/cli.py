@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,8 +28,10 @@ from ouromamba_jax import (
 )
 from ouromamba_jax.checkpoint import load, read_description, resolve
 from ouromamba_jax.data import iterate_batches, load_images, to_pixels
+from ouromamba_jax.figures import image_grid
+from ouromamba_jax.files import whole_file
 from ouromamba_jax.models import create_model
-from ouromamba_jax.report import image_grid, print_table
+from ouromamba_jax.tables import print_table
 
 console = Console(stderr=True)
 
@@ -79,7 +80,7 @@ def generate(arguments: argparse.Namespace) -> None:
     generated = generate_images(
         model, config, jax.random.key(arguments.seed), progress=True, checkpoint_dir=arguments.resume
     )
-    with _whole(arguments.out) as file:
+    with whole_file(arguments.out) as file:
         np.savez_compressed(file, images=np.asarray(generated.images), labels=np.asarray(generated.targets))
     print(f"{arguments.out}: {len(generated.images)} images")
     if arguments.figure:
@@ -189,19 +190,6 @@ def _refuse_existing(path: str, *, suffix: str | None = None) -> None:
         raise ValueError(f"{path} must end in {suffix}.")
     if Path(path).exists():
         raise ValueError(f"{path} already exists; choose another name or remove it first.")
-
-
-@contextmanager
-def _whole(path: str):
-    """A binary file that appears at `path` once it is complete."""
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

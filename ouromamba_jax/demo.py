@@ -16,10 +16,10 @@ from ouromamba_jax.attention import implicit_attention
 from ouromamba_jax.checkpoint import load
 from ouromamba_jax.data import load_images, to_pixels
 from ouromamba_jax.evaluate import Score, predict, score
+from ouromamba_jax.figures import attention_maps, image_grid, line_chart, outlier_map
 from ouromamba_jax.gen import GenConfig, generate_images
 from ouromamba_jax.models import LayerTrace, Trace, VisionModel, WindowOrder
 from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantLinear, memory_report, quantize
-from ouromamba_jax.report import attention_maps, image_grid, line_chart, outlier_map
 
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
 HEADERS = ("images", "bits", "top-1", "agree", "SQNR", "sites", "outl.", "MB", "FP16/")

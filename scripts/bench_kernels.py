@@ -27,8 +27,8 @@ from ouromamba_jax.bench import Timing, repeated, time_interleaved, time_ratio, 
 from ouromamba_jax.matmul import outlier_matmul
 from ouromamba_jax.outliers import OutlierConfig, search_token_scales, split_outliers
 from ouromamba_jax.qtensor import quantize_array
-from ouromamba_jax.report import print_table
 from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.tables import print_table
 
 OURS, XLA, CUBLAS = "mosaic_gpu", "xla", "cublas bf16"
 CONFIG = OutlierConfig(act_bits=4, outlier_bits=8)

@@ -13,7 +13,6 @@ static list by largest values.
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import platform
 from pathlib import Path
 from statistics import mean, pstdev
@@ -26,7 +25,8 @@ from rich.progress import track
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, load, quantize
 from ouromamba_jax.data import load_images
 from ouromamba_jax.evaluate import predict, score
-from ouromamba_jax.report import markdown_table, print_table
+from ouromamba_jax.files import write_json, write_text
+from ouromamba_jax.tables import markdown_table, print_table
 
 SETTINGS = (
     ("w8a8", {}),
@@ -122,7 +122,6 @@ def main() -> None:
     )
     print_table(rows, HEADERS, title=title)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
         record = dict(
             command=vars(arguments) | {"json": str(arguments.json)},
@@ -131,8 +130,8 @@ def main() -> None:
             versions=versions | {"python": platform.python_version()},
             device=jax.devices()[0].device_kind,
         )
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-        arguments.json.with_suffix(".md").write_text(f"{title}\n\n{markdown_table(rows, HEADERS)}")
+        write_json(arguments.json, record)
+        write_text(arguments.json.with_suffix(".md"), f"{title}\n\n{markdown_table(rows, HEADERS)}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ The test split is read once, after the last step. `--out` is a new folder: the c
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import math
 import platform
 import shlex
@@ -52,8 +51,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ouromamba_jax.checkpoint import save
 from ouromamba_jax.data import Dataset, load_images
+from ouromamba_jax.files import write_json
+from ouromamba_jax.metrics import top1
 from ouromamba_jax.models import create_model, pure
-from ouromamba_jax.report import top1
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples
 
 EVAL_BATCH = 250
@@ -295,9 +295,7 @@ def write_record(path: Path, config: TrainConfig, metrics: dict[str, Any]) -> No
         | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy", "ouromamba_jax")},
         "device": jax.devices()[0].device_kind,
     }
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, record)
 
 
 def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, Path]:

@@ -17,12 +17,12 @@ from ouromamba_jax import GenConfig, QuantConfig, generate_images, quantize
 from ouromamba_jax.attention import implicit_attention
 from ouromamba_jax.convert import ConversionError, from_torch, load_tensors
 from ouromamba_jax.convert.mambavision import fill_mambavision
+from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.models import AttentionTrace, WindowOrder, create_model, list_models, model_config, pure
 from ouromamba_jax.models.layers import DotProductAttention, QuantPoint, SelectiveScan
 from ouromamba_jax.models.mambavision import ConvBlock, HybridBlock, split_windows
 from ouromamba_jax.quantize.calibrate import check_coverage
 from ouromamba_jax.quantize.modules import iter_sites, set_module
-from ouromamba_jax.report import sqnr_db
 
 ROOT = Path(__file__).parent / "golden"
 GOLDEN = ROOT / "models" / "mambavision_a"

@@ -11,8 +11,8 @@ from script_modules import load_script
 
 from ouromamba_jax.checkpoint import load, resolve
 from ouromamba_jax.data import load_images
+from ouromamba_jax.metrics import top1
 from ouromamba_jax.models import create_model, model_config, pure
-from ouromamba_jax.report import top1
 
 
 @pytest.fixture(scope="module")
