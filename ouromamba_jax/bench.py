@@ -7,6 +7,7 @@ over threads, is measured beside wall-clock time: other processes hardly touch i
 
 import importlib.metadata
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ from ouromamba_jax.quantize import QuantConfig, quantize
 from ouromamba_jax.quantize.modules import quantized_specs
 
 Progress = Callable[[str], None]
+_VERSIONED = ("jax", "jaxlib", "flax", "optax", "numpy", "ouromamba_jax")
 HEADERS = ("model", "ms", "spread %", "CPU ms", "images/s", "speed-up", "CPU speed-up")
 
 
@@ -131,20 +133,26 @@ def preferring(implementation: str) -> Iterator[None]:
 
 
 def machine() -> dict[str, str]:
-    """What timings depend on: processor, JAX devices, versions."""
+    """What results depend on: processor, JAX devices, versions."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         cpu = next((s.split(":")[1].strip() for s in cpuinfo.read_text().splitlines() if "model name" in s), cpu)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
-    return {"cpu": cpu, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}", **versions}
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"cpu": cpu, "devices": devices, "python": platform.python_version(), **versions}
+
+
+def provenance() -> dict[str, Any]:
+    """Where a file of numbers comes from: the command of the running script, and `machine()`. Names no folder of it."""
+    script, *arguments = sys.argv
+    names = (Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments)
+    return {"command": shlex.join(["python", "/".join(Path(script).parts[-2:]), *names]), "machine": machine()}
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Writes JSON: the command of the running script, the machine, and `results`."""
-    script = Path(sys.argv[0])
-    command = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
-    write_json(path, {"command": command, "machine": machine(), **results})
+    """Writes JSON: `provenance()` and `results`."""
+    write_json(path, {**provenance(), **results})
 
 
 def bench_model(

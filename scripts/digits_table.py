@@ -12,8 +12,6 @@ static list by largest values.
 
 import argparse
 import dataclasses
-import importlib.metadata
-import platform
 from pathlib import Path
 from statistics import mean, pstdev
 
@@ -23,9 +21,10 @@ import numpy as np
 from rich.progress import track
 
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, load, quantize
+from ouromamba_jax.bench import write_results
 from ouromamba_jax.data import load_images
 from ouromamba_jax.evaluate import predict, score
-from ouromamba_jax.files import write_json, write_text
+from ouromamba_jax.files import write_text
 from ouromamba_jax.tables import markdown_table, print_table
 
 SETTINGS = (
@@ -122,15 +121,12 @@ def main() -> None:
     )
     print_table(rows, HEADERS, title=title)
     if arguments.json:
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
         record = dict(
-            command=vars(arguments) | {"json": str(arguments.json)},
+            settings=vars(arguments) | {"json": arguments.json.name},
             float_top1=float_top1,
             rows=[dict(zip(HEADERS, row, strict=True)) for row in rows],
-            versions=versions | {"python": platform.python_version()},
-            device=jax.devices()[0].device_kind,
         )
-        write_json(arguments.json, record)
+        write_results(arguments.json, record)
         write_text(arguments.json.with_suffix(".md"), f"{title}\n\n{markdown_table(rows, HEADERS)}")
 
 

@@ -31,11 +31,7 @@ The test split is read once, after the last step. `--out` is a new folder: the c
 
 import argparse
 import dataclasses
-import importlib.metadata
 import math
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +45,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ouromamba_jax.bench import provenance
 from ouromamba_jax.checkpoint import save
 from ouromamba_jax.data import Dataset, load_images
 from ouromamba_jax.files import write_json
@@ -286,14 +283,11 @@ def progress_bar(shown: bool) -> Progress:
 
 
 def write_record(path: Path, config: TrainConfig, metrics: dict[str, Any]) -> None:
-    """The run as JSON: accuracies, settings, command, versions."""
+    """The run as JSON: accuracies, settings, command, machine and versions."""
     record = {
         "metrics": {**metrics, "loss": [round(loss, 4) for loss in metrics["loss"]]},
         "config": dataclasses.asdict(config),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy", "ouromamba_jax")},
-        "device": jax.devices()[0].device_kind,
+        **provenance(),
     }
     write_json(path, record)
 
