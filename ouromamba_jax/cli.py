@@ -31,6 +31,7 @@ from ouromamba_jax.data import iterate_batches, load_images, to_pixels
 from ouromamba_jax.figures import image_grid
 from ouromamba_jax.files import whole_file
 from ouromamba_jax.models import create_model
+from ouromamba_jax.quantize import PRESETS
 from ouromamba_jax.tables import print_table
 
 console = Console(stderr=True)
@@ -272,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", required=True, help="calibration images: .npz, folder, digits, or tfds:NAME")
     sub.add_argument("--split", default="train", help="split of a named data set")
     sub.add_argument("--limit", type=int, help="use this many images")
-    sub.add_argument("--bits", required=True, choices=("w4a4", "w4a8", "w6a6", "w8a8"), help="weights and activations")
+    sub.add_argument("--bits", required=True, choices=PRESETS, help="weights and activations")
     sub.add_argument("--detection", choices=("dynamic", "static", "none"), help="of outlier channels")
     sub.add_argument("--outlier-scale", choices=("pow2", "free"), help="scale of the outliers")
     sub.add_argument("--threshold", choices=("online", "offline"), help="of the detection")

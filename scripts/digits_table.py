@@ -25,6 +25,7 @@ from ouromamba_jax.bench import write_results
 from ouromamba_jax.data import load_images
 from ouromamba_jax.evaluate import predict, score
 from ouromamba_jax.files import write_text
+from ouromamba_jax.quantize import PRESETS
 from ouromamba_jax.tables import markdown_table, print_table
 
 SETTINGS = (
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="calibration images")
     parser.add_argument("--iterations", type=int, default=200, help="of the generation")
     parser.add_argument("--sources", nargs="+", default=["real", "synthetic", "noise"])
-    parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a8", "w4a4"])
+    parser.add_argument("--bits", nargs="+", default=list(reversed(PRESETS)), choices=PRESETS)
     parser.add_argument("--tune-epochs", type=int, default=QuantConfig.tune_epochs)
     parser.add_argument("--json", type=Path, help="write the rows and the versions here")
     arguments = parser.parse_args()

@@ -1,9 +1,15 @@
 """What OuroMamba-Gen optimises, and how."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ouromamba_jax.attention import neighbourhood_mask
+
+OutputLoss = Literal["cross_entropy", "mae"]
+Weighting = Literal["delta", "uniform"]
+Features = Literal["readout", "attention"]
+Negatives = Literal["neighbourhood", "all"]
+Targets = Literal["round_robin", "random"]
 
 
 @dataclass(frozen=True)
@@ -48,32 +54,32 @@ class GenConfig:
     chroma: float = 0.2
     contrastive: float = 0.1
     output: float = 1.0
-    output_loss: Literal["cross_entropy", "mae"] = "cross_entropy"
+    output_loss: OutputLoss = "cross_entropy"
     smoothing: float = 0.0
     pse: float = 0.0
     total_variation: float = 0.5
-    weighting: Literal["delta", "uniform"] = "delta"
-    features: Literal["readout", "attention"] = "readout"
+    weighting: Weighting = "delta"
+    features: Features = "readout"
     neighbourhood: int = 5
     positives: int = 12
-    negatives: Literal["neighbourhood", "all"] = "all"
+    negatives: Negatives = "all"
     temperature: float = 0.1
     jitter: float = 0.125
     flip: bool = False
-    targets: Literal["round_robin", "random"] = "round_robin"
+    targets: Targets = "round_robin"
     checkpoint_every: int = 100
 
     def __post_init__(self):
         choices = {
-            "output_loss": ("cross_entropy", "mae"),
-            "weighting": ("delta", "uniform"),
-            "features": ("readout", "attention"),
-            "negatives": ("neighbourhood", "all"),
-            "targets": ("round_robin", "random"),
+            "output_loss": OutputLoss,
+            "weighting": Weighting,
+            "features": Features,
+            "negatives": Negatives,
+            "targets": Targets,
         }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, allowed))}.")
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, get_args(kind)))}.")
         for name in ("num_images", "iterations", "batch_size", "positives", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")

@@ -17,6 +17,7 @@ from ouromamba_jax.gen.losses import (
     patch_similarity_entropy,
     total_variation,
 )
+from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.trace import AttentionTrace, LayerTrace
 from ouromamba_jax.preprocessing import Preprocessing
 
@@ -30,7 +31,7 @@ class Network(NamedTuple):
     preprocessing: Preprocessing
 
 
-def split(model: Any) -> tuple[Network, tuple[Any, tuple[Any, ...], Any]]:
+def split(model: VisionModel) -> tuple[Network, tuple[Any, tuple[Any, ...], Any]]:
     """(network, weights): the graph of each part, and its state, which jit sees as an argument."""
     stem, head, blocks = nnx.split(model.stem), nnx.split(model.head), [nnx.split(block) for block in model.blocks]
     network = Network(stem[0], tuple(graph for graph, _ in blocks), head[0], model.config.preprocessing)

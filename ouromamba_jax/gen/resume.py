@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from ouromamba_jax.files import whole_file
 from ouromamba_jax.gen.config import GenConfig
+from ouromamba_jax.models.base import VisionModel
 
 
 @dataclass
@@ -56,7 +57,7 @@ def restore(path: Path, identity: str, run: RunState) -> Unfinished | None:
     return Unfinished(int(arrays["iteration"]), leaves) if leaves else None
 
 
-def run_identity(model: Any, weights: Any, config: GenConfig, key: Array) -> str:
+def run_identity(model: VisionModel, weights: Any, config: GenConfig, key: Array) -> str:
     """What a run depends on, as text: config, key, and the model with a checksum of its weights."""
     checksum = 0
     for leaf in jax.tree.leaves(weights):

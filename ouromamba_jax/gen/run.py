@@ -17,6 +17,7 @@ from ouromamba_jax.gen.config import GenConfig
 from ouromamba_jax.gen.network import Network, image_losses, split
 from ouromamba_jax.gen.prior import noise, optimiser
 from ouromamba_jax.gen.resume import RunState, restore, run_identity
+from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.preprocessing import Preprocessing, height_width
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
@@ -93,7 +94,7 @@ def _advance(
 
 
 def generate_images(
-    model: Any,
+    model: VisionModel,
     config: GenConfig,
     key: Array,
     *,
