@@ -29,8 +29,8 @@ from ouromamba_jax.outlier_calibration import search_token_scales
 from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.qtensor import quantize_array
-from ouromamba_jax.report import print_table
 from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.tables import print_table
 
 OURS, XLA, CUBLAS = "mosaic_gpu", "xla", "cublas bf16"
 CONFIG = OutlierConfig(act_bits=4, outlier_bits=8)

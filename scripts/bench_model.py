@@ -46,8 +46,8 @@ from ouromamba_jax.breakdown import BREAKDOWN_HEADERS, KINDS, block_breakdown, m
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize.sites import set_module
-from ouromamba_jax.report import print_table
 from ouromamba_jax.scan_types import ScanOutput
+from ouromamba_jax.tables import print_table
 
 OURS, XLA, FLOAT = "mosaic_gpu", "xla", "bf16"
 GPU_MODELS = ("vim_tiny", "vim_small", "vim_base", "vmamba_tiny_s1l8", "vmamba_base_s1l20", "mambavision_t")

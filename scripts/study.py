@@ -39,8 +39,9 @@ from ouromamba_jax.baselines import BASELINES, quantize_baseline
 from ouromamba_jax.data import iterate_batches, load_images, to_pixels
 from ouromamba_jax.demo import outlier_figure
 from ouromamba_jax.evaluate import predict, score
+from ouromamba_jax.figures import image_grid, line_chart
 from ouromamba_jax.models import VisionModel
-from ouromamba_jax.report import image_grid, line_chart, markdown_table, print_table
+from ouromamba_jax.tables import markdown_table, print_table
 
 OURS = "ouromamba"
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")

@@ -77,11 +77,11 @@ def test_repeats_must_be_positive():
 
 
 def test_results_name_the_machine_but_no_folder_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/scripts/bench_x.py", "--batch", "2"])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/scripts/bench_x.py", "--data", f"{tmp_path}/{{split}}.npz"])
     path = tmp_path / "new" / "results.json"
     bench.write_results(path, {"rows": [["float", 1.5]]})
     written = json.loads(path.read_text())
-    assert written["command"] == "python scripts/bench_x.py --batch 2"
+    assert written["command"] == "python scripts/bench_x.py --data '{split}.npz'"
     assert written["rows"] == [["float", 1.5]]
     assert written["machine"]["jax"] == jax.__version__
     assert written["machine"]["cpu"]

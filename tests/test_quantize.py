@@ -12,6 +12,7 @@ from tiny_models import TINY, TOKENS
 from tolerances import FAKE_AGAINST_INTEGER, FAKE_AGAINST_INTEGER_16
 
 from ouromamba_jax.checkpoint import load, save
+from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.qtensor import max_level
@@ -26,7 +27,6 @@ from ouromamba_jax.quantize.run import quantized_modules
 from ouromamba_jax.quantize.sites import iter_sites, named_modules
 from ouromamba_jax.quantize.stages import replace_sites
 from ouromamba_jax.quantize.tune import stage_loss, tune_scales, update_of
-from ouromamba_jax.report import sqnr_db
 
 EXACT = dict(float_dtype="float32")
 IMAGES = 6

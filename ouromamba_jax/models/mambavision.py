@@ -12,7 +12,6 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.config import Preprocessing, height_width
 from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d
 from ouromamba_jax.models.layers import (
     MLP,
@@ -27,6 +26,7 @@ from ouromamba_jax.models.layers import (
 )
 from ouromamba_jax.models.trace import LayerTrace
 from ouromamba_jax.models.windows import AttentionTrace, WindowOrder, join_windows, split_windows
+from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 _D_STATE, _D_CONV = 8, 3
 

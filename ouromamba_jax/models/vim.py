@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.config import Preprocessing, height_width
 from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
 from ouromamba_jax.models.layers import Head, QuantPoint, RMSNorm, SelectiveScan, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder
+from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 
 @dataclass(frozen=True)

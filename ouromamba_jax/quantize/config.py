@@ -100,10 +100,10 @@ class QuantConfig(OutlierConfig):
         Raises:
           ValueError: for another name.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"there is no preset {name!r}; choose among {', '.join(_PRESETS)}.")
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; choose among {', '.join(PRESETS)}.")
         rules = (*overrides.pop("rules", ()), *_EDGES)
-        return cls(**{**_PRESETS[name], **overrides}, rules=rules)
+        return cls(**{**PRESETS[name], **overrides}, rules=rules)
 
     @property
     def splitting(self) -> OutlierConfig:
@@ -119,9 +119,10 @@ class QuantConfig(OutlierConfig):
 
 
 _EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8, outlier_bits=16),)
-_PRESETS = {
+PRESETS = {
     "w4a4": dict(weight_bits=4, act_bits=4, outlier_bits=8),
     "w4a8": dict(weight_bits=4, act_bits=8, outlier_bits=16),
     "w6a6": dict(weight_bits=6, act_bits=6, outlier_bits=8),
     "w8a8": dict(weight_bits=8, act_bits=8, outlier_bits=16),
 }
+"""Fields by the names that `QuantConfig.preset` takes, from fewest bits to most."""

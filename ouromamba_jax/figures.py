@@ -1,78 +1,15 @@
-"""What is measured and how it is shown: metrics, tables, and figures as PNG files."""
+"""Figures as PNG files: pictures, outlier channels, attention, and lines over bit widths. They need Matplotlib."""
 
 import itertools
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from jaxtyping import Bool, Float, UInt8
 
-Cell = str | int | float | None
-
-
-def top1(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarray, " N"]) -> float:
-    """Share of the samples whose largest logit is their label's, in [0, 1]."""
-    return topk(logits, labels, 1)
-
-
-def topk(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarray, " N"], k: int) -> float:
-    """Share of the samples whose label is among the k largest logits, in [0, 1]; all of them if there are k classes."""
-    logits, labels = np.asarray(logits), np.asarray(labels)
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(f"there are {logits.shape[0]} rows of logits but labels of shape {labels.shape}.")
-    best = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
-    return float(np.mean(np.any(best == labels[:, None], axis=-1)))
-
-
-def agreement(logits: Float[Array | np.ndarray, "N K"], reference: Float[Array | np.ndarray, "N K"]) -> float:
-    """Share of the samples for which two models name the same class, in [0, 1]."""
-    return top1(logits, np.argmax(np.asarray(reference), -1))
-
-
-def sqnr_db(reference: Float[Array | np.ndarray, "..."], value: Float[Array | np.ndarray, "..."]) -> float:
-    """Signal to quantisation noise, 10 log10(sum reference^2 / sum (reference - value)^2), in dB; inf if equal."""
-    reference, value = np.asarray(reference, np.float64), np.asarray(value, np.float64)
-    if reference.shape != value.shape:
-        raise ValueError(f"the reference has shape {reference.shape}, but the value has {value.shape}.")
-    signal, noise = float(np.sum(reference**2)), float(np.sum((reference - value) ** 2))
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
-def print_table(
-    rows: Sequence[Sequence[Cell]], headers: Sequence[str], *, title: str | None = None, console: Console | None = None
-) -> None:
-    """A table on the terminal: text to the left, numbers to the right. Floats get two decimals, None a dash.
-
-    Where the output goes to a file, the table is as wide as its cells.
-    """
-    _check_rows(rows, headers)
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for header, numeric in zip(headers, _numeric_columns(rows, headers), strict=True):
-        table.add_column(header, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(escape(_text(cell)) for cell in row))
-    console = console or Console()
-    if not console.is_terminal:
-        cells = console.measure(table, options=console.options.update(width=1000)).maximum
-        console = Console(file=console.file, width=max(console.width, cells))
-    console.print(table)
-
-
-def markdown_table(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> str:
-    """The same table as Markdown text."""
-    _check_rows(rows, headers)
-    rule = ["---:" if numeric else "---" for numeric in _numeric_columns(rows, headers)]
-    lines = [list(headers), rule, *([_text(cell).replace("|", "\\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+from ouromamba_jax.files import whole_file
 
 
 def image_grid(
@@ -230,31 +167,5 @@ def _two_colours() -> Any:
 
 
 def _save(path: str | Path, figure: Any) -> None:
-    """Writes the PNG whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            figure.savefig(file, format="png", dpi=150, facecolor="white")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _check_rows(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> None:
-    for row in rows:
-        if len(row) != len(headers):
-            raise ValueError(f"the row {list(row)} has {len(row)} cells, but there are {len(headers)} headers.")
-
-
-def _numeric_columns(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> list[bool]:
-    return [bool(rows) and all(not isinstance(row[i], str) for row in rows) for i in range(len(headers))]
-
-
-def _text(cell: Cell) -> str:
-    if cell is None:
-        return "-"
-    return f"{cell:.2f}" if isinstance(cell, float | np.floating) else str(cell)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=150, facecolor="white")

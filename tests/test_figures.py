@@ -1,77 +1,15 @@
-"""Metrics against hand-made cases; tables cell by cell; figures are written whole and are not blank."""
-
-import io
-import math
+"""Figures are written whole and are not blank."""
 
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
-from ouromamba_jax.report import (
-    agreement,
-    attention_maps,
-    image_grid,
-    line_chart,
-    markdown_table,
-    outlier_map,
-    print_table,
-    sqnr_db,
-    top1,
-)
+from ouromamba_jax.figures import attention_maps, image_grid, line_chart, outlier_map
 
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-def test_top1_and_agreement(rng):
-    logits = rng.normal(size=(200, 7))
-    labels = np.array([row.tolist().index(max(row)) for row in logits])
-    labels[:50] = (labels[:50] + 1) % 7
-    assert top1(logits, labels) == 0.75
-    other = logits.copy()
-    other[:20, :] = -other[:20, :]  # the largest becomes the smallest
-    assert agreement(logits, other) == 0.9
-    with pytest.raises(ValueError, match="200 rows of logits"):
-        top1(logits, labels[:10])
-
-
-def test_sqnr_of_noise_a_tenth_of_the_signal_is_20_db(rng):
-    signal, noise = rng.normal(size=(2, 40, 50)).astype(np.float32)
-    noise *= np.sqrt(np.sum(signal**2) / np.sum(noise**2)) / 10
-    assert sqnr_db(signal, signal + noise) == pytest.approx(20, abs=1e-3)
-    assert sqnr_db(signal, signal) == math.inf
-    assert sqnr_db(np.zeros(3), np.array([0.0, 1.0, 0.0])) == -math.inf
-    with pytest.raises(ValueError, match="shape"):
-        sqnr_db(signal, signal[:1])
-
-
-ROWS = [["real", 98.256, 3], ["noise [x]", math.pi, None]]
-
-
-def test_markdown_table():
-    assert markdown_table(ROWS, ["images", "top-1", "n"]).splitlines() == [
-        "| images | top-1 | n |",
-        "| --- | ---: | ---: |",
-        "| real | 98.26 | 3 |",
-        "| noise [x] | 3.14 | - |",
-    ]
-    assert "a\\|b" in markdown_table([["a|b"]], ["name"])
-
-
-def test_terminal_table():
-    text = io.StringIO()
-    print_table(ROWS, ["images", "top-1", "n"], title="Result", console=Console(file=text, width=80))
-    assert "Result" in text.getvalue()
-    for cell in ("real", "98.26", "noise [x]", "3.14"):
-        assert cell in text.getvalue()
-
-
-def test_ragged_rows_are_refused():
-    with pytest.raises(ValueError, match="2 cells, but there are 3 headers"):
-        markdown_table([["a", 1]], ["a", "b", "c"])
 
 
 def pictures(rng, count):
