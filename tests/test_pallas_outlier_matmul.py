@@ -117,6 +117,23 @@ def test_the_largest_shift_fits(name):
     np.testing.assert_array_equal(y, exact.astype(np.float32))
 
 
+@pytest.mark.parametrize(("name", "tile_n"), [("sm90", 64), ("sm90", 128), ("sm90_packed", 64)])
+def test_a_program_of_two_tiles_has_no_race(name, tile_n, capfd):
+    """Three tiles for two programs: outputs leave by one slot of shared memory (64 columns), or two in turns."""
+    rng = np.random.default_rng(9)
+    M, K, O = 128, 128, 3 * tile_n
+    near, far = (rng.integers(-9, 10, size=(1, M, K)).astype(np.int8) for _ in range(2))
+    values = rng.integers(-7, 8, size=(K, O)).astype(np.int8)
+    ones = jnp.ones((1, M), jnp.float32)
+    planes = kernel.Planes(jnp.asarray(near), jnp.asarray(far), ones.astype(jnp.int32), ones)
+    weight = QTensor(jnp.asarray(values), jnp.ones((1, O), jnp.float32), 4)
+    launch = options(name, detect_races=True) | {"tiles": replace(TILES[name], tile_n=tile_n)}
+    y = kernel.run(planes, weight, **launch)
+    expected = (near.astype(np.int64) + 2 * far.astype(np.int64)) @ values.astype(np.int64)
+    np.testing.assert_array_equal(np.asarray(y).astype(np.int64), expected)
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
 def test_a_larger_shift_goes_to_xla():
     """One token would overflow int32 in the kernel."""
     _, _, K, *_, bits = CASES["w8"]
@@ -137,6 +154,12 @@ def test_shifts_are_the_powers_of_the_scales():
     np.testing.assert_array_equal(shift, power)
     assert bool(fits)
     assert not bool(kernel.shifts(split, 125)[1])
+
+
+def test_shifts_come_without_a_division():
+    """XLA's on a GPU may return the float below a power of two, and a shift would be one too small."""
+    split, _ = random_split(np.random.default_rng(4), "mixed")
+    assert "stablehlo.divide" not in jax.jit(partial(kernel.shifts, limit=6)).lower(split).as_text()
 
 
 @pytest.mark.parametrize(("M", "tile_m"), [(256, 128), (200, 64), (64, 64)])
