@@ -76,7 +76,7 @@ def _two_products(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O
     tokens at j = 0 get the bits of `_one_product`.
     """
     outlier_scale = split.outlier_scale[:, :, None]
-    ratio = divide(jnp.broadcast_to(split.inlier_scale[None, :, None], outlier_scale.shape), outlier_scale)
+    ratio = split.step_ratio[:, :, None]
     near, far = _near_and_far(split)
 
     def product(both, values, scale):

@@ -51,7 +51,7 @@ def calibrate_theta(x: Float[Array, "B L C"], config: OutlierConfig) -> Float32[
     No scale exists yet, so every token counts as overflowing (with searched scales 95-100 % do).
     """
 
-    def grow(x_t, listed, _):
+    def grow(x_t, listed, _extra, _is_token):
         free = jnp.where(listed, 0.0, jnp.abs(x_t))
         mean, std = mean_and_std(free)
         # Compared as in `split_outliers`; the strict sign keeps an all-zero token from listing everything.

@@ -34,11 +34,11 @@ def _detect(x: Float32[Array, "B L C"], scale: Float32[Array, " L"], config: Out
     online = config.threshold == "online"
     extra = jnp.stack([scale, scale if online else theta], axis=-1)[None]
 
-    def grow(x_t, listed, extra_t):
+    def grow(x_t, listed, extra_t, is_token):
         free = jnp.where(listed, 0.0, jnp.abs(x_t))
         overflows = divide(jnp.max(free, axis=-1, keepdims=True), q) > extra_t[..., :1]
         if config.spec == "released":
-            overflows = jnp.any(overflows)[None, None, None]
+            overflows = jnp.any(overflows & is_token[..., None])[None, None, None]
         if online:
             mean, std = mean_and_std(free)
             reach, limit = free - mean, config.sigma * std

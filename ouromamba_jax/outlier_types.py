@@ -5,7 +5,10 @@ from functools import partial
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int8
+
+from ouromamba_jax.qtensor import divide, power_of_two_ratio
 
 Threshold = Literal["online", "offline"]
 Detection = Literal["dynamic", "static", "none"]
@@ -92,6 +95,12 @@ class OutlierSplit:
     mask: Bool[Array, "B L C"]
     inlier_scale: Float32[Array, " L"]
     pow2: bool
+
+    @property
+    def step_ratio(self) -> Float32[Array, "B L"]:
+        """Inliers' step over the outliers' step: with pow2 scales exactly 2^-j, and 1 where the latter is NaN."""
+        inlier = jnp.broadcast_to(self.inlier_scale[None], self.outlier_scale.shape)
+        return power_of_two_ratio(inlier, self.outlier_scale) if self.pow2 else divide(inlier, self.outlier_scale)
 
     @property
     def shifted(self) -> Bool[Array, "B L"]:

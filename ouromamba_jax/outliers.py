@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32
 from ouromamba_jax.outlier_detection import find_outliers
 from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.pallas.dispatch import Backend, choose
-from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
+from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level, power_of_two_ratio
 
 
 def _outlier_scale(x, scale, mask, config: OutlierConfig) -> Float32[Array, "B L"]:
@@ -97,7 +97,7 @@ def _xla(x, scale, config: OutlierConfig, *, theta, channels) -> OutlierSplit:
         outlier_q = jnp.where(mask, x, jnp.zeros((), x.dtype))
     else:
         # A product with 2^-j has the quotient's bits, and costs less than a second division per entry.
-        shrink = divide(jnp.broadcast_to(scale[None], outlier_scale.shape), outlier_scale)[:, :, None]
+        shrink = power_of_two_ratio(scale[None], outlier_scale)[:, :, None]
         outlier = ratio * shrink if pow2 else divide(x32, outlier_scale[:, :, None])
         outlier_q = jnp.where(mask, _levels(outlier, config.outlier_bits), 0.0).astype(jnp.int8)
     inlier_q = jnp.where(mask, 0.0, _levels(ratio, config.act_bits)).astype(jnp.int8)

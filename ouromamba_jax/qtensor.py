@@ -39,7 +39,12 @@ def guard_product(product: Float32[Array, "..."]) -> Float32[Array, "..."]:
     return jnp.minimum(product, _FLOAT32_MAX)
 
 
-def power_of_two_ratio(larger: Float32[Array, "..."], smaller: Float32[Array, "..."]) -> Int32[Array, "..."]:
+def power_of_two_ratio(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """a / b of numbers that are a power of two apart: exact on every device, unlike `divide`. 1 where there is none."""
+    return jnp.ldexp(jnp.ones(jnp.broadcast_shapes(a.shape, b.shape), jnp.float32), power_of_two_shift(a, b))
+
+
+def power_of_two_shift(larger: Float32[Array, "..."], smaller: Float32[Array, "..."]) -> Int32[Array, "..."]:
     """j of larger = smaller * 2^j, from the exponents alone, so exact on every device; shapes broadcast.
 
     0 where either is zero, infinite or NaN. What is not a power of two apart has no meaning here, nor do subnormals.

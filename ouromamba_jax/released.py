@@ -68,10 +68,10 @@ def quantize_asymmetric(
 
 
 def _detect(x: Array, scale: Array, limit: Array, config: OutlierConfig) -> Bool[Array, "B L C"]:
-    def grow(x_t, listed, scale_t):
+    def grow(x_t, listed, scale_t, is_token):
         free = jnp.where(listed, 0.0, x_t)
         span = jnp.max(free, axis=-1) - jnp.min(free, axis=-1)
-        overflows = jnp.any(divide(span, limit) > scale_t)
+        overflows = jnp.any((divide(span, limit) > scale_t) & is_token)
         mean, std = mean_and_std(jnp.abs(free))
         above = jnp.abs(free) - mean > config.sigma * std
         return listed | (overflows & above), jnp.zeros(span.shape, jnp.float32)

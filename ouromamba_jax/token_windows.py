@@ -35,11 +35,15 @@ def mean_and_std(magnitude: Float32[Array, "*rows C"]) -> tuple[Float32[Array, "
 
 
 def walk_windows(
-    x: Float32[Array, "B L C"], n_refresh: int, grow: Callable[[Array, Array, Array], tuple[Array, Array]], extra: Array
+    x: Float32[Array, "B L C"],
+    n_refresh: int,
+    grow: Callable[[Array, Array, Array, Array], tuple[Array, Array]],
+    extra: Array,
 ) -> tuple[Bool[Array, "B L C"], Array]:
-    """Walk all windows token by token; `grow(x_t, listed, extra_t) -> (listed, per-row output)`.
+    """Walk all windows token by token; `grow(x_t, listed, extra_t, is_token) -> (listed, per-row output)`.
 
-    `extra` is (1, L, ...). Returns the lists (B, L, C) and the outputs (B, L).
+    `extra` is (1, L, ...). The last window may be short: where it is over, `is_token` (1, windows) is False, and what
+    `grow` makes of that step is read by nobody. Returns the lists (B, L, C) and the outputs (B, L).
     """
     B, L, C = x.shape
     n = min(n_refresh, L)
@@ -49,9 +53,9 @@ def walk_windows(
 
     def step(i, carry):
         unlisted, rows = carry
-        tokens = jnp.minimum(starts + i, L - 1)  # past the end the last token comes again, for a list nobody reads
+        tokens = jnp.minimum(starts + i, L - 1)  # past the end the last token comes again
         x_t, extra_t = (values.at[:, tokens].get(mode="promise_in_bounds") for values in (x, extra))
-        listed, row = grow(x_t, unlisted < i.astype(count), extra_t)
+        listed, row = grow(x_t, unlisted < i.astype(count), extra_t, (starts + i < L)[None])
         return unlisted + (~listed).astype(count), lax.dynamic_update_index_in_dim(rows, row, i, 2)
 
     # A channel that is listed stays listed, so the number of its tokens before that holds a window's whole mask.

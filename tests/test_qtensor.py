@@ -15,7 +15,7 @@ from ouromamba_jax.qtensor import (
     divide,
     max_level,
     pack_int4,
-    power_of_two_ratio,
+    power_of_two_shift,
     quantize_array,
     quantize_with_scale,
     search_scale,
@@ -148,9 +148,9 @@ def test_the_ratio_of_scales_is_read_from_their_exponents():
     power = np.arange(-90, 126, dtype=np.int32)[:, None]
     larger = np.ldexp(smaller, power)
     normal = larger >= np.finfo(np.float32).tiny
-    ratio = np.asarray(power_of_two_ratio(jnp.asarray(larger), jnp.asarray(smaller)))
+    ratio = np.asarray(power_of_two_shift(jnp.asarray(larger), jnp.asarray(smaller)))
     assert ratio.dtype == np.int32
     np.testing.assert_array_equal(ratio[normal], np.broadcast_to(power, ratio.shape)[normal])
     odd = jnp.asarray([0, np.inf, np.nan, -np.inf], jnp.float32)
-    assert not power_of_two_ratio(odd, jnp.float32(0.3)).any()
-    assert not power_of_two_ratio(jnp.float32(0.3), odd).any()
+    assert not power_of_two_shift(odd, jnp.float32(0.3)).any()
+    assert not power_of_two_shift(jnp.float32(0.3), odd).any()

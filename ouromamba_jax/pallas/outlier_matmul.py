@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int8, Int32
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
-from ouromamba_jax.qtensor import QTensor, max_level, power_of_two_ratio
+from ouromamba_jax.qtensor import QTensor, max_level, power_of_two_shift
 
 _INT32_MAX = 2**31 - 1
 
@@ -54,7 +54,7 @@ def supports(split: OutlierSplit, weight: QTensor) -> str | None:
 
 def shifts(split: OutlierSplit, limit: int) -> tuple[Int32[Array, "B L"], Bool[Array, ""]]:
     """j of every token, s_out = s_in * 2^j, and whether all are at most `limit`. Tokens with a NaN scale have j = 0."""
-    power = power_of_two_ratio(split.outlier_scale, split.inlier_scale[None])
+    power = power_of_two_shift(split.outlier_scale, split.inlier_scale[None])
     fits = (power <= limit) & ~jnp.isinf(split.outlier_scale)
     return jnp.where(fits, power, 0), jnp.all(fits)
 
