@@ -1,4 +1,8 @@
-"""The outlier matmul's kernels in interpret mode: every backend gives the reference's bits, without races."""
+"""The outlier matmul's kernels in interpret mode: every backend gives the reference's bits, without races.
+
+Tests marked gpu, here and in the other files, run the compiled kernels on one GPU, in one process (of two, each would
+reserve most of its memory): JAX_PLATFORMS=cuda python -m pytest -m gpu -n 0.
+"""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -200,7 +204,7 @@ def test_the_widest_tile_that_divides_the_outputs(outputs, width):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("K", "O"), [(768, 3072), (1536, 768), (192, 384), (384, 56)])
 def test_on_the_device(name, K, O, bits):
-    """The compiled kernel itself, at the layers of Vim; run it with JAX_PLATFORMS=cuda."""
+    """The compiled kernel itself, at the layers of Vim."""
     rng = np.random.default_rng(7)
     x = rng.normal(size=(32, 197, K)) * np.where(rng.random((32, 197, K)) < 0.001, 100, 1)
     x = jnp.asarray(x.astype(np.float32))

@@ -61,6 +61,12 @@ def test_the_kernel_gives_the_reference(name, implementation):
         assert 0 < float(jnp.mean(expected.mask.astype(jnp.float32))) < 0.5
 
 
+def test_bfloat16_activations(implementation):
+    L, C, config = CASES["pow2"]
+    x = activations(np.random.default_rng(4), L, C, 30)
+    assert assert_same(implementation, x.astype(jnp.bfloat16), search_token_scales(x, config), config).mask.any()
+
+
 def test_a_non_finite_token_gets_a_nan_scale_and_other_windows_do_not_see_it(implementation):
     L, C, config = CASES["w6"]
     x = activations(np.random.default_rng(3), L, C, 30)

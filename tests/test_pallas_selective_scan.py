@@ -60,6 +60,34 @@ def test_levels_count_in_steps_of_their_token_and_group(whole):
     assert_near(h_last, expected.h_last)
 
 
+@pytest.mark.parametrize("levels", [False, True], ids=["floats", "levels"])
+@pytest.mark.parametrize(("states", "dtype"), [(8, "float32"), (8, "bfloat16"), (1, "bfloat16")])
+def test_the_forward_pass_alone(states, dtype, levels):
+    """No state is saved for a gradient; with `levels`, floats u beside the others in int8, as quantised models call."""
+    rng = np.random.default_rng(4)
+    batch, length, D = 2, 5, 20
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    x = {"u": normal(batch, length, D), "delta": normal(batch, length, D)}
+    x |= {name: normal(batch, length, 1, states) for name in "BC"}
+    floats, scales = dict(x), Scales()
+    if levels:
+        steps = {name: jnp.asarray(rng.uniform(0.01, 0.02, (batch, length, 1)), "float32") for name in ("delta", *"BC")}
+        x |= {name: jnp.asarray(rng.integers(-127, 128, size=x[name].shape), jnp.int8) for name in steps}
+        wide = {name: s.reshape(batch, length, *[1] * (x[name].ndim - 2)) for name, s in steps.items()}
+        floats |= {name: x[name].astype("float32") * wide[name] for name in steps}
+        scales = Scales(**steps)
+    A = -jnp.exp(jnp.asarray(rng.normal(size=(D, states)), "float32"))
+    y, h_last, starts = kernel.run(**x, A=A, delta_softplus=True, scales=scales, interpret=INTERPRET)
+    expected = selective_scan(**floats, A=A, delta_softplus=True, implementation="xla")
+    assert starts is None
+    assert y.dtype == jnp.dtype(dtype)
+    assert_near(y.astype("float32"), expected.y.astype("float32"), tolerances.SCAN_VALUE[dtype])
+    assert_near(h_last, expected.h_last)
+
+
 def split_scan(run, shift, steps, u, A):
     """y of a scan on random levels, delta's outliers `shift` bits (B, L) further out; one value per channel."""
     rng = np.random.default_rng(3)

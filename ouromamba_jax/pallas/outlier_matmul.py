@@ -15,7 +15,7 @@ from ouromamba_jax.pallas.device import default_device, device_reason, device_ta
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, max_level, power_of_two_shift
 
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 
 class Planes(NamedTuple):
@@ -36,7 +36,7 @@ class Planes(NamedTuple):
 def largest_shift(inputs: int, weight_bits: int) -> int:
     """Largest j at which `inputs` int8 outliers shifted by j and as many inliers cannot overflow int32; -1 if none."""
     product = inputs * 127 * max_level(weight_bits) * (16 if weight_bits <= 4 else 1)  # packed levels count sixteenfold
-    return (_INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= _INT32_MAX else -1
+    return (INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= INT32_MAX else -1
 
 
 def supports(split: OutlierSplit, weight: QTensor) -> str | None:
