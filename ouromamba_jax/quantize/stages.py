@@ -23,9 +23,11 @@ Progress = Callable[[int, int, str], None]
 
 
 class StageInputs(NamedTuple):
-    """What a method sees of one stage: its float input and output on the calibration images, what the quantised stages
-    before it give instead of that input, what entered every site, and the settings of those sites."""
+    """What a method sees of one stage: its path in the model; its float input and output on the calibration images;
+    what the quantised stages before it give instead of that input; what entered every site, by the site's path within
+    the stage; and the settings of those sites."""
 
+    name: str
     exact: Array
     exact_out: Array
     quantised: Array
@@ -81,7 +83,7 @@ def quantize_stages(
         prefix = name + "."
         local = {path.removeprefix(prefix): c for path, c in configs.items() if path.startswith(prefix)}
         exact_out, captured = capture(stage, exact, local, config.batch_size)
-        fitted = fit(stage, StageInputs(exact, exact_out, x, captured, local))
+        fitted = fit(stage, StageInputs(name, exact, exact_out, x, captured, local))
         low = replace_sites(stage, fitted.modules)
         reports += [dataclasses.replace(report, path=prefix + report.path) for report in fitted.reports]
         if fitted.losses:
