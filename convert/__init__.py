@@ -13,12 +13,12 @@ from ouromamba_jax.convert.torch_file import CheckpointError, load_tensors, read
 from ouromamba_jax.convert.unpickle import shown
 from ouromamba_jax.convert.vim import VIM_RULES, has_other_input_size, resize_positions
 from ouromamba_jax.convert.vmamba import vmamba_rules
-from ouromamba_jax.models import create_model
+from ouromamba_jax.models import VisionModel, create_model
 
 __all__ = ["CheckpointError", "ConversionError", "from_torch", "load_tensors", "read_torch"]
 
 # By family: (model, tensors) -> the model with these weights.
-_FILL: dict[str, Callable[[Any, Mapping[str, Any]], nnx.Module]] = {
+_FILL: dict[str, Callable[[Any, Mapping[str, Any]], VisionModel]] = {
     "vim": lambda model, tensors: fill(model, tensors, VIM_RULES),
     "vmamba": lambda model, tensors: fill(model, tensors, vmamba_rules(model.config)),
     "mambavision": fill_mambavision,
@@ -38,7 +38,7 @@ def from_torch(
     entry: str | None = None,
     interpolate_positions: bool = False,
     **overrides: Any,
-) -> nnx.Module:
+) -> VisionModel:
     """The named model with the weights of a PyTorch checkpoint.
 
     Nothing in the file is executed. Every tensor of the checkpoint and every parameter of the model is accounted for.

@@ -19,7 +19,8 @@ from jaxtyping import Shaped
 from ouromamba_jax.convert.keymap import ConversionError, Rule, depthwise1d, fill, linear, patches
 from ouromamba_jax.convert.unpickle import shown
 from ouromamba_jax.convert.vmamba import StageRule
-from ouromamba_jax.models.mambavision import Conv3x3, ConvBlock, MambaVisionConfig
+from ouromamba_jax.models.convolution import Conv3x3
+from ouromamba_jax.models.mambavision import ConvBlock, MambaVisionConfig
 
 _STEM_EPS, _EPS = 1e-4, 1e-5
 

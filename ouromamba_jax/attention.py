@@ -153,27 +153,6 @@ def implicit_attention(
     return jnp.mean(jnp.stack(maps), axis=0)
 
 
-def class_attention(trace_layer: Any) -> Float[Array, "B height width"]:
-    """Where the class token looks: its row of |implicit attention|, averaged over channels and directions, as an image.
-
-    With the class token in the middle, one direction covers the image's first half and the other the second.
-    """
-    maps = []
-    for scan in _scans(trace_layer):
-        order = scan.order
-        if order.class_index is None:
-            raise ValueError("this model has no class token; use implicit_attention and average its rows.")
-        position = order.length - 1 - order.class_index if order.reverse else order.class_index
-        delta, A, B, C = (x.astype(jnp.float32) for x in (scan.delta, scan.A, scan.B, scan.C))
-        total = jnp.cumsum(delta, axis=1)
-        seen = (jnp.arange(order.length) <= position)[None, :, None]
-        gap = jnp.where(seen, total[:, position][:, None] - total, 0.0)
-        transition = jnp.exp(gap[..., None] * A[None, None]) * jnp.where(seen, delta, 0.0)[..., None]
-        row = jnp.einsum("blen,bln,bn->ble", transition, B, C[:, position])
-        maps.append(order.to_image(jnp.mean(jnp.abs(row), axis=-1)).reshape(-1, order.height, order.width))
-    return jnp.mean(jnp.stack(maps), axis=0)
-
-
 def _scans(trace_layer: Any) -> tuple[Any, ...]:
     if not trace_layer.scans:
         raise ValueError("this layer has no selective scan, so it has no implicit attention; pick another layer.")

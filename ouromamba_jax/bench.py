@@ -6,8 +6,8 @@ over threads, is measured beside wall-clock time: other processes hardly touch i
 """
 
 import importlib.metadata
-import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +24,14 @@ from jaxtyping import Array, Float
 
 from ouromamba_jax import matmul, outliers
 from ouromamba_jax import scan as scans
+from ouromamba_jax.files import write_json
 from ouromamba_jax.models import VisionModel, build_model, pure
-from ouromamba_jax.models.config import height_width
+from ouromamba_jax.preprocessing import height_width
 from ouromamba_jax.quantize import QuantConfig, quantize
-from ouromamba_jax.quantize.modules import quantized_specs
+from ouromamba_jax.quantize.specs import quantized_specs
 
 Progress = Callable[[str], None]
+_VERSIONED = ("jax", "jaxlib", "flax", "optax", "numpy", "ouromamba_jax")
 HEADERS = ("model", "ms", "spread %", "CPU ms", "images/s", "speed-up", "CPU speed-up")
 
 
@@ -131,21 +133,26 @@ def preferring(implementation: str) -> Iterator[None]:
 
 
 def machine() -> dict[str, str]:
-    """What timings depend on: processor, JAX devices, versions."""
+    """What results depend on: processor, JAX devices, versions."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         cpu = next((s.split(":")[1].strip() for s in cpuinfo.read_text().splitlines() if "model name" in s), cpu)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
-    return {"cpu": cpu, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}", **versions}
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"cpu": cpu, "devices": devices, "python": platform.python_version(), **versions}
+
+
+def provenance() -> dict[str, Any]:
+    """Where a file of numbers comes from: the command of the running script, and `machine()`. Names no folder of it."""
+    script, *arguments = sys.argv
+    names = (Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments)
+    return {"command": shlex.join(["python", "/".join(Path(script).parts[-2:]), *names]), "machine": machine()}
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Writes JSON: the command of the running script, the machine, and `results`."""
-    script = Path(sys.argv[0])
-    command = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": command, "machine": machine(), **results}, indent=1) + "\n")
+    """Writes JSON: `provenance()` and `results`."""
+    write_json(path, {**provenance(), **results})
 
 
 def bench_model(
@@ -169,8 +176,10 @@ def bench_model(
       progress: called with a short text before each slow step.
 
     Returns:
-      (rows, headers) for `report.print_table`; the speed-up is over the first row.
+      (rows, headers) for `tables.print_table`; the speed-up is over the first row.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; use at least 1.")
     say = progress or (lambda text: None)
     if quantized_specs(model):
         say("building the float model")

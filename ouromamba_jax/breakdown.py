@@ -13,7 +13,8 @@ from ouromamba_jax.models import VisionModel
 from ouromamba_jax.models.base import apply_stage
 from ouromamba_jax.models.layers import SelectiveScan, as_tokens
 from ouromamba_jax.quantize import QuantLinear, QuantSelectiveScan
-from ouromamba_jax.quantize.modules import QuantizedPoint, set_module
+from ouromamba_jax.quantize.modules import QuantizedPoint
+from ouromamba_jax.quantize.sites import set_module
 
 BREAKDOWN_HEADERS = ("part", "ms", "% of block", "of it splitting, ms")
 KINDS = ("detection + split", "product", "scan", "rest")

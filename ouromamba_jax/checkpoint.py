@@ -26,9 +26,10 @@ from flax import nnx
 
 from ouromamba_jax.models import build_model, config_class
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.config import Preprocessing
+from ouromamba_jax.preprocessing import Preprocessing
 from ouromamba_jax.qtensor import pack_int4, unpack_int4
-from ouromamba_jax.quantize.modules import Levels, apply_specs, quantized_specs, spec_from_json, spec_to_json
+from ouromamba_jax.quantize.modules import Levels
+from ouromamba_jax.quantize.specs import apply_specs, quantized_specs, spec_from_json, spec_to_json
 
 _FORMAT = 2
 

@@ -2,12 +2,12 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,11 @@ from ouromamba_jax import (
 )
 from ouromamba_jax.checkpoint import load, read_description, resolve
 from ouromamba_jax.data import iterate_batches, load_images, to_pixels
+from ouromamba_jax.figures import image_grid
+from ouromamba_jax.files import whole_file
 from ouromamba_jax.models import create_model
-from ouromamba_jax.report import image_grid, print_table
+from ouromamba_jax.quantize import PRESETS
+from ouromamba_jax.tables import print_table
 
 console = Console(stderr=True)
 
@@ -45,14 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ouromamba: {_sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("ouromamba: interrupted; nothing was written.", file=sys.stderr)
+        kept = getattr(arguments, "resume", None)
+        print(f"ouromamba: interrupted{f'; the same command goes on from {kept}' if kept else ''}.", file=sys.stderr)
         return 130
     return 0
 
 
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}."
+        return f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror.lower()}."
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -72,13 +76,12 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     _refuse_existing(arguments.out, suffix=".npz")
+    config = GenConfig(**_given(arguments, GenConfig))
     model = load(arguments.model)
-    given = {f.name: getattr(arguments, f.name, None) for f in dataclasses.fields(GenConfig)}
-    config = GenConfig(**{name: value for name, value in given.items() if value is not None})
     generated = generate_images(
         model, config, jax.random.key(arguments.seed), progress=True, checkpoint_dir=arguments.resume
     )
-    with _whole(arguments.out) as file:
+    with whole_file(arguments.out) as file:
         np.savez_compressed(file, images=np.asarray(generated.images), labels=np.asarray(generated.targets))
     print(f"{arguments.out}: {len(generated.images)} images")
     if arguments.figure:
@@ -89,10 +92,8 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def quantize_verb(arguments: argparse.Namespace) -> None:
     _refuse_existing(arguments.out)
+    config = QuantConfig.preset(arguments.bits, **_given(arguments, QuantConfig))
     model = load(arguments.model)
-    config = QuantConfig.preset(arguments.bits, **{k: getattr(arguments, k) for k in _QUANT if getattr(arguments, k)})
-    if arguments.tune_epochs is not None:
-        config = dataclasses.replace(config, tune_epochs=arguments.tune_epochs)
     images = load_images(
         arguments.images, arguments.split, model.config.img_size, model.config.preprocessing, limit=arguments.limit
     ).images
@@ -114,15 +115,9 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
         model.config.preprocessing,
         batch_size=arguments.batch_size,
         limit=arguments.limit,
+        labelled=True,
     )
-
-    def labelled():
-        for batch in batches:
-            if batch.labels is None:
-                raise ValueError(f"{arguments.data} has no labels; evaluation needs one folder per class, or labels.")
-            yield batch.images, batch.labels
-
-    result = evaluate(model, labelled())
+    result = evaluate(model, ((batch.images, batch.labels) for batch in batches))
     rows = [[100 * result.top1, 100 * result.top5, result.images, result.images_per_second]]
     print_table(rows, ["top-1 %", "top-5 %", "images", "images/s"], title=str(arguments.model))
 
@@ -185,24 +180,17 @@ def demo(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {figures}; {time.perf_counter() - start:.0f} s")
 
 
+def _given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The fields of a config that the command line sets."""
+    values = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _refuse_existing(path: str, *, suffix: str | None = None) -> None:
     if suffix is not None and not path.endswith(suffix):
         raise ValueError(f"{path} must end in {suffix}.")
     if Path(path).exists():
         raise ValueError(f"{path} already exists; choose another name or remove it first.")
-
-
-@contextmanager
-def _whole(path: str):
-    """A binary file that appears at `path` once it is complete."""
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -222,9 +210,6 @@ def _field(text: str) -> tuple[str, int | float | tuple[int | float, ...]]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=NUMBER, e.g. img_size=384") from None
     return name, numbers[0] if len(numbers) == 1 else numbers
-
-
-_QUANT = ("detection", "outlier_scale", "threshold", "n_refresh", "sigma", "weight_group", "batch_size")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -254,7 +239,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("out", help="folder to write")
     sub.add_argument("--entry", help="entry of a training file, e.g. model_ema; by default model or state_dict")
     sub.add_argument(
-        "--set", action="append", type=_field, metavar="FIELD=NUMBER", help="config field, e.g. img_size=384"
+        "--set",
+        action="append",
+        type=_field,
+        metavar="FIELD=NUMBER[,NUMBER...]",
+        help="config field, e.g. img_size=384; may be given several times",
     )
     sub.add_argument(
         "--interpolate-positions",
@@ -284,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", required=True, help="calibration images: .npz, folder, digits, or tfds:NAME")
     sub.add_argument("--split", default="train", help="split of a named data set")
     sub.add_argument("--limit", type=int, help="use this many images")
-    sub.add_argument("--bits", required=True, choices=("w4a4", "w4a8", "w6a6", "w8a8"), help="weights and activations")
+    sub.add_argument("--bits", required=True, choices=PRESETS, help="weights and activations")
     sub.add_argument("--detection", choices=("dynamic", "static", "none"), help="of outlier channels")
     sub.add_argument("--outlier-scale", choices=("pow2", "free"), help="scale of the outliers")
     sub.add_argument("--threshold", choices=("online", "offline"), help="of the detection")

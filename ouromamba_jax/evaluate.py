@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ouromamba_jax.metrics import agreement, sqnr_db, top1, topk
 from ouromamba_jax.models.base import VisionModel, apply_stage
-from ouromamba_jax.report import agreement, sqnr_db, top1, topk
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
 

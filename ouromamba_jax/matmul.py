@@ -8,18 +8,18 @@ epilogue rounds. A sample's result never depends on its batch mates.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int8, Int32
+from jaxtyping import Array, Float32, Int8, Int32
 
 from ouromamba_jax import triton_matmul
-from ouromamba_jax.outliers import OutlierSplit, merge
+from ouromamba_jax.outlier_types import OutlierSplit
+from ouromamba_jax.outliers import merge
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
-from ouromamba_jax.qtensor import QTensor, divide
+from ouromamba_jax.qtensor import QTensor, divide, guard_product
 
 FRACTION_BITS = 12
 """16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""
@@ -41,17 +41,10 @@ def _sum_groups(product: Callable[[Array, Array, Array], Array], levels: Array, 
     first = (levels[0], values[0], weight.scale[0])
     rest = (levels[1:], values[1:], weight.scale[1:])
 
-    def guarded(group):  # keeps the compiler from contracting product and sum in some shapes and not in others
-        return jnp.minimum(product(*group), jnp.float32(3.4028235e38))
+    def guarded(group):  # or product and sum would be contracted in some shapes and not in others
+        return guard_product(product(*group))
 
     return lax.scan(lambda total, group: (total + guarded(group), None), guarded(first), rest)[0]
-
-
-class IntegerProducts(NamedTuple):
-    """Exact accumulators, int32 (groups, B, L, O): `near` counts in units of S[t], `far` in units of s_O[t]."""
-
-    near: Int32[Array, "groups B L O"]
-    far: Int32[Array, "groups B L O"]
 
 
 def _near_and_far(split: OutlierSplit) -> tuple[Int8[Array, "B L C"], Int8[Array, "B L C"]]:
@@ -62,34 +55,8 @@ def _near_and_far(split: OutlierSplit) -> tuple[Int8[Array, "B L C"], Int8[Array
     if not split.pow2:
         return split.inlier_q, split.outlier_q
     zero = jnp.zeros((), jnp.int8)
-    far = jnp.where(_shifted(split)[:, :, None], split.outlier_q, zero)
+    far = jnp.where(split.shifted[:, :, None], split.outlier_q, zero)
     return split.inlier_q + (split.outlier_q - far), far
-
-
-def _shifted(split: OutlierSplit) -> Bool[Array, "B L"]:
-    """Tokens at j > 0 (or with a NaN scale)."""
-    return split.outlier_scale != split.inlier_scale[None]
-
-
-@jax.jit
-def integer_products(split: OutlierSplit, weight: QTensor) -> IntegerProducts:
-    """The exact integers behind `outlier_matmul`, for tests of backends: Y = sum_g s_w[g] * (S * near + s_O * far).
-
-    "free": near = I.W and far = O.W. "pow2": tokens at j = 0 have their outliers in `near` and nothing in `far`.
-
-    Raises:
-      ValueError: for 16-bit outliers, which are floats.
-    """
-    if split.outlier_q.dtype != jnp.int8:
-        raise ValueError("16-bit outliers are floats and have no integer products: split with outlier_bits <= 8")
-    groups, O = weight.scale.shape
-    values = weight.values.reshape(groups, -1, O)
-
-    def products(levels):
-        parts = jnp.moveaxis(levels.reshape(*levels.shape[:-1], groups, -1), -2, 0)
-        return jnp.stack([_dot(part, value) for part, value in zip(parts, values, strict=True)])
-
-    return IntegerProducts(*map(products, _near_and_far(split)))
 
 
 def _one_product(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
@@ -109,7 +76,7 @@ def _two_products(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O
     tokens at j = 0 get the bits of `_one_product`.
     """
     outlier_scale = split.outlier_scale[:, :, None]
-    ratio = divide(jnp.broadcast_to(split.inlier_scale[None, :, None], outlier_scale.shape), outlier_scale)
+    ratio = split.step_ratio[:, :, None]
     near, far = _near_and_far(split)
 
     def product(both, values, scale):
@@ -170,7 +137,7 @@ def _xla(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
         return _fixed_point_outliers(split, weight)
     if not split.pow2:
         return _two_products(split, weight)
-    return lax.cond(jnp.any(_shifted(split)), _two_products, _one_product, split, weight)
+    return lax.cond(jnp.any(split.shifted), _two_products, _one_product, split, weight)
 
 
 def _one_launch(launch: Callable[..., Array], split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:

@@ -11,8 +11,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
-from ouromamba_jax.outliers import OutlierConfig, calibration_mask, mean_and_std, walk_windows
+from ouromamba_jax.outlier_detection import calibration_mask
+from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.qtensor import MIN_SCALE, SEARCH_NORM, divide
+from ouromamba_jax.token_windows import mean_and_std, walk_windows
 
 
 @partial(jax.jit, static_argnames="config")
@@ -66,10 +68,10 @@ def quantize_asymmetric(
 
 
 def _detect(x: Array, scale: Array, limit: Array, config: OutlierConfig) -> Bool[Array, "B L C"]:
-    def grow(x_t, listed, scale_t):
+    def grow(x_t, listed, scale_t, is_token):
         free = jnp.where(listed, 0.0, x_t)
         span = jnp.max(free, axis=-1) - jnp.min(free, axis=-1)
-        overflows = jnp.any(divide(span, limit) > scale_t)
+        overflows = jnp.any((divide(span, limit) > scale_t) & is_token)
         mean, std = mean_and_std(jnp.abs(free))
         above = jnp.abs(free) - mean > config.sigma * std
         return listed | (overflows & above), jnp.zeros(span.shape, jnp.float32)

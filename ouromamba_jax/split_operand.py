@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
-from ouromamba_jax.outliers import OutlierSplit, merge
-from ouromamba_jax.qtensor import divide
+from ouromamba_jax.outlier_types import OutlierSplit
+from ouromamba_jax.outliers import merge
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["splits"], meta_fields=["shape", "dtype"])
@@ -50,7 +50,8 @@ class SplitOperand:
         inlier = jnp.stack([split.inlier_q for split in self.splits], axis=2).astype(dtype)
         outlier = jnp.stack([split.outlier_q for split in self.splits], axis=2).astype(dtype)
         if dtype != jnp.int8:
-            inlier = inlier * divide(self._inlier_steps, self.steps)[..., None]
+            ratio = jnp.stack([split.step_ratio for split in self.splits], axis=2)
+            inlier = inlier * ratio[..., None]
         return (inlier + outlier).reshape(self.shape)
 
     @property
@@ -58,14 +59,9 @@ class SplitOperand:
         """Step of each token's outliers, which is the inliers' too unless they are shifted."""
         return jnp.stack([split.outlier_scale for split in self.splits], axis=2)
 
-    @property
-    def _inlier_steps(self) -> Float32[Array, "B L G"]:
-        steps = jnp.stack([split.inlier_scale for split in self.splits], axis=1)
-        return jnp.broadcast_to(steps[None], (self.shape[0], *steps.shape))
-
     def unshifted(self) -> Bool[Array, ""]:
         """Whether inliers and outliers share a step in every token."""
-        return jnp.all(self.steps == self._inlier_steps)
+        return ~jnp.any(jnp.stack([split.shifted for split in self.splits]))
 
 
 def floats(x: Array | SplitOperand) -> Array:

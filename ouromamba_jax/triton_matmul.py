@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from ouromamba_jax.outliers import OutlierSplit
+from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas import outlier_matmul as mosaic
 from ouromamba_jax.pallas.device import default_device, device_target
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, matmul_tiles
@@ -22,7 +22,16 @@ VERSION = "0.3.1"
 
 def supports(split: OutlierSplit, weight: QTensor) -> str | None:
     """Why this call cannot run here, from shapes, dtypes, the device and what is installed; None if it can."""
-    return mosaic.supports(split, weight) or _missing()
+    return mosaic.supports(split, weight) or _too_large(split, weight) or _missing()
+
+
+def _too_large(split: OutlierSplit, weight: QTensor) -> str | None:
+    B, L, K = split.inlier_q.shape
+    rows = B * L
+    largest = max(rows, weight.shape[1]) * (K + -K % TILE_K), rows * weight.shape[1]
+    if max(largest) <= mosaic.INT32_MAX:
+        return None
+    return f"its indices are int32, too small for {rows} rows of {K} inputs and {weight.shape[1]} outputs"
 
 
 def _missing() -> str | None:

@@ -1,6 +1,7 @@
 """The GPU kernels at the published models' shapes: against XLA, cuBLAS in bf16, and the device's limits.
 
     python scripts/bench_kernels.py --json scripts/results/bench_kernels_h100.json     # needs an NVIDIA GPU
+    python scripts/bench_kernels.py --only split matmul                                # only these operations
     python scripts/bench_kernels.py --dry-run                                          # shapes and limits, anywhere
 
 Not run on a GPU yet: no time and no number is known. The goals: `linear` at (768, 3072) at least 1.6x cuBLAS and 2x
@@ -10,10 +11,15 @@ A limit is the longest of what any implementation must do: read its inputs and w
 tensor cores, take exponentials (16 per clock and multiprocessor), all at datasheet peaks. Every operation runs
 `--inner` times in one compiled loop, in which each waits for the last; operations take turns, and a ratio is the median
 over rounds. Activations are bfloat16 and Gaussian with 1 % of heavy channels, weights have 4 bits.
+
+Before a case is timed, the kernel's results are compared with XLA's: "unequal" counts the integers that differ,
+"off by ppm" is the largest difference of floats, in millionths of the largest float of the same array. A case that
+fails is recorded with its error and the run goes on; the numbers are written after every case.
 """
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +31,12 @@ import numpy as np
 
 from ouromamba_jax.bench import Timing, repeated, time_interleaved, time_ratio, write_results
 from ouromamba_jax.matmul import outlier_matmul
-from ouromamba_jax.outliers import OutlierConfig, search_token_scales, split_outliers
+from ouromamba_jax.outlier_calibration import search_token_scales
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.qtensor import quantize_array
-from ouromamba_jax.report import print_table
 from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.tables import print_table
 
 OURS, XLA, CUBLAS = "mosaic_gpu", "xla", "cublas bf16"
 CONFIG = OutlierConfig(act_bits=4, outlier_bits=8)
@@ -45,8 +53,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Device:
-    """Datasheet peaks per second; `exponentials` at the boost clock."""
+    """Datasheet peaks per second, `exponentials` at the boost clock, of what JAX calls `kind`."""
 
+    kind: str
     bytes: float
     int8: float
     exponentials: float
@@ -58,10 +67,11 @@ class Device:
 
 
 DEVICES = {
-    "H200": Device(4.8e12, 1979e12, 16 * 132 * 1.98e9),
-    "H100": Device(3.35e12, 1979e12, 16 * 132 * 1.98e9),
-    "A100": Device(2.039e12, 624e12, 16 * 108 * 1.41e9),
-    "L40S": Device(0.864e12, 733e12, 16 * 142 * 2.52e9),
+    "H200": Device("NVIDIA H200", 4.8e12, 1979e12, 16 * 132 * 1.98e9),
+    "H100": Device("NVIDIA H100 80GB HBM3", 3.35e12, 1979e12, 16 * 132 * 1.98e9),
+    "H100 PCIe": Device("NVIDIA H100 PCIe", 2.039e12, 1513e12, 16 * 114 * 1.755e9),
+    "A100": Device("NVIDIA A100-SXM4-80GB", 2.039e12, 624e12, 16 * 108 * 1.41e9),
+    "L40S": Device("NVIDIA L40S", 0.864e12, 733e12, 16 * 142 * 2.52e9),
 }
 
 
@@ -122,9 +132,9 @@ class Layer:
         return f"({batch * self.tokens}, {self.K})" + (f" x ({self.K}, {self.O})" if self.O else "")
 
     def work(self, batch: int) -> Work:
-        """x in bfloat16 (levels of inliers, of outliers and their mask are a byte each), y in float32."""
+        """x in bfloat16, y in float32; levels of inliers and of outliers and, from a split, their mask: a byte each."""
         rows = batch * self.tokens
-        entries = {"split": 5, "matmul": 3, "linear": 2}[self.operation]
+        entries = {"split": 5, "matmul": 2, "linear": 2}[self.operation]
         out = self.K * self.O + 4 * rows * self.O
         return Work(entries * rows * self.K + out, int8=2 * rows * self.K * self.O)
 
@@ -187,15 +197,30 @@ def pull_back(function: Callable, inputs: tuple) -> tuple[Callable, tuple]:
     return lambda back, dy: back(dy), (back, y)
 
 
-def measure(case: Scan | Layer, batch: int, inner: int, repeats: int) -> dict[str, Timing]:
-    """Timings of `inner` executions, by contender."""
+def measure(case: Scan | Layer, batch: int, inner: int, repeats: int) -> tuple[dict[str, Timing], int, float]:
+    """Timings of `inner` executions by contender, and how far our results are from XLA's (see `difference`)."""
 
     def call(operation, inputs):
         compiled = repeated(operation, inner)
         return lambda: compiled(inputs)
 
     calls = {name: call(*operation) for name, operation in case.calls(batch).items()}
-    return time_interleaved(calls, repeats=repeats)
+    apart = difference(calls[OURS](), calls[XLA]())
+    return time_interleaved(calls, repeats=repeats), *apart
+
+
+def difference(ours: Any, reference: Any) -> tuple[int, float]:
+    """How many entries are other integers or not finite in one alone; millionths by which floats differ, as above."""
+    unequal, off = 0, 0.0
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
+        floating = jnp.issubdtype(b.dtype, jnp.floating)
+        a, b = (np.asarray(x).astype(np.float64) for x in (a, b))
+        finite = np.isfinite(a) & np.isfinite(b)
+        unequal += int(np.sum(np.isfinite(a) != np.isfinite(b) if floating else a != b))
+        if floating:
+            largest = np.abs(b[finite]).max(initial=np.finfo(np.float32).tiny)
+            off = max(off, 1e6 * float(np.abs(a - b)[finite].max(initial=0) / largest))
+    return unequal, off
 
 
 def limits(case: Scan | Layer, batch: int) -> list[Any]:
@@ -205,53 +230,73 @@ def limits(case: Scan | Layer, batch: int) -> list[Any]:
 
 LIMIT_HEADERS = ("model", "operation", "shape", "MB", "int8 Gop", "G exp")
 TIME_HEADERS = ("ours us", "xla us", "cublas us", "limit us", "set by", "ours / limit", "xla / ours", "cublas / ours")
+HEADERS = (*LIMIT_HEADERS, *TIME_HEADERS, "unequal", "off by ppm")
 
 
-def dry_run(batch: int) -> list[list[Any]]:
+def dry_run(cases: list[Scan | Layer], batch: int) -> list[list[Any]]:
     """Each case's work, and its limit in microseconds on every device."""
     return [
-        limits(case, batch) + [1e6 * device.limit(case.work(batch))[0] for device in DEVICES.values()] for case in CASES
+        limits(case, batch) + [1e6 * device.limit(case.work(batch))[0] for device in DEVICES.values()] for case in cases
     ]
 
 
-def bench(batch: int, inner: int, repeats: int) -> list[list[Any]]:
+def bench(case: Scan | Layer, batch: int, inner: int, repeats: int) -> list[Any]:
+    """A row under HEADERS."""
     kind = jax.devices()[0].device_kind
-    device = next((device for name, device in DEVICES.items() if name in kind), None)
-    rows = []
-    for case in CASES:
-        timings = measure(case, batch, inner, repeats)
-        us = {name: 1e6 * timing.median / inner for name, timing in timings.items()}
-        limit, bound = device.limit(case.work(batch)) if device else (None, None)
-        ratios = [time_ratio(timings[name], timings[OURS]) if name in timings else None for name in (XLA, CUBLAS)]
-        row = [us.get(OURS), us.get(XLA), us.get(CUBLAS), limit and 1e6 * limit, bound]
-        rows.append(limits(case, batch) + row + [limit and us[OURS] / (1e6 * limit), *ratios])
-        print(f"{case.model} {case.operation} {case.shape(batch)}: {us[OURS]:.1f} us", file=sys.stderr, flush=True)
-    return rows
+    device = next((device for device in DEVICES.values() if device.kind == kind), None)
+    timings, *apart = measure(case, batch, inner, repeats)
+    us = {name: 1e6 * timing.median / inner for name, timing in timings.items()}
+    limit, bound = device.limit(case.work(batch)) if device else (None, None)
+    ratios = [time_ratio(timings[name], timings[OURS]) if name in timings else None for name in (XLA, CUBLAS)]
+    times = [us.get(OURS), us.get(XLA), us.get(CUBLAS), limit and 1e6 * limit, bound]
+    return limits(case, batch) + times + [limit and us[OURS] / (1e6 * limit), *ratios, *apart]
+
+
+def run(cases: list[Scan | Layer], arguments: argparse.Namespace) -> int:
+    """Measures case by case; whatever fails, the others' numbers are printed and written."""
+    rows, failed = [], []
+    for case in cases:
+        name = f"{case.model} {case.operation} {case.shape(arguments.batch)}"
+        try:
+            rows.append(bench(case, arguments.batch, arguments.inner, arguments.repeats))
+            print(f"{name}: {rows[-1][len(LIMIT_HEADERS)]:.1f} us", file=sys.stderr, flush=True)
+        except Exception as error:
+            failed.append({"case": name, "error": f"{type(error).__name__}: {error}"})
+            print(f"{name} failed: {traceback.format_exc()}", file=sys.stderr, flush=True)
+        if arguments.json is not None:
+            results = {"batch": arguments.batch, "headers": HEADERS, "rows": rows, "failed": failed}
+            write_results(arguments.json, results)
+    print_table(rows, HEADERS, title=f"batch {arguments.batch}")
+    if arguments.json is not None:
+        print(f"wrote {arguments.json}")
+    if failed:
+        print(f"{len(failed)} of {len(cases)} cases failed: {', '.join(f['case'] for f in failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def main() -> int:
+    operations = sorted({case.operation for case in CASES})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--inner", type=int, default=20, help="executions per timed call (default: 20)")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each contender (default: 20)")
+    parser.add_argument("--only", nargs="+", choices=operations, default=operations, help="these operations")
+    parser.add_argument("--model", default="", help="only models whose name holds this")
     parser.add_argument("--dry-run", action="store_true", help="only the shapes and their limits")
     parser.add_argument("--json", type=Path, help="also write the numbers, the machine and the command to this file")
     arguments = parser.parse_args()
+    cases = [case for case in CASES if case.operation in arguments.only and arguments.model in case.model]
+    if not cases:
+        parser.error(f"no case of a model named {arguments.model!r}: --dry-run prints all of them.")
     if arguments.dry_run:
-        print_table(dry_run(arguments.batch), (*LIMIT_HEADERS, *(f"{name} us" for name in DEVICES)))
+        print_table(dry_run(cases, arguments.batch), (*LIMIT_HEADERS, *(f"{name} us" for name in DEVICES)))
         return 0
     if jax.devices()[0].platform != "gpu":
         print(
             "These kernels need an NVIDIA GPU, and JAX sees none here: --dry-run prints their limits.", file=sys.stderr
         )
         return 1
-    headers = (*LIMIT_HEADERS, *TIME_HEADERS)
-    rows = bench(arguments.batch, arguments.inner, arguments.repeats)
-    print_table(rows, headers, title=f"batch {arguments.batch}")
-    if arguments.json is not None:
-        write_results(arguments.json, {"batch": arguments.batch, "headers": headers, "rows": rows})
-        print(f"wrote {arguments.json}")
-    return 0
+    return run(cases, arguments)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ machine. Activations are Gaussian with 1 % of heavy channels; scales come from `
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ouromamba_jax.bench import write_results
+from ouromamba_jax.bench import time_interleaved, write_results
 from ouromamba_jax.matmul import outlier_matmul
-from ouromamba_jax.outliers import OutlierConfig, outlier_statistics, search_token_scales, split_outliers
+from ouromamba_jax.outlier_calibration import search_token_scales
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import outlier_statistics, split_outliers
 from ouromamba_jax.qtensor import quantize_array
 
 TOKENS = 197
@@ -42,16 +44,9 @@ def quantized_layer(weight, scale, config):
 
 def fastest(functions, x, repeats: int) -> np.ndarray:
     """Milliseconds of each function's fastest run, runs interleaved: (2, functions), wall-clock and processor time."""
-    for function in functions:
-        function(x).block_until_ready()
-    best = np.full((2, len(functions)), np.inf)
-    for _ in range(repeats):
-        for i, function in enumerate(functions):
-            start = time.perf_counter(), time.process_time()
-            function(x).block_until_ready()
-            taken = time.perf_counter() - start[0], time.process_time() - start[1]
-            best[:, i] = np.minimum(best[:, i], 1e3 * np.asarray(taken))
-    return best
+    calls = {str(i): partial(function, x) for i, function in enumerate(functions)}
+    timings = time_interleaved(calls, repeats=repeats).values()
+    return 1e3 * np.asarray([[min(t.seconds) for t in timings], [min(t.cpu_seconds) for t in timings]])
 
 
 def main() -> None:

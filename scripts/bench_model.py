@@ -15,13 +15,16 @@ and 1.3x at W4A4 (16-bit outliers take a second int8 product). Trained models ha
 
 `--device gpu` times six published models at batch 32 in bfloat16, W8A8 and W4A4, through XLA and on our kernels
 (`bench.preferring`), then says what share of the time on the kernels goes into finding and splitting outliers, into
-products, into scans and into the rest. W8A8 has 8-bit outliers there, since no kernel takes 16-bit ones; the first and
-last layer keep those, and XLA. What a kernel refuses runs on XLA: "kernels" counts its calls in the compiled
-program. Not run on a GPU yet: no time and no number is known.
+products, into scans and into the rest. A model that fails is recorded with its error, and the next one starts.
+
+W8A8 has 8-bit outliers there, since no kernel takes 16-bit ones; the first and last layer keep those, and XLA. What a
+kernel refuses runs on XLA: "kernels" counts its calls in the compiled program. Not run on a GPU yet: no time and no
+number is known.
 """
 
 import argparse
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,11 +46,11 @@ from ouromamba_jax.bench import (
     write_results,
 )
 from ouromamba_jax.breakdown import BREAKDOWN_HEADERS, KINDS, block_breakdown, model_breakdown
-from ouromamba_jax.models import create_model, pure
+from ouromamba_jax.models import create_model, model_config, pure
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.quantize.modules import set_module
-from ouromamba_jax.report import print_table
-from ouromamba_jax.scan import ScanOutput
+from ouromamba_jax.quantize.sites import set_module
+from ouromamba_jax.scan_types import ScanOutput
+from ouromamba_jax.tables import print_table
 
 OURS, XLA, FLOAT = "mosaic_gpu", "xla", "bf16"
 GPU_MODELS = ("vim_tiny", "vim_small", "vim_base", "vmamba_tiny_s1l8", "vmamba_base_s1l20", "mambavision_t")
@@ -85,6 +88,16 @@ def with_associative_scan(model: nnx.Module) -> nnx.Module:
         if isinstance(module, SelectiveScan):
             set_module(model, ".".join(map(str, path)), AssociativeScan(module))
     return model
+
+
+def shortened(name: str, depth: int | None) -> dict[str, Any]:
+    """Config fields that leave a model at most `depth` blocks, or as many in every stage if it has stages."""
+    if depth is None:
+        return {}
+    config = model_config(name)
+    if hasattr(config, "depths"):
+        return {"depths": tuple(min(blocks, depth) for blocks in config.depths)}
+    return {"depth": min(config.depth, depth)}
 
 
 def bench_associative(model: nnx.Module, batch: int, repeats: int) -> list[list]:
@@ -139,7 +152,7 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main_gpu(arguments: argparse.Namespace, overrides: dict[str, int]) -> int:
+def main_gpu(arguments: argparse.Namespace) -> int:
     if jax.devices()[0].platform != "gpu":
         log("The kernels need an NVIDIA GPU, and JAX sees none here: without --device gpu this times models on CPU.")
         return 1
@@ -147,16 +160,26 @@ def main_gpu(arguments: argparse.Namespace, overrides: dict[str, int]) -> int:
     results: dict[str, Any] = {
         "batch": batch, "depth": arguments.depth, "headers": GPU_HEADERS, "share_headers": SHARE_HEADERS, "models": {}
     }  # fmt: skip
+    failed = []
     for name in [arguments.model] if arguments.model else GPU_MODELS:
         log(f"building {name}")
-        rows, shares = bench_gpu(gpu_models(name, arguments.bits, **overrides), batch, arguments.repeats)
-        print_table(rows, GPU_HEADERS, title=f"{name}, batch {batch}")
-        print_table(shares, SHARE_HEADERS, title=f"{name} on {OURS}: where the time goes")
-        results["models"][name] = {"rows": rows, "shares": shares}
+        try:
+            models = gpu_models(name, arguments.bits, **shortened(name, arguments.depth))
+            rows, shares = bench_gpu(models, batch, arguments.repeats)
+        except Exception as error:
+            failed.append(name)
+            log(f"{name} failed: {traceback.format_exc()}")
+            results["models"][name] = {"error": f"{type(error).__name__}: {error}"}
+        else:
+            print_table(rows, GPU_HEADERS, title=f"{name}, batch {batch}")
+            print_table(shares, SHARE_HEADERS, title=f"{name} on {OURS}: where the time goes")
+            results["models"][name] = {"rows": rows, "shares": shares}
         if arguments.json is not None:  # after every model: all six take long
             write_results(arguments.json, results)
             print(f"wrote {arguments.json}")
-    return 0
+    if failed:
+        log(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
 
 
 def main() -> int:
@@ -171,26 +194,27 @@ def main() -> int:
     parser.add_argument(
         "--batch", type=int, help="images per call; 4 for associative, 2 for quantised, 32 for gpu if left out"
     )
-    parser.add_argument("--depth", type=int, help="fewer blocks, for a quick look")
+    parser.add_argument("--depth", type=int, help="at most so many blocks (per stage), for a quick look")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a4"], help="presets to compare (default: w8a8 w4a4)")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of each model (default: 10)")
     parser.add_argument("--json", type=Path, help="also write the numbers, the machine and the command to this file")
     arguments = parser.parse_args()
-    overrides = {} if arguments.depth is None else {"depth": arguments.depth}
     if arguments.device == "gpu":
         if arguments.what is not None:
             parser.error(f"{arguments.what} is a comparison on CPU: leave it out with --device gpu.")
-        return main_gpu(arguments, overrides)
+        return main_gpu(arguments)
     results: dict = {"depth": arguments.depth}
 
     if arguments.what in (None, "associative"):
         name, batch = arguments.model or "vim_tiny", arguments.batch or 4
-        rows = bench_associative(create_model(name, **overrides), batch, arguments.repeats)
+        model = create_model(name, **shortened(name, arguments.depth))
+        rows = bench_associative(model, batch, arguments.repeats)
         print_table(rows, HEADERS, title=f"{name}, batch {batch}")
         results["associative"] = dict(model=name, batch=batch, headers=HEADERS, rows=rows)
     if arguments.what in (None, "quantised"):
         name, batch = arguments.model or "vim_base", arguments.batch or 2
-        rows, parts = bench_quantised(create_model(name, **overrides), batch, arguments.repeats, arguments.bits)
+        model = create_model(name, **shortened(name, arguments.depth))
+        rows, parts = bench_quantised(model, batch, arguments.repeats, arguments.bits)
         print_table(rows, HEADERS, title=f"{name}, batch {batch}")
         for bits, table in parts.items():
             print_table(table, BREAKDOWN_HEADERS, title=f"one block of {name}, {bits}")

@@ -12,17 +12,16 @@ All functions are timed in turn, round after round, and each reports its fastest
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from ouromamba_jax import selective_scan
-from ouromamba_jax.bench import write_results
+from ouromamba_jax.bench import time_interleaved, write_results
+from ouromamba_jax.tables import print_table
 
 
 def ours(u, delta, A, B, C):
@@ -43,7 +42,7 @@ def associative(u, delta, A, B, C):
 
 
 def plain(u, delta, A, B, C):
-    """One token per step of ``lax.scan``, state (B, D, N), differentiated by JAX."""
+    """One token per step of `lax.scan`, state (B, D, N), differentiated by JAX."""
 
     def step(h, x):
         u, delta, B, C = x
@@ -78,31 +77,19 @@ def pull_back(function, inputs):
     return jax.jit(lambda pullback, dy: pullback(dy)), (pullback, y)
 
 
-def fastest(calls, rounds):
-    """Seconds of the fastest round of each call, the calls taking turns."""
-    for function, arguments in calls.values():
-        jax.block_until_ready(function(*arguments))
-    seconds = dict.fromkeys(calls, float("inf"))
-    for _ in range(rounds):
-        for name, (function, arguments) in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return seconds
-
-
 def time_rows(shape, groups, rounds):
     """(formulation, forward ms, backward ms, backward / forward, forward / ours, backward / ours)."""
     inputs = make_inputs(*shape, groups)
     calls = {}
     for name, function in FORMULATIONS.items():
-        calls[name, "forward"] = jax.jit(function), inputs
-        calls[name, "backward"] = pull_back(function, inputs)
-    seconds = fastest(calls, rounds)
+        backward, residuals = pull_back(function, inputs)
+        calls[f"{name}, forward"] = partial(jax.jit(function), *inputs)
+        calls[f"{name}, backward"] = partial(backward, *residuals)
+    seconds = {name: min(timing.seconds) for name, timing in time_interleaved(calls, repeats=rounds).items()}
     rows = []
     for name in FORMULATIONS:
-        forward, backward = seconds[name, "forward"], seconds[name, "backward"]
-        ratios = backward / forward, forward / seconds["ours", "forward"], backward / seconds["ours", "backward"]
+        forward, backward = seconds[f"{name}, forward"], seconds[f"{name}, backward"]
+        ratios = backward / forward, forward / seconds["ours, forward"], backward / seconds["ours, backward"]
         rows.append((name, forward * 1e3, backward * 1e3, *ratios))
     return rows
 
@@ -122,15 +109,6 @@ def memory_rows(shape, groups):
     return rows
 
 
-def show(console, rows, headers, title, digits):
-    table = Table(title=title)
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i else "left", no_wrap=not i)
-    for name, *values in rows:
-        table.add_row(name, *(f"{value:.{digits}f}" for value in values))
-    console.print(table)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=4, default=(8, 197, 384, 16), metavar=("B", "L", "D", "N"))
@@ -139,12 +117,11 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the numbers, the machine and the command to this file")
     arguments = parser.parse_args()
     shape, groups = tuple(arguments.shape), arguments.groups
-    console = Console()
     times = time_rows(shape, groups, arguments.rounds)
     title = f"(B, L, D, N) = {shape}, {groups} group(s), {jax.default_backend()}"
-    show(console, times, TIME_HEADERS, title, 2)
+    print_table(times, TIME_HEADERS, title=title)
     memory = memory_rows(shape, groups)
-    show(console, memory, MEMORY_HEADERS, "Forward and backward, temporary memory in MB", 1)
+    print_table(memory, MEMORY_HEADERS, title="Forward and backward, temporary memory in MB")
     if arguments.json is not None:
         tables = {
             "time": dict(headers=TIME_HEADERS, rows=times),

@@ -82,7 +82,7 @@ def matmul(inputs: int, outputs: int, bits: int) -> tuple[Callable, list]:
     import jax.numpy as jnp
 
     from ouromamba_jax.matmul import outlier_matmul
-    from ouromamba_jax.outliers import OutlierSplit
+    from ouromamba_jax.outlier_types import OutlierSplit
     from ouromamba_jax.qtensor import QTensor
 
     def run(inlier, outlier, outlier_scale, mask, scale, values, columns):
@@ -97,25 +97,25 @@ def matmul(inputs: int, outputs: int, bits: int) -> tuple[Callable, list]:
     return run, [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
 
-def split(channels: int, scale: str) -> tuple[Callable, list]:
+def split(channels: int, scale: str, dtype: str = "float32") -> tuple[Callable, list]:
     import jax
-    import jax.numpy as jnp
 
-    from ouromamba_jax.outliers import OutlierConfig, split_outliers
+    from ouromamba_jax.outlier_types import OutlierConfig
+    from ouromamba_jax.outliers import split_outliers
 
     config = OutlierConfig(outlier_scale=scale)  # type: ignore[arg-type]
-    shapes = [(BATCH, TOKENS, channels), (TOKENS,)]
+    shapes = [((BATCH, TOKENS, channels), dtype), ((TOKENS,), "float32")]
     return (
         lambda x, scale: split_outliers(x, scale, config, implementation="mosaic_gpu"),
-        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        [jax.ShapeDtypeStruct(*shape) for shape in shapes],
     )
 
 
-def scan_shapes(channels: int, states: int, groups: int, dtype: str) -> dict[str, Any]:
+def scan_shapes(channels: int, states: int, groups: int, dtype: str, length: int = TOKENS) -> dict[str, Any]:
     """The arguments of a scan by name."""
     import jax
 
-    tokens, projection = (BATCH, TOKENS, channels), (BATCH, TOKENS, groups, states)
+    tokens, projection = (BATCH, length, channels), (BATCH, length, groups, states)
     inputs = {"u": tokens, "delta": tokens, "z": tokens, "B": projection, "C": projection}
     parameters = {"A": (channels, states), "D": (channels,), "delta_bias": (channels,)}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in inputs.items()} | {
@@ -123,13 +123,15 @@ def scan_shapes(channels: int, states: int, groups: int, dtype: str) -> dict[str
     }
 
 
-def scan(channels: int, states: int, groups: int, dtype: str = "float32") -> tuple[Callable, list]:
+def scan(
+    channels: int, states: int, groups: int, dtype: str = "float32", length: int = TOKENS
+) -> tuple[Callable, list]:
     from ouromamba_jax.scan import selective_scan
 
     def run(arrays):
         return selective_scan(**arrays, delta_softplus=True, implementation="mosaic_gpu")[:2]
 
-    return run, [scan_shapes(channels, states, groups, dtype)]
+    return run, [scan_shapes(channels, states, groups, dtype, length)]
 
 
 def scan_gradient(channels: int, states: int, groups: int, dtype: str, collect: bool) -> tuple[Callable, list]:
@@ -147,11 +149,11 @@ def scan_gradient(channels: int, states: int, groups: int, dtype: str, collect: 
     return jax.grad(loss), [scan_shapes(channels, states, groups, dtype)]
 
 
-def scan_levels(channels: int, states: int, groups: int) -> tuple[Callable, list]:
+def scan_levels(channels: int, states: int, groups: int, dtype: str = "float32") -> tuple[Callable, list]:
     """As quantised models call it: u in floats; delta, B and C in levels, int8 or, with shifted outliers, float32."""
     import jax
 
-    from ouromamba_jax.outliers import OutlierSplit
+    from ouromamba_jax.outlier_types import OutlierSplit
     from ouromamba_jax.scan import selective_scan
     from ouromamba_jax.split_operand import SplitOperand
 
@@ -165,7 +167,7 @@ def scan_levels(channels: int, states: int, groups: int) -> tuple[Callable, list
     def run(arrays):
         return selective_scan(**arrays, delta_softplus=True, implementation="mosaic_gpu")[:2]
 
-    arrays = scan_shapes(channels, states, groups, "float32")
+    arrays = scan_shapes(channels, states, groups, dtype)
     return run, [{name: levels(x) if name in ("delta", "B", "C") else x for name, x in arrays.items() if name != "z"}]
 
 
@@ -176,13 +178,14 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     "matmul 192x384 W4": (matmul, (192, 384, 4)),
     "matmul 384x56 W4": (matmul, (384, 56, 4)),
     "split 768 pow2": (split, (768, "pow2")),
-    "split 3072 pow2": (split, (3072, "pow2")),
+    "split 3072 pow2 bf16": (split, (3072, "pow2", "bfloat16")),
     "split 192 free": (split, (192, "free")),
-    # Directions of Vim, MambaVision and VMamba, whose groups of 96 channels are padded
-    "scan 384x16": (scan, (384, 16, 1)),
+    # Directions of Vim, MambaVision and VMamba: groups of 96 channels are padded, the 3136 tokens of stage 1 cut in 4
     "scan 1536x16 bf16": (scan, (1536, 16, 1, "bfloat16")),
-    "scan 384x1 in 4": (scan, (384, 1, 4)),
+    "scan 160x8": (scan, (160, 8, 1)),
+    "scan 384x1 in 4 bf16": (scan, (384, 1, 4, "bfloat16", 3136)),
     "scan 384x16 int8": (scan_levels, (384, 16, 1)),
+    "scan 160x8 int8, bf16": (scan_levels, (160, 8, 1, "bfloat16")),
     "scan gradient 384x16": (scan_gradient, (384, 16, 1, "float32", False)),
     "scan gradient 1536x16": (scan_gradient, (1536, 16, 1, "bfloat16", True)),
     "scan gradient 160x8": (scan_gradient, (160, 8, 1, "bfloat16", False)),
@@ -245,12 +248,12 @@ def check(kernel: str, target: str) -> bool:
     dump = dict.fromkeys(("MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS"), "1")
     done = subprocess.run(command, env=os.environ | dump, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"{target:5} {kernel:22} does not compile:\n{done.stderr[-2000:]}", flush=True)
+        print(f"{target:5} {kernel:24} does not compile:\n{done.stderr[-2000:]}", flush=True)
         return False
     report = Report.read(done.stdout)
     problems = report.problems(kernel, DEVICES[target])
     print(
-        f"{target:5} {kernel:22} {report.registers:4} registers {report.spills:4} B spilled "
+        f"{target:5} {kernel:24} {report.registers:4} registers {report.spills:4} B spilled "
         f"{report.shared_memory:7} B shared {report.tensor_core:4} tensor-core  {'; '.join(problems) or 'ok'}",
         flush=True,
     )

@@ -12,9 +12,6 @@ static list by largest values.
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
-import platform
 from pathlib import Path
 from statistics import mean, pstdev
 
@@ -24,9 +21,12 @@ import numpy as np
 from rich.progress import track
 
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, load, quantize
+from ouromamba_jax.bench import write_results
 from ouromamba_jax.data import load_images
 from ouromamba_jax.evaluate import predict, score
-from ouromamba_jax.report import markdown_table, print_table
+from ouromamba_jax.files import write_text
+from ouromamba_jax.quantize import PRESETS
+from ouromamba_jax.tables import markdown_table, print_table
 
 SETTINGS = (
     ("w8a8", {}),
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="calibration images")
     parser.add_argument("--iterations", type=int, default=200, help="of the generation")
     parser.add_argument("--sources", nargs="+", default=["real", "synthetic", "noise"])
-    parser.add_argument("--bits", nargs="+", default=["w8a8", "w6a6", "w4a8", "w4a4"])
+    parser.add_argument("--bits", nargs="+", default=list(reversed(PRESETS)), choices=PRESETS)
     parser.add_argument("--tune-epochs", type=int, default=QuantConfig.tune_epochs)
     parser.add_argument("--json", type=Path, help="write the rows and the versions here")
     arguments = parser.parse_args()
@@ -122,17 +122,13 @@ def main() -> None:
     )
     print_table(rows, HEADERS, title=title)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
         record = dict(
-            command=vars(arguments) | {"json": str(arguments.json)},
+            settings=vars(arguments) | {"json": arguments.json.name},
             float_top1=float_top1,
             rows=[dict(zip(HEADERS, row, strict=True)) for row in rows],
-            versions=versions | {"python": platform.python_version()},
-            device=jax.devices()[0].device_kind,
         )
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-        arguments.json.with_suffix(".md").write_text(f"{title}\n\n{markdown_table(rows, HEADERS)}")
+        write_results(arguments.json, record)
+        write_text(arguments.json.with_suffix(".md"), f"{title}\n\n{markdown_table(rows, HEADERS)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -36,12 +35,13 @@ from study_runs import HEADERS, OPTIONAL, OURS, Run, read_runs, summarise, table
 
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, load, quantize
 from ouromamba_jax.baselines import quantize_baseline
-from ouromamba_jax.bench import machine
+from ouromamba_jax.bench import machine, provenance
 from ouromamba_jax.data import iterate_batches, load_images
 from ouromamba_jax.evaluate import predict, score
+from ouromamba_jax.files import whole_file, write_json, write_text
 from ouromamba_jax.models import VisionModel
-from ouromamba_jax.models.config import height_width
-from ouromamba_jax.report import markdown_table, print_table
+from ouromamba_jax.preprocessing import height_width
+from ouromamba_jax.tables import markdown_table, print_table
 
 
 class Study:
@@ -104,10 +104,8 @@ class Study:
         path = self.out / "images" / f"{run.images}-{differing}-seed-{seed}.npy"
         if not path.exists():
             images = np.asarray(generate_images(self.model, run.gen_config, jax.random.key(seed)).images)
-            path.parent.mkdir(exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.npy")
-            np.save(partial, images)
-            partial.replace(path)
+            with whole_file(path) as file:
+                np.save(file, images)
         return np.load(path)
 
     def quantize(self, run: Run, images: np.ndarray) -> tuple[VisionModel, Any]:
@@ -151,7 +149,7 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
     differs = [name for name in identity | before if before.get(name) != identity.get(name)]
     if differs:
         raise ValueError(f"{path.parent} holds a study with another {', '.join(differs)}; choose another --out.")
-    path.write_text(json.dumps(identity, indent=1) + "\n")
+    write_json(path, identity)
 
 
 def write_summary(study: Study, every: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> None:
@@ -159,8 +157,7 @@ def write_summary(study: Study, every: dict[str, list[Run]], done: dict[str, dic
     float_top1, count = study.float_top1(), len(study.reference()[1])
     title = f"{study.model_name}: float top-1 {float_top1:.2f} % on {count} images"
     summary = dict(summarise(every, done))
-    called = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:] if a != "--summarise"]
-    command = shlex.join(["python", "scripts/study.py", *called])
+    command = provenance()["command"].replace(" --summarise", "")
     common = next(iter(every.values()))[0].gen_config
     text = [
         f"# {title}\n",
@@ -177,8 +174,8 @@ def write_summary(study: Study, every: dict[str, list[Run]], done: dict[str, dic
         float_top1=float_top1,
         tables={table: [dict(zip(HEADERS, row, strict=True)) for row in rows] for table, rows in summary.items()},
     )
-    (study.out / "study.json").write_text(json.dumps(record, indent=1) + "\n")
-    (study.out / "study.md").write_text("\n".join(text))
+    write_json(study.out / "study.json", record)
+    write_text(study.out / "study.md", "\n".join(text))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

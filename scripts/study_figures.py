@@ -4,16 +4,18 @@ import dataclasses
 from statistics import mean
 from typing import Any
 
+import jax
 import numpy as np
-from flax import nnx
 from study_runs import BITS, Run, finished
 
-from ouromamba_jax.charts import dot_chart, line_panels
+from ouromamba_jax.charts import dot_chart, line_chart, line_panels
 from ouromamba_jax.data import load_images, to_pixels
 from ouromamba_jax.demo import outlier_figure
+from ouromamba_jax.figures import image_grid
+from ouromamba_jax.gen import class_targets
 from ouromamba_jax.models import VisionModel
-from ouromamba_jax.quantize.modules import QuantLinear
-from ouromamba_jax.report import image_grid, line_chart
+from ouromamba_jax.quantize import QuantLinear
+from ouromamba_jax.quantize.sites import named_modules
 
 FORWARD = ("in_proj", "qkv", "x_proj", "dt_proj", "out_proj", "proj", "fc1", "fc2")
 """Names of layers in the order in which a block calls them."""
@@ -62,7 +64,7 @@ def draw_images(study: Any, run: Run) -> None:
     config, images = study.config, study.images(run, 0)
     sample = load_images(study.data, study.train_split, config.img_size, config.preprocessing, limit=1)
     names = sample.classes or [str(label) for label in range(config.num_classes)]
-    titles = [names[target] for target in class_targets(run.gen_config, config.num_classes)]
+    titles = [names[target] for target in class_targets(run.gen_config, config.num_classes, jax.random.key(0)).tolist()]
     heading = "Synthetic images and the class each was made for"
     image_grid(study.out / "generated.png", to_pixels(images[:40], config.preprocessing), titles[:40], heading=heading)
     low, _ = study.quantize(dataclasses.replace(run, bits="w4a4"), images)
@@ -105,8 +107,8 @@ def draw_activations(study: Any, calibration: list[Run]) -> None:
 def token_scales(model: VisionModel) -> dict[str, np.ndarray]:
     """{site: inlier scale (L,)} of a quantised model's 4-bit linear layers."""
     return {
-        ".".join(map(str, path)): np.asarray(module.act.scale[...])
-        for path, module in nnx.iter_modules(model)
+        path: np.asarray(module.act.scale[...])
+        for path, module in named_modules(model)
         if isinstance(module, QuantLinear) and module.spec.config.act_bits == 4
     }
 

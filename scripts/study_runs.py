@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from ouromamba_jax import GenConfig, QuantConfig
 from ouromamba_jax.baselines import BASELINES
+from ouromamba_jax.files import write_text
 
 OURS = "ouromamba"
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
@@ -171,15 +170,8 @@ def read_runs(path: Path) -> dict[str, dict[str, Any]]:
         entries[entry["key"]] = entry
         whole.append(line + "\n")
     if (text := "".join(whole)) != path.read_text():
-        _replace(path, text)
+        write_text(path, text)
     return entries
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(name, path)
 
 
 def finished(run: Run, done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

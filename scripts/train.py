@@ -31,12 +31,7 @@ The test split is read once, after the last step. `--out` is a new folder: the c
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
 import math
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,10 +45,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ouromamba_jax.bench import provenance
 from ouromamba_jax.checkpoint import save
 from ouromamba_jax.data import Dataset, load_images
+from ouromamba_jax.files import write_json
+from ouromamba_jax.metrics import top1
 from ouromamba_jax.models import create_model, pure
-from ouromamba_jax.report import top1
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples
 
 EVAL_BATCH = 250
@@ -203,9 +200,9 @@ def read_split(config: TrainConfig, model: Any, split: str) -> Dataset:
     """One split of the data as the model takes it, with labels that it can have."""
     if config.data != "digits" and not config.data.startswith("tfds:") and "{split}" not in config.data:
         raise ValueError(f'--data {config.data} has one split only; write {{split}} where "train" or "test" belongs.')
-    data = load_images(config.data, split, model.config.img_size, model.config.preprocessing, limit=config.limit)
-    if data.labels is None:
-        raise ValueError(f"--data {config.data} has no labels; give class folders or an .npz with `labels`.")
+    data = load_images(
+        config.data, split, model.config.img_size, model.config.preprocessing, limit=config.limit, labelled=True
+    )
     if data.labels.max() >= model.config.num_classes:
         raise ValueError(
             f"--data {config.data} has labels up to {data.labels.max()}, but {config.model} has "
@@ -227,8 +224,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> tuple[nnx.Module, di
     state = replicate(mesh, state)
     per_epoch = len(data.images) // batch
     tx = optimizer(config, config.epochs * per_epoch)
-    preprocessing = model.config.preprocessing
-    black = -jnp.asarray(preprocessing.mean, jnp.float32) / jnp.asarray(preprocessing.std, jnp.float32)
+    mean, std = model.config.preprocessing.mean_and_std()
+    black = jnp.asarray(-mean / std).reshape(3)
 
     @jax.jit
     def step(state, averaged, opt_state, images, labels, key):
@@ -286,25 +283,27 @@ def progress_bar(shown: bool) -> Progress:
 
 
 def write_record(path: Path, config: TrainConfig, metrics: dict[str, Any]) -> None:
-    """The run as JSON: accuracies, settings, command, versions."""
+    """The run as JSON: accuracies, settings, command, machine and versions."""
     record = {
         "metrics": {**metrics, "loss": [round(loss, 4) for loss in metrics["loss"]]},
         "config": dataclasses.asdict(config),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy", "ouromamba_jax")},
-        "device": jax.devices()[0].device_kind,
+        **provenance(),
     }
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, record)
 
 
 def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, Path]:
     """The command line: one flag per field of TrainConfig and Augmentation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=INT[,INT...]", help="config fields of the model")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="FIELD=INT[,INT...]",
+        help="config fields of the model; may be given several times",
+    )
     groups = (TrainConfig(), Augmentation())
     for group in groups:
         for field in dataclasses.fields(group):

@@ -14,10 +14,28 @@ from ouromamba_jax.models import create_model
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize import QuantConfig
 from ouromamba_jax.quantize.calibrate import capture
-from ouromamba_jax.quantize.modules import iter_sites
+from ouromamba_jax.quantize.sites import iter_sites
 
 SCAN = "blocks.0.mixer.scan"
 QUICK = {"ptq4vm": dict(epochs=6)}
+# Besides Vim: a pyramid with four scan directions and one state, and one with attention; both downsample in a block.
+FAMILIES = {
+    "vim": ("vim_micro", TINY),
+    "vmamba": ("vmamba_micro", dict(img_size=16, dims=8, depths=(1, 1), mlp_ratio=2.0, num_classes=5)),
+    "mambavision": (
+        "mambavision_micro",
+        dict(
+            img_size=16,
+            dim=8,
+            in_dim=4,
+            depths=(1, 2),
+            window_size=(4, 2),
+            num_heads=(1, 2),
+            mlp_ratio=2.0,
+            num_classes=5,
+        ),
+    ),
+}
 
 
 def heavy_tailed(key: int, shape: tuple[int, ...]) -> jax.Array:
@@ -31,9 +49,10 @@ def images(key: int = 0, count: int = 6) -> jax.Array:
 
 
 @cache
-def float_model() -> nnx.Module:
-    """A tiny Vim in which no parameter has the regular values of its initialisation."""
-    model = create_model("vim_micro", rngs=nnx.Rngs(5), **TINY)
+def float_model(family: str = "vim") -> nnx.Module:
+    """A tiny model in which no parameter has the regular values of its initialisation."""
+    name, fields = FAMILIES[family]
+    model = create_model(name, rngs=nnx.Rngs(5), **fields)
     for i, (_, leaf) in enumerate(nnx.to_flat_state(nnx.state(model))):
         noise = np.random.default_rng(100 + i).standard_normal(leaf.shape)
         leaf.set_value(jnp.asarray(np.asarray(leaf[...]) + 0.2 * noise, jnp.float32))

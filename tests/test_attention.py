@@ -10,7 +10,6 @@ import pytest
 import tolerances
 
 from ouromamba_jax.attention import (
-    class_attention,
     implicit_attention,
     neighbourhood_mask,
     neighbourhood_sum,
@@ -176,22 +175,8 @@ def test_large_steps_neither_overflow_nor_poison_the_gradient(per_channel):
     assert np.any(gradient != 0)
 
 
-def test_class_attention_is_the_class_row_of_both_directions():
-    scans = (make_scan(ORDERS[0]), make_scan(ORDERS[1], seed=1))
-    image = class_attention(SimpleNamespace(scans=scans))
-    assert image.shape == (2, 3, 4)
-    rows = []
-    for scan in scans:
-        magnitude = jnp.mean(jnp.abs(scan_attention(scan, per_channel=True)), axis=1)
-        rows.append(scan.order.to_image(magnitude[:, 6]))  # the middle of 13, read from either end
-    np.testing.assert_allclose(image.reshape(2, 12), (rows[0] + rows[1]) / 2, rtol=1e-5)
-    assert np.all(image > 0)
-
-
 def test_what_cannot_be_computed_is_said():
     with pytest.raises(ValueError, match="no hidden states"):
         patched_readout(SimpleNamespace(**{**vars(make_scan(ORDERS[0])), "states": None}))
-    with pytest.raises(ValueError, match="no class token"):
-        class_attention(SimpleNamespace(scans=(make_scan(ORDERS[2]),)))
     with pytest.raises(ValueError, match="no selective scan"):
         implicit_attention(SimpleNamespace(scans=()))

@@ -23,11 +23,11 @@ from tolerances import BATCHED_FLOAT, REORDERED
 from ouromamba_jax.baselines import BASELINES, KSQConfig, PTQ4VMConfig, QMambaLikeConfig, RTNConfig, quantize_baseline
 from ouromamba_jax.baselines.base import EDGES, step_sizes, walk_scan
 from ouromamba_jax.evaluate import predict
+from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.models import create_model, list_models
 from ouromamba_jax.qtensor import max_level
 from ouromamba_jax.quantize import QuantConfig, QuantLinear, QuantRule, QuantSelectiveScan, quantize
-from ouromamba_jax.quantize.modules import iter_sites
-from ouromamba_jax.report import sqnr_db
+from ouromamba_jax.quantize.sites import iter_sites
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -20,7 +20,7 @@ from ouromamba_jax.baselines.ptq4vm import (
     stage_loss,
 )
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.quantize.modules import iter_sites, set_module
+from ouromamba_jax.quantize.sites import iter_sites, set_module
 
 
 def ranges_in_numpy(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,6 @@ from flax import nnx
 from tiny_models import TOKENS
 from tolerances import FLOAT64_LOOP
 
-from ouromamba_jax.baselines import KSQConfig
 from ouromamba_jax.baselines.ksq_grids import (
     cosine,
     find_clusters,
@@ -37,9 +36,10 @@ from ouromamba_jax.baselines.qmamba_like import (
     search_group_scales,
     token_groups,
 )
+from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.quantize import QuantLinear
-from ouromamba_jax.quantize.modules import Levels, iter_sites
-from ouromamba_jax.report import sqnr_db
+from ouromamba_jax.quantize.modules import Levels
+from ouromamba_jax.quantize.sites import iter_sites
 
 
 def test_ksq_levels_and_intervals():
@@ -144,7 +144,7 @@ def test_the_reparameterised_hidden_state(rounded):
     """The recurrence on h' = h / (r_C r_L r_D) gives the float y; rounded at every step, what `KSQScan` computes."""
     scan, operands = scan_operands()
     u, delta, A, B, C = in_numpy(scan, operands)
-    low = calibrate_ksq(scan, *operands, config=KSQConfig(act_bits=8))
+    low = calibrate_ksq(scan, *operands, k=4, bits=8)
     states = np.asarray(scan(*operands, collect=lambda h: h).states, np.float64).reshape(6, TOKENS, 2, 40, 3)
     # The other roundings of the scan belong to the operands here.
     wide = dict(u=(u, low.u_scale), delta=(delta, low.delta_scale))

@@ -15,9 +15,12 @@ from tiny_models import TINY
 from ouromamba_jax import bench, breakdown, outliers
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.models.layers import QuantPoint
+from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.quantize import QuantConfig, memory_report
-from ouromamba_jax.quantize.modules import SiteSpec, apply_specs, iter_sites, quantized_specs
+from ouromamba_jax.quantize.modules import SiteSpec
+from ouromamba_jax.quantize.sites import iter_sites
+from ouromamba_jax.quantize.specs import apply_specs, quantized_specs
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +77,11 @@ def test_repeats_must_be_positive():
 
 
 def test_results_name_the_machine_but_no_folder_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/scripts/bench_x.py", "--batch", "2"])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/scripts/bench_x.py", "--data", f"{tmp_path}/{{split}}.npz"])
     path = tmp_path / "new" / "results.json"
     bench.write_results(path, {"rows": [["float", 1.5]]})
     written = json.loads(path.read_text())
-    assert written["command"] == "python scripts/bench_x.py --batch 2"
+    assert written["command"] == "python scripts/bench_x.py --data '{split}.npz'"
     assert written["rows"] == [["float", 1.5]]
     assert written["machine"]["jax"] == jax.__version__
     assert written["machine"]["cpu"]
@@ -176,11 +179,11 @@ def test_a_preferred_backend_is_taken_where_it_supports_the_call(monkeypatch):
     marked = Backend(lambda x, config: None if x.shape[1] == 2 else "it wants two tokens", lambda x, *_, **__: x + 1)
     monkeypatch.setitem(outliers.BACKENDS, "marked", marked)
     before = list(outliers.BACKENDS)
-    split = jax.jit(lambda x: outliers.split_outliers(x, jnp.ones(x.shape[1]), outliers.OutlierConfig()))
+    split = jax.jit(lambda x: outliers.split_outliers(x, jnp.ones(x.shape[1]), OutlierConfig()))
     assert not isinstance(split(x), jax.Array)
     with bench.preferring("marked"):
         np.testing.assert_array_equal(split(x), x + 1)
-        assert isinstance(split(x[:, :1]), outliers.OutlierSplit)
+        assert isinstance(split(x[:, :1]), OutlierSplit)
         compiled = split.lower(x).compile()
     assert not isinstance(split(x), jax.Array)
     np.testing.assert_array_equal(compiled(x), x + 1)

@@ -11,7 +11,7 @@ import pytest
 from script_modules import load_script
 from tiny_models import TINY
 
-from ouromamba_jax.models import create_model, list_models
+from ouromamba_jax.models import create_model, list_models, model_config
 from ouromamba_jax.quantize import QuantConfig
 
 
@@ -107,3 +107,41 @@ def test_its_tables_and_results(script, gpu, capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     assert "where the time goes" in printed
     assert "detection + split %" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("vim_tiny", {"depth": 2}),
+        ("vim_micro", {"depth": 2}),
+        ("vmamba_base_s1l20", {"depths": (2, 2, 2, 2)}),
+        ("mambavision_t", {"depths": (1, 2, 2, 2)}),
+    ],
+)
+def test_a_shorter_model_of_every_family(script, name, fields):
+    assert script.shortened(name, None) == {}
+    assert script.shortened(name, 2) == fields
+    assert script.shortened(name, 99) == {field: getattr(model_config(name), field) for field in fields}
+    model_config(name, **fields)
+
+
+def test_a_failed_model_is_recorded_and_the_next_one_starts(script, gpu, capsys, monkeypatch, tmp_path):
+    asked = []
+
+    def models(name, bits, **overrides):
+        asked.append((name, overrides))
+        if name == "vim_small":
+            raise RuntimeError("out of memory")
+        return {}
+
+    monkeypatch.setattr(script, "gpu_models", models)
+    row = ["w4a4", "xla", *[1.0] * 6]
+    monkeypatch.setattr(script, "bench_gpu", lambda *_: ([row], [["w4a4", *[1.0] * 5]]))
+    path = tmp_path / "results.json"
+    assert run(script, monkeypatch, "--depth", "2", "--json", str(path)) == 1
+    assert [name for name, _ in asked] == list(script.GPU_MODELS)
+    assert asked[3] == ("vmamba_tiny_s1l8", {"depths": (2, 2, 2, 2)})
+    written = json.loads(path.read_text())["models"]
+    assert written["vim_small"] == {"error": "RuntimeError: out of memory"}
+    assert all(written[name]["rows"] == [row] for name in script.GPU_MODELS if name != "vim_small")
+    assert capsys.readouterr().err.endswith("failed: vim_small\n")

@@ -1,5 +1,6 @@
 """The command line: every verb on a tiny model, and errors as one sentence."""
 
+import errno
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from ouromamba_jax.cli import main
 from ouromamba_jax.demo import middle_scan, received_attention
 
 VERBS = ("convert", "generate", "quantize", "evaluate", "inspect", "bench", "demo")
+QUANTIZE = ("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out")
 GOLDEN = Path(__file__).parent / "golden" / "models" / "vim_a"
 
 
@@ -62,7 +64,7 @@ def test_the_pipeline_from_images_to_scores(folder, capsys):
     assert "3 images" in text
     with np.load(made) as file:
         assert file["images"].shape == (3, 32, 32, 3)
-        assert file["labels"].tolist() == [0, 1, 2]
+        assert file["labels"].tolist() == [0, 3, 6]  # of ten classes
     assert (folder / "made.png").stat().st_size > 1000
 
     status, text, _ = run(
@@ -111,6 +113,13 @@ def test_inspect_lists_a_pytorch_file(capsys):
         (("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "out"), "does not fit the model"),
         (("generate", "vim_micro", "out.txt"), "must end in .npz"),
         (("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out"), "nowhere"),
+        ((*QUANTIZE, "--n-refresh", 0), "n_refresh must be at least 1"),
+        ((*QUANTIZE, "--sigma", 0), "sigma must be positive"),
+        ((*QUANTIZE, "--weight-group", 0), "weight_group must be a positive number"),
+        ((*QUANTIZE, "--batch-size", 0), "batch_size at least 1"),
+        (("generate", "vim_micro", "out.npz", "--batch-size", 0), "batch_size is 0; use at least 1"),
+        (("evaluate", "vim_micro", "--data", "digits", "--batch-size", 0), "batch_size is 0; use at least 1"),
+        (("bench", "vim_micro", "--batch-size", 0), "batch_size is 0; use at least 1"),
     ],
 )
 def test_an_error_is_one_sentence(arguments, says, capsys, tmp_path, monkeypatch):
@@ -131,7 +140,7 @@ def test_debug_raises(capsys):
 
 def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")  # of a write, which names no file
 
     monkeypatch.setattr(np, "savez_compressed", fail)
     out = tmp_path / "images.npz"
@@ -139,8 +148,22 @@ def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch, caps
         capsys, "generate", folder / "tiny", out, "--num-images", 3, "--batch-size", 3, "--iterations", 2
     )
     assert status == 1
-    assert "no space left" in error
+    assert error == "ouromamba: no space left on device.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [((), "interrupted."), (("--resume", "run"), "interrupted; the same command goes on from run.")],
+)
+def test_an_interruption_says_how_to_go_on(options, says, folder, capsys, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ouromamba_jax.cli.generate_images", interrupt)
+    status, _, error = run(capsys, "generate", folder / "tiny", tmp_path / "images.npz", *options)
+    assert status == 130
+    assert error == f"ouromamba: {says}\n"
 
 
 # --- demo

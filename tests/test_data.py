@@ -3,7 +3,8 @@
 import io
 import math
 import sys
-from types import ModuleType, SimpleNamespace
+from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,11 +12,10 @@ from PIL import Image
 from tolerances import PIXEL
 
 from ouromamba_jax.data import digits_split, iterate_batches, load_images, preprocess, to_pixels
+from ouromamba_jax.preprocessing import Preprocessing
 
-HALF = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0, interpolation="bicubic")
-IMAGENET = SimpleNamespace(
-    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875, interpolation="bicubic"
-)
+HALF = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0)
+IMAGENET = Preprocessing()
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def expected_input(pixels, size, config):
 @pytest.mark.parametrize("shape", [(64, 64), (60, 97), (131, 50), (40, 41), (33, 32), (300, 200)])
 @pytest.mark.parametrize(("size", "crop_pct", "interpolation"), [(32, 0.875, "bicubic"), (48, 1.0, "bilinear")])
 def test_preprocess_is_the_published_transform(rng, shape, size, crop_pct, interpolation):
-    config = SimpleNamespace(**{**vars(IMAGENET), "crop_pct": crop_pct, "interpolation": interpolation})
+    config = replace(IMAGENET, crop_pct=crop_pct, interpolation=interpolation)
     pixels = smooth_picture(rng, *shape)
     result = preprocess(pixels, size, config)
     assert result.dtype == np.float32
@@ -61,13 +61,13 @@ def test_preprocess_takes_height_and_width_in_that_order(rng):
 
 
 @pytest.mark.parametrize("shape", [(61, 97), (131, 50), (40, 41)])
-def test_a_target_that_is_not_square_rounds_the_size(rng, shape):
-    """timm's ResizeKeepRatio, written out."""
+def test_a_target_that_is_not_square_is_rounded_and_bilinear(rng, shape):
+    """timm's ResizeKeepRatio, written out; its default filter is bilinear, and the transform passes it no other."""
     pixels, (height, width) = smooth_picture(rng, *shape), (24, 40)
     covered = [math.floor(side / HALF.crop_pct) for side in (height, width)]
     ratio = min(shape[0] / covered[0], shape[1] / covered[1])
     new = [round(side / ratio) for side in shape]
-    resized = np.asarray(Image.fromarray(pixels).resize(new[::-1], Image.Resampling.BICUBIC))
+    resized = np.asarray(Image.fromarray(pixels).resize(new[::-1], Image.Resampling.BILINEAR))
     top, left = round((new[0] - height) / 2), round((new[1] - width) / 2)
     expected = resized[top : top + height, left : left + width] / 127.5 - 1
     np.testing.assert_allclose(preprocess(pixels, (height, width), HALF), expected, atol=PIXEL, rtol=0)
@@ -83,13 +83,13 @@ def test_gray_and_transparent_pictures_become_rgb(rng):
 
 def test_to_pixels_inverts_the_normalisation(rng):
     pixels = rng.integers(0, 256, (3, 9, 11, 3), dtype=np.uint8)
-    images = np.stack([preprocess(p, (9, 11), SimpleNamespace(**{**vars(IMAGENET), "crop_pct": 1.0})) for p in pixels])
+    images = np.stack([preprocess(p, (9, 11), replace(IMAGENET, crop_pct=1.0)) for p in pixels])
     np.testing.assert_array_equal(to_pixels(images, IMAGENET), pixels)
 
 
 def test_unknown_interpolation_is_named(rng):
     with pytest.raises(ValueError, match="no interpolation 'lanczos'; use one of bicubic"):
-        preprocess(smooth_picture(rng, 9, 9), 8, SimpleNamespace(**{**vars(HALF), "interpolation": "lanczos"}))
+        preprocess(smooth_picture(rng, 9, 9), 8, replace(HALF, interpolation="lanczos"))
 
 
 # --- digits
@@ -309,6 +309,32 @@ def test_tfds(monkeypatch, rng):
     with pytest.raises(ValueError, match=r"TFDS cannot open 'nist', split 'train' .*array_record") as caught:
         load_images("tfds:nist", "train", 8, HALF)
     assert "long advice" not in str(caught.value)
+
+
+def test_images_without_a_class_cannot_be_scored(monkeypatch, rng, tmp_path):
+    """As in the test split of TFDS's imagenet2012, whose labels are all -1."""
+    pixels = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+
+    def data_source(name, *, split):
+        return [{"image": p, "label": np.int64(-1 if split == "test" else 7)} for p in pixels]
+
+    tfds = ModuleType("tensorflow_datasets")
+    monkeypatch.setattr(tfds, "data_source", data_source, raising=False)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
+    says = r"the split 'test' of imagenet2012 has images without a class .* e\.g\. tfds:imagenet2012:validation"
+    for source, split in (("tfds:imagenet2012", "test"), ("tfds:imagenet2012:test", "train")):
+        assert load_images(source, split, 8, HALF).images.shape == (4, 8, 8, 3)  # enough for calibration
+        with pytest.raises(ValueError, match=says):
+            load_images(source, split, 8, HALF, labelled=True)
+        with pytest.raises(ValueError, match=says):
+            next(iterate_batches(source, split, 8, HALF, batch_size=2, labelled=True))
+    np.testing.assert_array_equal(load_images("tfds:imagenet2012:validation", "test", 8, HALF, labelled=True).labels, 7)
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.array([0, 1, -1, 2]))
+    with pytest.raises(ValueError, match=r"a\.npz has the label -1, which is no class"):
+        load_images(tmp_path / "a.npz", "test", 8, HALF, labelled=True)
+    np.savez(tmp_path / "b.npz", images=pixels)
+    with pytest.raises(ValueError, match=r"b\.npz has no labels; give one folder per class"):
+        load_images(tmp_path / "b.npz", "test", 8, HALF, labelled=True)
 
 
 def test_tfds_missing(monkeypatch):

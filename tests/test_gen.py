@@ -9,6 +9,7 @@ import pytest
 import tolerances
 from flax import nnx
 
+from ouromamba_jax import gen
 from ouromamba_jax.gen import (
     GenConfig,
     contrastive_loss,
@@ -271,9 +272,11 @@ def test_the_same_key_gives_the_same_bits_and_another_key_does_not(model, refere
     assert np.all(np.any(np.asarray(other.images != reference.images), axis=(1, 2, 3)))
 
 
-def test_a_batch_depends_on_the_key_alone(model, reference):
-    fewer = generate_images(model, dataclasses.replace(SMALL, num_images=3), jax.random.key(1))
-    np.testing.assert_array_equal(fewer.images, reference.images[:3])
+def test_a_batch_depends_on_the_key_alone(model):
+    fewer, more = (
+        generate_images(model, dataclasses.replace(SMALL, num_images=count), jax.random.key(1)) for count in (5, 6)
+    )
+    np.testing.assert_array_equal(fewer.images, more.images[:5])
 
 
 @pytest.mark.parametrize("committed", [False, True])
@@ -372,8 +375,21 @@ def test_augmentations_cover_all_shifts_and_mirrorings(model):
 def test_random_targets_cover_the_classes(model):
     config = dataclasses.replace(SMALL, targets="random", num_images=24)
     targets = np.asarray(generate_images(model, config, jax.random.key(0)).targets)
+    np.testing.assert_array_equal(targets, gen.class_targets(config, 5, jax.random.key(0)))
     assert set(targets) == set(range(5))
     assert np.any(targets != np.arange(24) % 5)
+
+
+@pytest.mark.parametrize(("images", "batch"), [(5, 2), (128, 32), (1000, 64), (1003, 10)])
+def test_targets_are_spread_evenly_over_the_classes(images, batch):
+    config = dataclasses.replace(SMALL, num_images=images, batch_size=batch)
+    targets = np.asarray(gen.class_targets(config, 1000, jax.random.key(0)))
+    assert targets.dtype == np.int32
+    if images < 1000:
+        np.testing.assert_array_equal(targets, [i * 1000 // images for i in range(images)])
+        assert np.ptp(np.diff(targets)) <= 1
+    else:
+        np.testing.assert_array_equal(targets, np.arange(images) % 1000)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ from ouromamba_jax import GenConfig, QuantConfig, generate_images, quantize
 from ouromamba_jax.attention import implicit_attention
 from ouromamba_jax.convert import ConversionError, from_torch, load_tensors
 from ouromamba_jax.convert.mambavision import fill_mambavision
+from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.models import AttentionTrace, WindowOrder, create_model, list_models, model_config, pure
 from ouromamba_jax.models.layers import DotProductAttention, QuantPoint, SelectiveScan
-from ouromamba_jax.models.mambavision import ConvBlock, HybridBlock, split_windows
-from ouromamba_jax.quantize.calibrate import check_coverage
-from ouromamba_jax.quantize.modules import iter_sites, set_module
-from ouromamba_jax.report import sqnr_db
+from ouromamba_jax.models.mambavision import ConvBlock, HybridBlock
+from ouromamba_jax.models.windows import split_windows
+from ouromamba_jax.quantize.coverage import check_coverage
+from ouromamba_jax.quantize.sites import iter_sites, named_modules, set_module
 
 ROOT = Path(__file__).parent / "golden"
 GOLDEN = ROOT / "models" / "mambavision_a"
@@ -429,9 +430,9 @@ def test_every_matmul_is_a_site(tiny):
     for name, stage in tiny.stages:
         after = jax.eval_shape(stage, x)
         bare = nnx.clone(stage)
-        for path, module in list(nnx.iter_modules(bare)):
+        for path, module in list(named_modules(bare)):
             if isinstance(module, DotProductAttention):
-                set_module(bare, ".".join(map(str, path)), WithoutProducts())
+                set_module(bare, path, WithoutProducts())
         check_coverage(bare, x, name)
         x = after
     sites = dict(iter_sites(tiny))

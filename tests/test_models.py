@@ -11,7 +11,8 @@ from flax import nnx
 from tolerances import BFLOAT16_LOGITS, REORDERED
 
 from ouromamba_jax.models import ScanOrder, config_class, create_model, list_models, model_config, pure
-from ouromamba_jax.models.layers import DepthwiseConv1d, RMSNorm, extract_patches
+from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
+from ouromamba_jax.models.layers import RMSNorm
 
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
 TINY = dict(img_size=16, patch_size=4, stride=4, embed_dim=20, depth=1, d_state=5, num_classes=7)

@@ -11,16 +11,9 @@ import tolerances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ouromamba_jax.outliers import (
-    OutlierConfig,
-    calibrate_channels,
-    calibrate_theta,
-    fake_quant,
-    merge,
-    outlier_statistics,
-    search_token_scales,
-    split_outliers,
-)
+from ouromamba_jax.outlier_calibration import calibrate_channels, calibrate_theta, search_token_scales
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import fake_quant, merge, outlier_statistics, split_outliers
 
 GOLDEN = Path(__file__).parent / "golden" / "quant"
 

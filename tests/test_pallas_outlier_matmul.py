@@ -1,4 +1,8 @@
-"""The outlier matmul's kernels in interpret mode: every backend gives the reference's bits, without races."""
+"""The outlier matmul's kernels in interpret mode: every backend gives the reference's bits, without races.
+
+Tests marked gpu, here and in the other files, run the compiled kernels on one GPU, in one process (of two, each would
+reserve most of its memory): JAX_PLATFORMS=cuda python -m pytest -m gpu -n 0.
+"""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -11,7 +15,9 @@ import triton_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax import matmul
-from ouromamba_jax.outliers import OutlierConfig, OutlierSplit, search_token_scales, split_outliers
+from ouromamba_jax.outlier_calibration import search_token_scales
+from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
+from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.device import target_of
 from ouromamba_jax.pallas.tiles import MatmulTiles, matmul_tiles
@@ -93,7 +99,7 @@ def test_a_split_activation_gives_the_bits_of_xla(name):
     split = split_outliers(x, search_token_scales(x, OutlierConfig()), OutlierConfig())
     split = replace(split, outlier_scale=split.outlier_scale.at[1, 4].set(jnp.nan))
     weight = quantize_array(jnp.asarray(rng.normal(size=(K, O)).astype(np.float32)), 4)
-    assert 0.1 < float(jnp.mean(matmul._shifted(split))) < 0.9
+    assert 0.1 < float(jnp.mean(split.shifted)) < 0.9
     y, expected = (np.asarray(product(n)(split, weight)) for n in (name, "xla"))
     assert np.isnan(y).sum() == O
     np.testing.assert_array_equal(y, expected)
@@ -113,6 +119,23 @@ def test_the_largest_shift_fits(name):
     y = kernel.run(planes, weight, **options(name))
     exact = np.asarray(extreme, np.int64).sum(-1, keepdims=True) * level * (2**limit + 1) * np.ones(3, np.int64)
     np.testing.assert_array_equal(y, exact.astype(np.float32))
+
+
+@pytest.mark.parametrize(("name", "tile_n"), [("sm90", 64), ("sm90", 128), ("sm90_packed", 64)])
+def test_a_program_of_two_tiles_has_no_race(name, tile_n, capfd):
+    """Three tiles for two programs: outputs leave by one slot of shared memory (64 columns), or two in turns."""
+    rng = np.random.default_rng(9)
+    M, K, O = 128, 128, 3 * tile_n
+    near, far = (rng.integers(-9, 10, size=(1, M, K)).astype(np.int8) for _ in range(2))
+    values = rng.integers(-7, 8, size=(K, O)).astype(np.int8)
+    ones = jnp.ones((1, M), jnp.float32)
+    planes = kernel.Planes(jnp.asarray(near), jnp.asarray(far), ones.astype(jnp.int32), ones)
+    weight = QTensor(jnp.asarray(values), jnp.ones((1, O), jnp.float32), 4)
+    launch = options(name, detect_races=True) | {"tiles": replace(TILES[name], tile_n=tile_n)}
+    y = kernel.run(planes, weight, **launch)
+    expected = (near.astype(np.int64) + 2 * far.astype(np.int64)) @ values.astype(np.int64)
+    np.testing.assert_array_equal(np.asarray(y).astype(np.int64), expected)
+    assert "RACE" not in "".join(capfd.readouterr())
 
 
 def test_a_larger_shift_goes_to_xla():
@@ -135,6 +158,12 @@ def test_shifts_are_the_powers_of_the_scales():
     np.testing.assert_array_equal(shift, power)
     assert bool(fits)
     assert not bool(kernel.shifts(split, 125)[1])
+
+
+def test_shifts_come_without_a_division():
+    """XLA's on a GPU may return the float below a power of two, and a shift would be one too small."""
+    split, _ = random_split(np.random.default_rng(4), "mixed")
+    assert "stablehlo.divide" not in jax.jit(partial(kernel.shifts, limit=6)).lower(split).as_text()
 
 
 @pytest.mark.parametrize(("M", "tile_m"), [(256, 128), (200, 64), (64, 64)])
@@ -175,7 +204,7 @@ def test_the_widest_tile_that_divides_the_outputs(outputs, width):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("K", "O"), [(768, 3072), (1536, 768), (192, 384), (384, 56)])
 def test_on_the_device(name, K, O, bits):
-    """The compiled kernel itself, at the layers of Vim; run it with JAX_PLATFORMS=cuda."""
+    """The compiled kernel itself, at the layers of Vim."""
     rng = np.random.default_rng(7)
     x = rng.normal(size=(32, 197, K)) * np.where(rng.random((32, 197, K)) < 0.001, 100, 1)
     x = jnp.asarray(x.astype(np.float32))

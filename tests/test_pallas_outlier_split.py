@@ -9,7 +9,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax import outliers
-from ouromamba_jax.outliers import OutlierConfig, calibrate_theta, search_token_scales, split_outliers
+from ouromamba_jax.outlier_calibration import calibrate_theta, search_token_scales
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.pallas import outlier_split as kernel
 from ouromamba_jax.pallas.dispatch import Backend
 
@@ -57,6 +59,12 @@ def test_the_kernel_gives_the_reference(name, implementation):
         theta = calibrate_theta(x, config) if config.threshold == "offline" else None
         expected = assert_same(implementation, x, search_token_scales(x, config), config, theta)
         assert 0 < float(jnp.mean(expected.mask.astype(jnp.float32))) < 0.5
+
+
+def test_bfloat16_activations(implementation):
+    L, C, config = CASES["pow2"]
+    x = activations(np.random.default_rng(4), L, C, 30)
+    assert assert_same(implementation, x.astype(jnp.bfloat16), search_token_scales(x, config), config).mask.any()
 
 
 def test_a_non_finite_token_gets_a_nan_scale_and_other_windows_do_not_see_it(implementation):

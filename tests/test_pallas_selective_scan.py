@@ -11,15 +11,15 @@ import tolerances
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from tiny_models import TOKENS, quantised
 
-from ouromamba_jax import scan
-from ouromamba_jax.outliers import OutlierSplit
+from ouromamba_jax import scan, scan_mosaic
+from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.pallas.selective_scan import Scales
 from ouromamba_jax.pallas.selective_scan_forward import forward
 from ouromamba_jax.pallas.tiles import ScanTiles
 from ouromamba_jax.quantize import QuantConfig
-from ouromamba_jax.scan import BACKENDS, _mosaic_gpu, selective_scan
+from ouromamba_jax.scan import BACKENDS, selective_scan
 from ouromamba_jax.split_operand import SplitOperand
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -60,6 +60,34 @@ def test_levels_count_in_steps_of_their_token_and_group(whole):
     assert_near(h_last, expected.h_last)
 
 
+@pytest.mark.parametrize("levels", [False, True], ids=["floats", "levels"])
+@pytest.mark.parametrize(("states", "dtype"), [(8, "float32"), (8, "bfloat16"), (1, "bfloat16")])
+def test_the_forward_pass_alone(states, dtype, levels):
+    """No state is saved for a gradient; with `levels`, floats u beside the others in int8, as quantised models call."""
+    rng = np.random.default_rng(4)
+    batch, length, D = 2, 5, 20
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    x = {"u": normal(batch, length, D), "delta": normal(batch, length, D)}
+    x |= {name: normal(batch, length, 1, states) for name in "BC"}
+    floats, scales = dict(x), Scales()
+    if levels:
+        steps = {name: jnp.asarray(rng.uniform(0.01, 0.02, (batch, length, 1)), "float32") for name in ("delta", *"BC")}
+        x |= {name: jnp.asarray(rng.integers(-127, 128, size=x[name].shape), jnp.int8) for name in steps}
+        wide = {name: s.reshape(batch, length, *[1] * (x[name].ndim - 2)) for name, s in steps.items()}
+        floats |= {name: x[name].astype("float32") * wide[name] for name in steps}
+        scales = Scales(**steps)
+    A = -jnp.exp(jnp.asarray(rng.normal(size=(D, states)), "float32"))
+    y, h_last, starts = kernel.run(**x, A=A, delta_softplus=True, scales=scales, interpret=INTERPRET)
+    expected = selective_scan(**floats, A=A, delta_softplus=True, implementation="xla")
+    assert starts is None
+    assert y.dtype == jnp.dtype(dtype)
+    assert_near(y.astype("float32"), expected.y.astype("float32"), tolerances.SCAN_VALUE[dtype])
+    assert_near(h_last, expected.h_last)
+
+
 def split_scan(run, shift, steps, u, A):
     """y of a scan on random levels, delta's outliers `shift` bits (B, L) further out; one value per channel."""
     rng = np.random.default_rng(3)
@@ -86,7 +114,7 @@ def split_scan(run, shift, steps, u, A):
 
 
 STEPS = {name: jnp.linspace(0.01, 0.02, 6) * (1 + i) for i, name in enumerate(("delta", "B", "C"))}
-INTERPRETED = partial(_mosaic_gpu, tiles=ScanTiles(piece=1, chunk=2, segments=3), interpret=INTERPRET)
+INTERPRETED = partial(scan_mosaic.run, tiles=ScanTiles(piece=1, chunk=2, segments=3), interpret=INTERPRET)
 
 
 def test_a_sample_in_levels_keeps_its_bits_beside_one_with_shifted_outliers():
@@ -133,7 +161,7 @@ def test_a_quantised_block_hands_its_levels_to_the_kernel(name, monkeypatch):
     def run(*, delta, B, C, **call):
         seen.update(type(operand) for operand in (delta, B, C) if operand.has_levels)
         seen.update({len(operand.splits) for operand in (delta, B, C)})
-        return _mosaic_gpu(delta=delta, B=B, C=C, **call, interpret=INTERPRET)
+        return scan_mosaic.run(delta=delta, B=B, C=C, **call, interpret=INTERPRET)
 
     monkeypatch.setattr(scan, "BACKENDS", {"interpreted": Backend(kernel.unsuitable, run), **BACKENDS})
     actual = jax.jit(lambda x: block(x))(x)
@@ -178,7 +206,7 @@ def test_segments_give_the_scan_in_one_go():
 
         return jax.tree.leaves(jax.jit(forward_and_back)(x, cotangents))
 
-    kernels = partial(_mosaic_gpu, tiles=ScanTiles(piece=1, chunk=2, segments=3), interpret=INTERPRET)
+    kernels = partial(scan_mosaic.run, tiles=ScanTiles(piece=1, chunk=2, segments=3), interpret=INTERPRET)
     for actual, expected in zip(results(kernels), results(BACKENDS["xla"].run), strict=True):
         assert_near(actual, expected, tolerances.SCAN_GRADIENT["float32"])
 

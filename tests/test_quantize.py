@@ -12,17 +12,21 @@ from tiny_models import TINY, TOKENS
 from tolerances import FAKE_AGAINST_INTEGER, FAKE_AGAINST_INTEGER_16
 
 from ouromamba_jax.checkpoint import load, save
+from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.qtensor import max_level
 from ouromamba_jax.quantize import OPERANDS, QuantConfig, QuantLinear, QuantRule, QuantSelectiveScan, quantize
-from ouromamba_jax.quantize.calibrate import capture, check_coverage
-from ouromamba_jax.quantize.fake import install_fakes, scan_parameter
-from ouromamba_jax.quantize.modules import ACTIVATION_OPERANDS, SiteSpec, iter_sites
+from ouromamba_jax.quantize.calibrate import capture
+from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS
+from ouromamba_jax.quantize.coverage import check_coverage
+from ouromamba_jax.quantize.fake import install_fakes
+from ouromamba_jax.quantize.modules import SiteSpec
+from ouromamba_jax.quantize.rounding import scan_parameter
 from ouromamba_jax.quantize.run import quantized_modules
+from ouromamba_jax.quantize.sites import iter_sites, named_modules
 from ouromamba_jax.quantize.stages import replace_sites
 from ouromamba_jax.quantize.tune import stage_loss, tune_scales, update_of
-from ouromamba_jax.report import sqnr_db
 
 EXACT = dict(float_dtype="float32")
 IMAGES = 6
@@ -245,7 +249,7 @@ def test_the_report_accounts_for_everything():
         assert np.isfinite(site.sqnr_db)
         assert site.sqnr_db > (30 if edge else 5), path
     assert 0 < report.outlier_rate < 0.5
-    modules = {".".join(map(str, p)): m for p, m in nnx.iter_modules(low)}
+    modules = dict(named_modules(low))
     assert all(isinstance(modules[path], QuantLinear) for path in linears)
     floats = {
         ".".join(map(str, p)): leaf for p, leaf in nnx.to_flat_state(nnx.state(low)) if isinstance(leaf, nnx.Param)

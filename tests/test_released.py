@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tolerances
 
-from ouromamba_jax.outliers import OutlierConfig
+from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.released import quantize_asymmetric, search_ranges
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "quant" / "q_act_d_L40.npz")

@@ -13,12 +13,14 @@ import pytest
 import tolerances
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ouromamba_jax import scan
-from ouromamba_jax.outliers import OutlierConfig, split_outliers
+from ouromamba_jax import scan, scan_mosaic
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.pallas.tiles import ScanTiles
 from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.scan_types import ScanOutput
 from ouromamba_jax.split_operand import SplitOperand, floats
 
 
@@ -26,7 +28,7 @@ from ouromamba_jax.split_operand import SplitOperand, floats
 def implementation(request, monkeypatch, capfd):
     """A backend's name. The interpreter raises (jax 0.12) or reports (0.11) accesses that no barrier orders."""
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    run = partial(scan._mosaic_gpu, tiles=ScanTiles(piece=2, chunk=4), interpret=interpret)
+    run = partial(scan_mosaic.run, tiles=ScanTiles(piece=2, chunk=4), interpret=interpret)
     monkeypatch.setitem(scan.BACKENDS, "interpreted", Backend(kernel.unsuitable, run))
     yield request.param
     assert "RACE" not in "".join(capfd.readouterr())
@@ -42,8 +44,17 @@ def for_backends(names, cases, interpreted=()):
     return pytest.mark.parametrize(("implementation", *names), everywhere, indirect=["implementation"])
 
 
+def value_tolerance(implementation):
+    """By dtype, as is the next."""
+    return tolerances.SCAN_VALUE_GPU if implementation == "mosaic_gpu" else tolerances.SCAN_VALUE
+
+
+def gradient_tolerance(implementation):
+    return tolerances.SCAN_GRADIENT_GPU if implementation == "mosaic_gpu" else tolerances.SCAN_GRADIENT
+
+
 def make_inputs(batch, length, channels, d_state, *, groups=None, dtype=jnp.float32, drop=(), seed=0):
-    """Random arguments of a scan; ``groups=None`` gives the (B, L, N) form of B and C."""
+    """Random arguments of a scan; `groups=None` gives the (B, L, N) form of B and C."""
     rng = np.random.default_rng(seed)
     projection = (batch, length, d_state) if groups is None else (batch, length, groups, d_state)
     shapes = {
@@ -67,7 +78,7 @@ def make_split(x, groups, *, largest=None, **config):
 
 
 def python_scan(step, h, xs):
-    """What ``jax.lax.scan`` computes, in numpy."""
+    """What `jax.lax.scan` computes, in numpy."""
     outputs = []
     for x in zip(*xs, strict=True):
         h, output = step(h, x)
@@ -147,7 +158,7 @@ def check_gradients(inputs, *, dtype="float32", implementation=None, **options):
     for name, gradient in actual.items():
         assert gradient.dtype == inputs[name].dtype
         assert reference[name].dtype == np.float64
-        assert_close(gradient, reference[name], tolerances.SCAN_GRADIENT[dtype], f"gradient of {name}")
+        assert_close(gradient, reference[name], gradient_tolerance(implementation)[dtype], f"gradient of {name}")
 
 
 VALUES = [
@@ -174,9 +185,10 @@ def test_values_match_a_float64_loop(implementation, length, channels, d_state, 
     y, h_last, states = loop(to_float64(inputs), reverse=reverse)
     assert out.y.dtype == jnp.dtype(dtype)
     assert out.h_last.dtype == out.states.dtype == jnp.float32
-    assert_close(out.y, y, tolerances.SCAN_VALUE[dtype], "y")
-    assert_close(out.h_last, h_last, tolerances.SCAN_VALUE["float32"], "h_last")
-    assert_close(out.states, states, tolerances.SCAN_VALUE["float32"], "states")
+    tolerance = value_tolerance(implementation)
+    assert_close(out.y, y, tolerance[dtype], "y")
+    assert_close(out.h_last, h_last, tolerance["float32"], "h_last")
+    assert_close(out.states, states, tolerance["float32"], "states")
 
 
 @for_backends(
@@ -209,7 +221,7 @@ def test_operands_in_integers(implementation, names, largest, config, dtype):
         if implementation == "xla":
             assert wanted is None or np.array_equal(actual, wanted)
         elif wanted is not None:
-            assert_close(actual, wanted.astype(jnp.float32), tolerances.SCAN_VALUE[dtype], name)
+            assert_close(actual, wanted.astype(jnp.float32), value_tolerance(implementation)[dtype], name)
 
 
 @pytest.mark.parametrize(
@@ -311,10 +323,10 @@ def test_collect_returns_any_pytree_and_may_close_over_what_is_differentiated(im
     weight = jnp.float32(0.7)
     _, _, states = loop(to_float64(inputs))
     mean, first = jax.jit(collected)(weight)
-    assert_close(mean, states.mean(2), tolerances.SCAN_VALUE["float32"])
-    assert_close(first, states[..., 0] * 0.7, tolerances.SCAN_VALUE["float32"])
+    assert_close(mean, states.mean(2), value_tolerance(implementation)["float32"])
+    assert_close(first, states[..., 0] * 0.7, value_tolerance(implementation)["float32"])
     gradient = jax.grad(lambda w: collected(w)[1].sum())(weight)
-    assert_close(gradient, states[..., 0].sum(), tolerances.SCAN_GRADIENT["float32"])
+    assert_close(gradient, states[..., 0].sum(), gradient_tolerance(implementation)["float32"])
 
 
 def test_collecting_does_not_change_the_result():
@@ -461,7 +473,7 @@ def test_dispatch(monkeypatch):
         assert B.shape == (2, 9, 1, 4)  # always grouped
         return "it cannot collect states" if collect else None
 
-    backends = {"fast": Backend(supports, lambda *, u, **_: scan.ScanOutput(u, u, None)), **scan.BACKENDS}
+    backends = {"fast": Backend(supports, lambda *, u, **_: ScanOutput(u, u, None)), **scan.BACKENDS}
     monkeypatch.setattr(scan, "BACKENDS", backends)
     assert selective_scan(**inputs).y is inputs["u"]
     assert np.array_equal(selective_scan(**inputs, implementation="xla").y, expected)

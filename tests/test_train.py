@@ -11,8 +11,8 @@ from script_modules import load_script
 
 from ouromamba_jax.checkpoint import load, resolve
 from ouromamba_jax.data import load_images
+from ouromamba_jax.metrics import top1
 from ouromamba_jax.models import create_model, model_config, pure
-from ouromamba_jax.report import top1
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_other_families_learn_with_all_their_parameters(name, script, striped):
 
 
 def test_sizes_of_stages_are_set_from_the_command_line(script, capsys):
-    config, _ = script.parse(["--out", "out", "--model", "vmamba_micro", "--set", "dims=8", "depths=1,2"])
+    config, _ = script.parse(["--out", "out", "--model", "vmamba_micro", "--set", "dims=8", "--set", "depths=1,2"])
     assert config.overrides == (("dims", 8), ("depths", (1, 2)))
     with pytest.raises(SystemExit):
         script.parse(["--out", "out", "--set", "depths=1,two"])

@@ -7,13 +7,17 @@ import importlib.metadata
 import re
 import subprocess
 
+import jax
+import jax.numpy as jnp
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ouromamba_jax import triton_matmul
+from ouromamba_jax.outliers import OutlierSplit
 from ouromamba_jax.pallas.tiles import matmul_tiles
+from ouromamba_jax.qtensor import QTensor
 from ouromamba_jax.triton_matmul_kernel import matmul
 
 SHARED_MEMORY = {"sm80": 166912, "sm89": 101376, "sm90": 232448}
@@ -30,6 +34,18 @@ POINTERS = {
 }
 
 
+def split_of(shape, dtype=jnp.int8):
+    """The shapes of a split activation."""
+    arrays = (shape, jnp.int8), (shape, dtype), (shape[:2], jnp.float32), (shape, jnp.bool_), (shape[1:2], jnp.float32)
+    return OutlierSplit(*(jax.ShapeDtypeStruct(*x) for x in arrays), dtype == jnp.int8)
+
+
+def weight_of(inputs, outputs):
+    """The shapes of a quantised weight."""
+    values, scale = jax.ShapeDtypeStruct((inputs, outputs), jnp.int8), jax.ShapeDtypeStruct((1, outputs), jnp.float32)
+    return QTensor(values, scale, 4)
+
+
 @pytest.mark.parametrize("installed", ["none", "0.4.1", triton_matmul.VERSION])
 def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
     def version(name):
@@ -40,11 +56,28 @@ def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight: None)
-    reason = triton_matmul.supports(None, None)
+    call = split_of((2, 5, 8)), weight_of(8, 6)
+    reason = triton_matmul.supports(*call)
     assert (reason is None) == (installed == triton_matmul.VERSION)
     assert reason is None or (installed in reason and "ouromamba_jax[triton]" in reason)
-    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight: "16-bit outliers")
-    assert triton_matmul.supports(None, None) == "16-bit outliers"
+    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight: "no GPU")
+    assert triton_matmul.supports(*call) == "no GPU"
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs", "dtype", "fits"),
+    [
+        ((1023, 2048, 1000), 64, jnp.int8, True),
+        ((1024, 2048, 1000), 64, jnp.int8, False),  # 2^31 inputs, padded to blocks of 128
+        ((1024, 2048, 64), 1024, jnp.int8, False),  # 2^31 outputs
+    ],
+)
+def test_no_more_entries_than_its_indices_count(shape, outputs, dtype, fits, monkeypatch):
+    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight: None)
+    monkeypatch.setattr(triton_matmul, "_missing", lambda: None)
+    reason = triton_matmul.supports(split_of(shape, dtype), weight_of(shape[2], outputs))
+    assert (reason is None) == fits
+    assert fits or "indices are int32" in reason
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)

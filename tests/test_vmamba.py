@@ -21,8 +21,8 @@ from ouromamba_jax.convert.vmamba import vmamba_rules
 from ouromamba_jax.models import ScanOrder, create_model, list_models, model_config, pure
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize import QuantConfig
-from ouromamba_jax.quantize.calibrate import check_coverage
-from ouromamba_jax.quantize.modules import iter_sites
+from ouromamba_jax.quantize.coverage import check_coverage
+from ouromamba_jax.quantize.sites import iter_sites
 
 ROOT = Path(__file__).parent / "golden"
 GOLDEN = ROOT / "models" / "vmamba_a"

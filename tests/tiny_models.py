@@ -6,7 +6,9 @@ from flax import nnx
 
 from ouromamba_jax.models import create_model
 from ouromamba_jax.quantize import QuantConfig
-from ouromamba_jax.quantize.modules import Levels, Scale, SiteSpec, apply_specs, iter_sites
+from ouromamba_jax.quantize.modules import Levels, Scale, SiteSpec
+from ouromamba_jax.quantize.sites import iter_sites
+from ouromamba_jax.quantize.specs import apply_specs
 
 TINY = dict(img_size=(12, 16), patch_size=4, stride=4, embed_dim=20, depth=1, d_state=3, num_classes=7)
 TOKENS = 13

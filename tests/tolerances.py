@@ -28,6 +28,12 @@ SCAN_VALUE = {"float32": 5e-6, "bfloat16": 8e-3}
 adds the rounding of y (2^-8), and none of the inputs, since the float64 loop sees them rounded."""
 SCAN_GRADIENT = {"float32": 2e-5, "bfloat16": 8e-3}
 """As above; the sums over tokens and channels behind dA, dB and dC are longer; a bfloat16 gradient rounds to 2^-8."""
+SCAN_VALUE_GPU = {"float32": 1e-4, "bfloat16": 8e-3}
+"""The GPU kernels take 2^x and log2 from the special-function unit, each up to 2^-22 off. A state is a product of up to
+197 decays: 4.7e-5. A softplus by logarithm is at least 0.03 and 2.3e-7 off: 7.7e-6 of a step size, once in the input
+and at most once in all decays. The roundings above come on top: 7e-5 in all. bfloat16 hides that."""
+SCAN_GRADIENT_GPU = {"float32": 2e-4, "bfloat16": 8e-3}
+"""As above, over at most 50 tokens 3e-5 in the states and in the adjoint, in sums of a third of their terms' size."""
 
 # models (test_models), on values of size about 1
 REORDERED = 5e-6

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
-from ouromamba_jax.quantize.modules import iter_sites
 from ouromamba_jax.quantize.report import SiteReport
+from ouromamba_jax.quantize.sites import iter_sites
 from ouromamba_jax.quantize.stages import StageInputs
 
 EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8),)

@@ -1,9 +1,12 @@
 """kSQ-VMM (MLSP 2025, arXiv 2501.16738): k-scaled clusters of channels or tokens, reparameterised hidden states.
 
-Every operation rounds its weights and its *output*: linear layers, convolutions, norms, silu of the convolution,
+Operations round their weights and their *outputs*: linear layers, convolutions, norms, silu of the convolution,
 softplus(delta), the scan's y before the skip, and the hidden state after every step. Inputs are not rounded again, and
 nothing is rounded after elementwise products, so the arithmetic between is float, here as in the published code.
 Published for 8 bits only; other widths are ours, with hidden states and the weights of convolutions and norms at 8.
+
+One published rounding is left out, in the method's favour: silu(z), the gate, in clusters of channels. Vim marks z
+before silu, MambaVision after it, and VMamba has no gate, so only a branch for each family could reach it.
 """
 
 from collections.abc import Callable
@@ -43,10 +46,12 @@ from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import SelectiveScan, as_tokens, merge_groups
 from ouromamba_jax.qtensor import MIN_SCALE
 from ouromamba_jax.quantize.config import QuantRule
-from ouromamba_jax.quantize.modules import Levels, Scale, iter_sites, set_module
+from ouromamba_jax.quantize.modules import Levels, Scale
 from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.sites import iter_sites, set_module
 from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
-from ouromamba_jax.scan import ScanOutput, selective_scan
+from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.scan_types import ScanOutput
 
 ROUNDS = 3
 """How often a linear layer's scales are searched in turn: weights, then outputs."""
@@ -87,15 +92,18 @@ def quantize_ksq_vmm(
       ValueError: as `quantize_stages`.
     """
 
+    settings = config.settings(rules=config.rules)
+
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
-        captured, configs = inputs.captured, inputs.configs
+        captured, configs, prefix = inputs.captured, inputs.configs, inputs.name + "."
         modules: dict[str, nnx.Module] = {}
         granularity = {}
         scans = scan_sites(stage, configs)
         entering: list[tuple[Array, Array]] = []  # (u, its scales) of every scan direction
         for path, scan in scans.items():
             seen = captured[path]
-            low = calibrate_scan(scan, *(seen[n] for n in ("u", "delta", "B", "C")), config=config)
+            operands = (seen[name] for name in ("u", "delta", "B", "C"))
+            low = calibrate_scan(scan, *operands, k=config.k, bits=configs[path].act_bits)
             modules[path] = low
             entering += [(seen["u"][:, :, g], low.u_scale[...][g]) for g in range(scan.directions)]
             granularity[path] = f"u, delta: {config.k} channel clusters; y: {config.k} token clusters; h: token"
@@ -105,7 +113,14 @@ def quantize_ksq_vmm(
             # The published table clusters the tokens of out_proj and of no other product.
             axis: Axis = "token" if path.endswith("out_proj") else "tensor"
             modules[path] = calibrate_linear(
-                linear, x, of_input, axis, config.k, bits.weight_bits, bits.act_bits, search_weight=not _is_patch(path)
+                linear,
+                x,
+                of_input,
+                axis,
+                config.k,
+                bits.weight_bits,
+                bits.act_bits,
+                search_weight=not _makes_patches(prefix + path),
             )
             granularity[path] = (
                 f"weight: tensor; output: {'tensor' if axis == 'tensor' else f'{config.k} token clusters'}"
@@ -113,15 +128,17 @@ def quantize_ksq_vmm(
         reports = site_reports(stage, modules, inputs, granularity)
         outputs = capture_outputs(stage, inputs.exact, config.batch_size)
         for path, output in outputs.items():
-            modules[path] = RoundedModule(_module(stage, path), output, config)
+            resolved = settings.resolve(prefix + path)
+            if resolved is not None:
+                modules[path] = RoundedModule(_module(stage, path), output, k=config.k, bits=resolved.act_bits)
         return Fitted(modules, reports)
 
-    return quantize_stages(model, images, config.settings(rules=config.rules), fit, progress=progress)
+    return quantize_stages(model, images, settings, fit, progress=progress)
 
 
-def _is_patch(path: str) -> bool:
-    """Convolutions that make patches: in the stem, or between the levels of a pyramid."""
-    return path in ("proj", "first.proj", "second.proj") or "downsample" in path
+def _makes_patches(path: str) -> bool:
+    """Convolutions that make patches, by their path in the model: in the stem, or between the levels of a pyramid."""
+    return path.startswith("stem.") or ".downsample." in path
 
 
 def _same(u: Array, x: Array) -> bool:
@@ -219,8 +236,8 @@ class RoundedModule(nnx.Module):
     A convolution's output has power-of-two clusters of channels, a norm's one scale. Weights: the range, 8 bits.
     """
 
-    def __init__(self, inner: Any, output: Float[Array, "B L C"], config: KSQConfig):
-        self.bits = config.act_bits
+    def __init__(self, inner: Any, output: Float[Array, "B L C"], *, k: int, bits: int):
+        self.bits = bits
         self.inner = nnx.clone(inner)
         is_conv = hasattr(inner, "kernel")
         weight = self.inner.kernel if is_conv else self.inner.scale
@@ -228,7 +245,7 @@ class RoundedModule(nnx.Module):
         scale = interval(jnp.max(jnp.abs(value)), WIDE)
         weight.set_value((levels_of(value, jnp.broadcast_to(scale, value.shape), WIDE) * scale).astype(weight.dtype))
         axis: Axis = "channel" if is_conv else "tensor"
-        self.out_scale = Scale(output_scale(output, axis, k=config.k, bits=self.bits, pow2=True))
+        self.out_scale = Scale(output_scale(output, axis, k=k, bits=bits, pow2=True))
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = self.inner(x)
@@ -336,7 +353,7 @@ def _round_groups(x: Float[Array, "B L G C"], scale: Float[Array, "G l c"], bits
     return jnp.stack(groups, axis=2).astype(x.dtype)
 
 
-def calibrate_scan(scan: SelectiveScan, u: Array, delta: Array, B: Array, C: Array, *, config: KSQConfig) -> KSQScan:
+def calibrate_scan(scan: SelectiveScan, u: Array, delta: Array, B: Array, C: Array, *, k: int, bits: int) -> KSQScan:
     """The quantised scan, everything found on the float scan's operands (B, L, G, E) and (B, L, G, N)."""
     _, _, A, _, _, _ = scan.operands(u, delta, B, C)
     sizes = step_sizes(scan, delta)
@@ -348,9 +365,9 @@ def calibrate_scan(scan: SelectiveScan, u: Array, delta: Array, B: Array, C: Arr
         ("y", y, "token"),
     )
     for name, x, axis in clustered:
-        scale = partial(output_scale, axis=axis, k=config.k, bits=config.act_bits, pow2=axis == "token")
+        scale = partial(output_scale, axis=axis, k=k, bits=bits, pow2=axis == "token")
         found[name] = jnp.stack([scale(x[:, :, g]) for g in range(scan.directions)])
-    return KSQScan(scan, found, factors, config.act_bits)
+    return KSQScan(scan, found, factors, bits)
 
 
 @jax.jit

@@ -20,11 +20,13 @@ from jaxtyping import Array, Float, Float32
 from ouromamba_jax.baselines.base import BaselineConfig, linear_sites, site_reports
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import as_tokens
-from ouromamba_jax.outliers import OutlierConfig
+from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
 from ouromamba_jax.quantize.config import QuantRule
-from ouromamba_jax.quantize.modules import Levels, Scale, set_module, straight_through_round
+from ouromamba_jax.quantize.modules import Levels, Scale
 from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.rounding import straight_through_round
+from ouromamba_jax.quantize.sites import set_module
 from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
 from ouromamba_jax.quantize.tune import update_of
 from ouromamba_jax.released import search_ranges

@@ -18,9 +18,9 @@ from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.quantize.calibrate import find_scales
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 from ouromamba_jax.quantize.measure import measure
-from ouromamba_jax.quantize.modules import iter_sites
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.run import quantized_module
+from ouromamba_jax.quantize.sites import iter_sites
 from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages, replace_sites
 
 

@@ -6,11 +6,12 @@ class. Knows no model family: it uses stem, blocks, head and what a block's trac
 
 from ouromamba_jax.gen.config import GenConfig
 from ouromamba_jax.gen.losses import contrastive_loss, output_loss, patch_similarity_entropy, total_variation
-from ouromamba_jax.gen.run import Generated, generate_images
+from ouromamba_jax.gen.run import Generated, class_targets, generate_images
 
 __all__ = [
     "GenConfig",
     "Generated",
+    "class_targets",
     "contrastive_loss",
     "generate_images",
     "output_loss",

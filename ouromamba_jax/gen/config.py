@@ -1,9 +1,15 @@
 """What OuroMamba-Gen optimises, and how."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ouromamba_jax.attention import neighbourhood_mask
+
+OutputLoss = Literal["cross_entropy", "mae"]
+Weighting = Literal["delta", "uniform"]
+Features = Literal["readout", "attention"]
+Negatives = Literal["neighbourhood", "all"]
+Targets = Literal["round_robin", "random"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +20,7 @@ class GenConfig:
       num_images: images to make; the last batch is filled up and cut.
       iterations: updates per batch. The paper takes 1000; after 100, images calibrate like real ones
         (docs/study).
-      batch_size: images optimised together; an image depends on the key and its batch, not on num_images.
+      batch_size: images optimised together; an image depends on the key, its batch and its target, not on num_images.
       learning_rate: Adam's at the start of a cosine schedule that ends at 0; in units of normalised pixels.
       scales: resolutions that noise and updates are the sum of (see `prior.py`), each half the one before; 1 is plain
         pixels, None goes down to about 4 x 4 cells.
@@ -35,7 +41,8 @@ class GenConfig:
       temperature: of the contrastive softmax.
       jitter: every iteration sees the images shifted (cyclically) by up to this share of their height and width.
       flip: every iteration sees the images mirrored with probability 1/2.
-      targets: class of every image: "round_robin" over the classes, or "random".
+      targets: class of every image: "round_robin" over the classes, evenly spaced ones if there are fewer images than
+        classes, or "random". `class_targets` gives them.
       checkpoint_every: iterations between two checkpoints, where `generate_images` is given a directory.
     """
 
@@ -47,32 +54,32 @@ class GenConfig:
     chroma: float = 0.2
     contrastive: float = 0.1
     output: float = 1.0
-    output_loss: Literal["cross_entropy", "mae"] = "cross_entropy"
+    output_loss: OutputLoss = "cross_entropy"
     smoothing: float = 0.0
     pse: float = 0.0
     total_variation: float = 0.5
-    weighting: Literal["delta", "uniform"] = "delta"
-    features: Literal["readout", "attention"] = "readout"
+    weighting: Weighting = "delta"
+    features: Features = "readout"
     neighbourhood: int = 5
     positives: int = 12
-    negatives: Literal["neighbourhood", "all"] = "all"
+    negatives: Negatives = "all"
     temperature: float = 0.1
     jitter: float = 0.125
     flip: bool = False
-    targets: Literal["round_robin", "random"] = "round_robin"
+    targets: Targets = "round_robin"
     checkpoint_every: int = 100
 
     def __post_init__(self):
         choices = {
-            "output_loss": ("cross_entropy", "mae"),
-            "weighting": ("delta", "uniform"),
-            "features": ("readout", "attention"),
-            "negatives": ("neighbourhood", "all"),
-            "targets": ("round_robin", "random"),
+            "output_loss": OutputLoss,
+            "weighting": Weighting,
+            "features": Features,
+            "negatives": Negatives,
+            "targets": Targets,
         }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, allowed))}.")
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, get_args(kind)))}.")
         for name in ("num_images", "iterations", "batch_size", "positives", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")

@@ -1,14 +1,15 @@
 """The losses, one value per image each: patch contrast, patch-similarity entropy, output, total variation."""
 
-from typing import Literal
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ouromamba_jax.attention import neighbourhood_mask
+from ouromamba_jax.gen.config import Negatives, OutputLoss
 
 
 def cosine_similarities(features: Float[Array, "B M F"]) -> Float[Array, "B M M"]:
@@ -21,9 +22,10 @@ def cosine_similarities(features: Float[Array, "B M F"]) -> Float[Array, "B M M"
     return jnp.einsum("btf,bkf->btk", x, x)
 
 
+@functools.cache  # every block of a model asks for the same
 def contrastive_pairs(
-    grid: tuple[int, int], neighbourhood: int, positives: int, negatives: Literal["neighbourhood", "all"]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    grid: tuple[int, int], neighbourhood: int, positives: int, negatives: Negatives
+) -> tuple[Bool[np.ndarray, "M M"], Bool[np.ndarray, "M M"], Int[np.ndarray, " M"]]:
     """Whom each token may be drawn to (M, M), pushed from (M, M), and how many it is pushed from (M,), on one grid."""
     near = neighbourhood_mask(grid, neighbourhood) & ~np.eye(grid[0] * grid[1], dtype=bool)
     pool = near if negatives == "neighbourhood" else ~np.eye(len(near), dtype=bool)
@@ -36,7 +38,7 @@ def contrastive_loss(
     grid: tuple[int, int],
     neighbourhood: int = 5,
     positives: int = 12,
-    negatives: Literal["neighbourhood", "all"] = "neighbourhood",
+    negatives: Negatives = "neighbourhood",
     temperature: float = 0.1,
 ) -> Float[Array, " B"]:
     """Patch-contrastive loss (InfoNCE) of one layer, one value per image.
@@ -91,7 +93,7 @@ def patch_similarity_entropy(features: Float[Array, "B M F"], *, bandwidth: floa
 def output_loss(
     logits: Float[Array, "B K"],
     targets: Int[Array, " B"],
-    kind: Literal["cross_entropy", "mae"],
+    kind: OutputLoss,
     *,
     smoothing: float = 0.0,
 ) -> Float[Array, " B"]:

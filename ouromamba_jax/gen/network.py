@@ -17,8 +17,10 @@ from ouromamba_jax.gen.losses import (
     patch_similarity_entropy,
     total_variation,
 )
-from ouromamba_jax.models.config import Preprocessing
-from ouromamba_jax.models.trace import AttentionTrace, LayerTrace
+from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.trace import LayerTrace
+from ouromamba_jax.models.windows import AttentionTrace
+from ouromamba_jax.preprocessing import Preprocessing
 
 
 class Network(NamedTuple):
@@ -30,7 +32,7 @@ class Network(NamedTuple):
     preprocessing: Preprocessing
 
 
-def split(model: Any) -> tuple[Network, tuple[Any, tuple[Any, ...], Any]]:
+def split(model: VisionModel) -> tuple[Network, tuple[Any, tuple[Any, ...], Any]]:
     """(network, weights): the graph of each part, and its state, which jit sees as an argument."""
     stem, head, blocks = nnx.split(model.stem), nnx.split(model.head), [nnx.split(block) for block in model.blocks]
     network = Network(stem[0], tuple(graph for graph, _ in blocks), head[0], model.config.preprocessing)
@@ -105,6 +107,5 @@ def image_losses(
             nnx.merge(network.head, head)(x), targets, config.output_loss, smoothing=config.smoothing
         )
     if config.total_variation:
-        std = jnp.asarray(network.preprocessing.std, jnp.float32)[None, None, None]
-        losses["total_variation"] = total_variation(images * std)
+        losses["total_variation"] = total_variation(images * network.preprocessing.mean_and_std()[1])
     return losses

@@ -1,6 +1,5 @@
 """Checkpoints of a generation: one .npz that is replaced whole and names the run that it belongs to."""
 
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ouromamba_jax.files import whole_file
 from ouromamba_jax.gen.config import GenConfig
+from ouromamba_jax.models.base import VisionModel
 
 
 @dataclass
@@ -34,11 +35,8 @@ class RunState:
         """Writes everything to `path` at once; an interrupted write leaves the previous file."""
         arrays: dict[str, Any] = {f"history/{name}": values for name, values in self.history.items()}
         arrays |= {f"leaf/{k:03d}": np.asarray(leaf) for k, leaf in enumerate(leaves)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
+        with whole_file(path) as file:
             np.savez(file, identity=np.asarray(identity), iteration=np.asarray(iteration), done=self.done, **arrays)
-        os.replace(partial, path)
 
 
 def restore(path: Path, identity: str, run: RunState) -> Unfinished | None:
@@ -59,7 +57,7 @@ def restore(path: Path, identity: str, run: RunState) -> Unfinished | None:
     return Unfinished(int(arrays["iteration"]), leaves) if leaves else None
 
 
-def run_identity(model: Any, weights: Any, config: GenConfig, key: Array) -> str:
+def run_identity(model: VisionModel, weights: Any, config: GenConfig, key: Array) -> str:
     """What a run depends on, as text: config, key, and the model with a checksum of its weights."""
     checksum = 0
     for leaf in jax.tree.leaves(weights):

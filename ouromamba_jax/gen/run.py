@@ -17,7 +17,8 @@ from ouromamba_jax.gen.config import GenConfig
 from ouromamba_jax.gen.network import Network, image_losses, split
 from ouromamba_jax.gen.prior import noise, optimiser
 from ouromamba_jax.gen.resume import RunState, restore, run_identity
-from ouromamba_jax.models.config import Preprocessing, height_width
+from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.preprocessing import Preprocessing, height_width
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -40,7 +41,7 @@ class Generated(NamedTuple):
 
 def _pixel_range(preprocessing: Preprocessing) -> tuple[Array, Array]:
     """Normalised values of black and white, (1, 1, 1, 3) each."""
-    mean, std = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (preprocessing.mean, preprocessing.std))
+    mean, std = (jnp.asarray(x) for x in preprocessing.mean_and_std())
     return (0.0 - mean) / std, (1.0 - mean) / std
 
 
@@ -93,7 +94,7 @@ def _advance(
 
 
 def generate_images(
-    model: Any,
+    model: VisionModel,
     config: GenConfig,
     key: Array,
     *,
@@ -122,7 +123,7 @@ def generate_images(
     mesh = data_mesh(config.batch_size)
     weights = replicate(mesh, weights)
     batches = -(-config.num_images // config.batch_size)
-    targets = _targets(model.config.num_classes, batches * config.batch_size, config, jax.random.fold_in(key, 0))
+    targets = _batch_targets(config, model.config.num_classes, key)
     shape = (config.batch_size, *height_width(model.config.img_size), 3)
     low, high = _pixel_range(network.preprocessing)
     names = (*config.loss_names, "total", "gradient")
@@ -170,10 +171,21 @@ def generate_images(
     return Generated(jnp.asarray(run.done[: config.num_images]), targets[: config.num_images], run.history)
 
 
-def _targets(classes: int, count: int, config: GenConfig, key: Array) -> Int[Array, " N"]:
+def class_targets(config: GenConfig, num_classes: int, key: Array) -> Int[Array, " N"]:
+    """The class that each image of `generate_images` with this config and key is made for."""
+    return _batch_targets(config, num_classes, key)[: config.num_images]
+
+
+def _batch_targets(config: GenConfig, num_classes: int, key: Array) -> Int[Array, " N"]:
+    """Those of all batches; the last one is full."""
+    count = -(-config.num_images // config.batch_size) * config.batch_size
     if config.targets == "random":
-        return jax.random.randint(key, (count,), 0, classes)
-    return jnp.arange(count, dtype=jnp.int32) % classes
+        return jax.random.randint(jax.random.fold_in(key, 0), (count,), 0, num_classes)
+    index = np.arange(count)
+    if config.num_images < num_classes:
+        # The first classes alone would be one kind of thing: ImageNet begins with 398 animals.
+        index = index * num_classes // config.num_images
+    return jnp.asarray(index % num_classes, jnp.int32)
 
 
 def _check_finite(record: dict[str, np.ndarray], batch: int, start: int) -> None:

@@ -11,16 +11,11 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike
 
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.mambavision import (
-    MAMBAVISION_PRESETS,
-    AttentionTrace,
-    MambaVision,
-    MambaVisionConfig,
-    WindowOrder,
-)
+from ouromamba_jax.models.mambavision import MAMBAVISION_PRESETS, MambaVision, MambaVisionConfig
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace, Trace
 from ouromamba_jax.models.vim import VIM_PRESETS, Vim, VimConfig
 from ouromamba_jax.models.vmamba import VMAMBA_PRESETS, VMamba, VMambaConfig
+from ouromamba_jax.models.windows import AttentionTrace, WindowOrder
 
 __all__ = [
     "AttentionTrace",

@@ -10,7 +10,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
-from ouromamba_jax.scan import ScanOutput, selective_scan
+from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.scan_types import ScanOutput
+
+_DT_MIN, _DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
 
 
 class RMSNorm(nnx.Module):
@@ -71,45 +74,11 @@ class MLP(nnx.Module):
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
-class DepthwiseConv1d(nnx.Module):
-    """Depthwise convolution along the tokens, kernel (width, C): causal, or centred ("same")."""
-
-    def __init__(
-        self,
-        dim: int,
-        width: int,
-        *,
-        causal: bool = True,
-        use_bias: bool = True,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.width = width
-        self.causal = causal
-        self.dtype = dtype
-        bound = 1 / math.sqrt(width)
-        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (width, dim), param_dtype, -bound, bound))
-        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype)) if use_bias else None
-
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        x = x.astype(self.dtype)
-        left = self.width - 1 if self.causal else (self.width - 1) // 2
-        length = x.shape[1]
-        padded = jnp.pad(x, ((0, 0), (left, self.width - 1 - left), (0, 0)))
-        kernel = self.kernel[...].astype(self.dtype)
-        # A few shifted multiply-adds fuse into one pass over x; a grouped convolution does not, on any backend.
-        y = padded[:, :length] * kernel[0][None, None]
-        for k in range(1, self.width):
-            y = y + padded[:, k : k + length] * kernel[k][None, None]
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None]
-
-
 class SelectiveScan(nnx.Module):
     """The scan of one mixer with its parameters, all directions at once as groups of channels.
 
     u and delta are (B, L, G, E), B and C (B, L, G, N), each direction in its own scan order; delta comes without
-    bias and before softplus. A = -exp(A_log). `operands` is where a quantised model steps in.
+    bias and before softplus. `operands` is where a quantised model steps in.
     """
 
     def __init__(
@@ -118,8 +87,6 @@ class SelectiveScan(nnx.Module):
         channels: int,
         d_state: int,
         *,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -130,18 +97,26 @@ class SelectiveScan(nnx.Module):
         a = jnp.log(jnp.arange(1, d_state + 1, dtype=param_dtype))
         self.A_log = nnx.Param(jnp.tile(a[None], (total, 1)))
         self.D = nnx.Param(jnp.ones((total,), param_dtype))
-        span = math.log(dt_max) - math.log(dt_min)
-        dt = jnp.exp(jax.random.uniform(rngs.params(), (total,), param_dtype) * span + math.log(dt_min))
+        span = math.log(_DT_MAX) - math.log(_DT_MIN)
+        dt = jnp.exp(jax.random.uniform(rngs.params(), (total,), param_dtype) * span + math.log(_DT_MIN))
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # inverse of softplus
 
     def operands(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
         """(u, delta, A, B, C, D) as the scan uses them; grouped as given."""
-        A = -jnp.exp(self.A_log[...].astype(jnp.float32))
-        return u, delta, A, B, C, self.D[...].astype(jnp.float32)
+        return u, delta, self.decay_rates(), B, C, self.D[...].astype(jnp.float32)
+
+    def decay_rates(self) -> Float[Array, "GE N"]:
+        """A = -exp(A_log), in float32."""
+        return -jnp.exp(self.A_log[...].astype(jnp.float32))
 
     def delta_bias(self, delta: Float[Array, "B L G E"]) -> Float[Array, "1 1 G E"]:
         """The bias that the scan adds to `delta`, in its shape and type."""
         return self.dt_bias[...].astype(delta.dtype).reshape(1, 1, *delta.shape[2:])
+
+    def step_sizes(self, delta: Float[Array, "B L G E"]) -> Float[Array, "B L G E"]:
+        """softplus(delta + bias), in float32."""
+        delta = delta.astype(jnp.float32)
+        return jax.nn.softplus(delta + self.delta_bias(delta))
 
     def __call__(
         self,
@@ -181,8 +156,7 @@ class SelectiveScan(nnx.Module):
             return tuple(collect(h[:, g * channels : (g + 1) * channels]) for g in range(groups))
 
         out = self.scan(u, delta, A, B, C, D, collect=None if collect is None else collect_groups)
-        bias = self.dt_bias[...].astype(jnp.float32).reshape(groups, channels)
-        delta = jax.nn.softplus(delta.astype(jnp.float32) + bias[None, None])
+        delta = self.step_sizes(delta)
         A, D = A.reshape(groups, channels, -1), D.reshape(groups, channels)
         scans = tuple(
             ScanTrace(
@@ -246,29 +220,16 @@ def broadcast_last(vector: Float[Array, " C"], like: Array) -> Array:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
-def extract_patches(
-    images: Float[Array, "B H W 3"], size: int, stride: int
-) -> tuple[Float[Array, "B M P"], tuple[int, int]]:
-    """Row-major patches, each flattened as (row, column, channel), and the (height, width) of their grid."""
-    height = (images.shape[1] - size) // stride + 1
-    width = (images.shape[2] - size) // stride + 1
-    if size == stride:
-        cropped = images[:, : height * size, : width * size]
-        grid = cropped.reshape(images.shape[0], height, size, width, size, 3).swapaxes(2, 3)
-        return grid.reshape(images.shape[0], height * width, size * size * 3), (height, width)
-    rows = jnp.arange(height)[:, None] * stride + jnp.arange(size)[None]
-    columns = jnp.arange(width)[:, None] * stride + jnp.arange(size)[None]
-    grid = images[:, rows[:, None, :, None], columns[None, :, None, :]]  # (B, height, width, size, size, 3)
-    return grid.reshape(images.shape[0], height * width, size * size * 3), (height, width)
-
-
 def as_tokens(x: Float[Array, "... C"]) -> Float[Array, "B L C"]:
     """Samples on the first axis, channels on the last, all between as tokens; a vector per sample is one token."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def conv_taps(x: Float[Array, "B H W C"], *, stride: int) -> list[Float[Array, "B h w C"]]:
-    """The nine inputs of a 3x3 convolution, one border of zeros: at tap (i, j), in row-major order, map 3 * i + j."""
-    _, height, width, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
+def uniform(bound: float) -> Callable[..., Array]:
+    """Initialiser: uniform in [-bound, bound]."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, out_sharding: Any = None) -> Array:
+        del out_sharding
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

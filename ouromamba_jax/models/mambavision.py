@@ -12,10 +12,9 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.config import Preprocessing, height_width
+from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d
 from ouromamba_jax.models.layers import (
     MLP,
-    DepthwiseConv1d,
     DotProductAttention,
     Head,
     LayerNorm,
@@ -23,10 +22,11 @@ from ouromamba_jax.models.layers import (
     SelectiveScan,
     as_tokens,
     broadcast_last,
-    conv_taps,
+    uniform,
 )
-from ouromamba_jax.models.trace import AttentionTrace, LayerTrace, WindowOrder, join_windows
-from ouromamba_jax.models.vim import uniform
+from ouromamba_jax.models.trace import LayerTrace
+from ouromamba_jax.models.windows import AttentionTrace, WindowOrder, join_windows, split_windows
+from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 _D_STATE, _D_CONV = 8, 3
 
@@ -114,30 +114,6 @@ MAMBAVISION_PRESETS = {
         preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0),
     ),
 }
-
-
-class Conv3x3(nnx.Module):
-    """3x3 convolution with zero padding: a linear layer over patches, so that it can be quantised.
-
-    A BatchNorm that follows it in the published model is part of its weights.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        stride: int = 1,
-        use_bias: bool = True,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.stride = stride
-        self.proj = nnx.Linear(9 * inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
-        return self.proj(jnp.concatenate(conv_taps(x, stride=self.stride), axis=-1))
 
 
 class MambaVisionStem(nnx.Module):
@@ -361,13 +337,6 @@ class MambaVision(VisionModel):
             for index in range(depth)
         ]
         return stem, blocks, MambaVisionHead(config, **types)
-
-
-def split_windows(x: Float[Array, "B H W C"], window: int) -> Float[Array, "BW L C"]:
-    """Square windows, row by row, as samples; their tokens row by row. H and W are multiples of `window`."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // window, window, width // window, window, channels).swapaxes(2, 3)
-    return x.reshape(-1, window * window, channels)
 
 
 def _downsample(config: MambaVisionConfig, level: int, index: int, **types: Any) -> Conv3x3 | None:

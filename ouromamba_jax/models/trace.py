@@ -43,31 +43,6 @@ class ScanOrder:
         return x
 
 
-@dataclass(frozen=True, kw_only=True)
-class WindowOrder(ScanOrder):
-    """Tokens of one window, row by row; samples are the windows of all images, row by row, image after image.
-
-    `to_image` gives a window's tokens in row-major order. The map of (map_height, map_width) tokens was padded right
-    and below to whole windows.
-    """
-
-    map_height: int
-    map_width: int
-
-    def join(self, x: Float[Array, "BW L ..."]) -> Float[Array, "B M ..."]:
-        """Windows in scan order to the tokens of whole maps in row-major order, without the padding."""
-        x = join_windows(self.to_image(x), self.height, (self.map_height, self.map_width))
-        x = x[:, : self.map_height, : self.map_width]
-        return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def join_windows(x: Float[Array, "BW L ..."], window: int, grid: tuple[int, int]) -> Float[Array, "B H W ..."]:
-    """The inverse of `split_windows` for maps of `grid` tokens, rounded up to whole windows."""
-    rows, columns = (-(-size // window) for size in grid)
-    x = x.reshape(-1, rows, columns, window, window, *x.shape[2:]).swapaxes(2, 3)
-    return x.reshape(x.shape[0], rows * window, columns * window, *x.shape[5:])
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ScanTrace:
@@ -96,15 +71,6 @@ class LayerTrace:
     scans: tuple[ScanTrace, ...]
     mixer_in: Float[Array, "B L C"]
     mixer_out: Float[Array, "B L C"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AttentionTrace(LayerTrace):
-    """An attention block: no scans, but the attention between the tokens of every window, in row-major order."""
-
-    attention: Float[Array, "BW heads L L"]
-    order: WindowOrder = field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

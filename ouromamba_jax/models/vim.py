@@ -11,9 +11,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.config import Preprocessing, height_width
-from ouromamba_jax.models.layers import DepthwiseConv1d, Head, QuantPoint, RMSNorm, SelectiveScan, extract_patches
+from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
+from ouromamba_jax.models.layers import Head, QuantPoint, RMSNorm, SelectiveScan, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder
+from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,3 @@ class Vim(VisionModel):
 def flip_tokens(x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
     """Tokens in reverse, as an array of its own: fused into its consumer, XLA's CPU backend reads entry by entry."""
     return jax.lax.optimization_barrier(jnp.flip(x, axis=1))
-
-
-def uniform(bound: float):
-    """Initialiser: uniform in [-bound, bound]."""
-
-    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, out_sharding: Any = None) -> Array:
-        del out_sharding
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init

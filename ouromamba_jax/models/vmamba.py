@@ -1,6 +1,5 @@
 """VMamba (VSSM, Liu et al. 2024) as released ("v05_noz"): four selective scans across the feature maps of a pyramid."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.config import Preprocessing, height_width
-from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, broadcast_last, conv_taps
+from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv
+from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
-from ouromamba_jax.models.vim import uniform
+from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
 DIRECTIONS = ((False, False), (True, False), (False, True), (True, True))
@@ -90,36 +89,6 @@ VMAMBA_PRESETS = {
         preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0),
     ),
 }
-
-
-class DepthwiseConv2d(nnx.Module):
-    """Depthwise 3x3 convolution of maps, zero padding, no bias; kernel (row, column, channel)."""
-
-    def __init__(self, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        self.dtype = dtype
-        self.kernel = nnx.Param(uniform(1 / 3)(rngs.params(), (3, 3, dim), param_dtype))
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        # As in DepthwiseConv1d: shifted multiply-adds fuse, a grouped convolution does not.
-        taps = zip(kernel.reshape(9, -1), conv_taps(x.astype(self.dtype), stride=1), strict=True)
-        return functools.reduce(jnp.add, (shifted * broadcast_last(tap, shifted) for tap, shifted in taps))
-
-
-class HalvingConv(nnx.Module):
-    """3x3 convolution of stride 2, zero padding, and LayerNorm: maps of half the size, rounded up.
-
-    The convolution is a linear layer over patches flattened as (row, column, channel), so that it can be quantised.
-    """
-
-    def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        init = uniform((9 * inputs) ** -0.5)
-        self.proj = nnx.Linear(9 * inputs, outputs, kernel_init=init, bias_init=init, rngs=rngs, **types)
-        self.norm = LayerNorm(outputs, **types)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
-        return self.norm(self.proj(jnp.concatenate(conv_taps(x, stride=2), axis=-1)))
 
 
 class VMambaStem(nnx.Module):

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int8, Int32
 
-from ouromamba_jax.outliers import OutlierSplit
+from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
-from ouromamba_jax.qtensor import QTensor, divide, max_level
+from ouromamba_jax.qtensor import QTensor, max_level, power_of_two_shift
 
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 
 class Planes(NamedTuple):
@@ -36,7 +36,7 @@ class Planes(NamedTuple):
 def largest_shift(inputs: int, weight_bits: int) -> int:
     """Largest j at which `inputs` int8 outliers shifted by j and as many inliers cannot overflow int32; -1 if none."""
     product = inputs * 127 * max_level(weight_bits) * (16 if weight_bits <= 4 else 1)  # packed levels count sixteenfold
-    return (_INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= _INT32_MAX else -1
+    return (INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= INT32_MAX else -1
 
 
 def supports(split: OutlierSplit, weight: QTensor) -> str | None:
@@ -54,11 +54,8 @@ def supports(split: OutlierSplit, weight: QTensor) -> str | None:
 
 def shifts(split: OutlierSplit, limit: int) -> tuple[Int32[Array, "B L"], Bool[Array, ""]]:
     """j of every token, s_out = s_in * 2^j, and whether all are at most `limit`. Tokens with a NaN scale have j = 0."""
-    inlier_scale = jnp.broadcast_to(split.inlier_scale[None], split.outlier_scale.shape)
-    ratio = divide(split.outlier_scale, inlier_scale)
-    power = jnp.frexp(ratio)[1] - 1
-    power = jnp.where(jnp.isnan(ratio), 0, power)
-    fits = jnp.isnan(ratio) | (jnp.isfinite(ratio) & (power <= limit))
+    power = power_of_two_shift(split.outlier_scale, split.inlier_scale[None])
+    fits = (power <= limit) & ~jnp.isinf(split.outlier_scale)
     return jnp.where(fits, power, 0), jnp.all(fits)
 
 

@@ -19,7 +19,6 @@ from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 
 COMPUTE_WARPGROUPS = 2
 EPILOGUE_COLUMNS = 64
-EPILOGUE_SLOTS = 2
 HALF = TILE_K // 2
 UNPACKED_ROWS = 64
 """At a time: as many as the unpacking warpgroup has registers for."""
@@ -64,6 +63,8 @@ def matmul(
     tile_count = pl.cdiv(M, tile_m) * n_tiles
     emulated = interpret is not None
     width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step, and the swizzle that suits them
+    parts = tile_n // EPILOGUE_COLUMNS  # of an output tile, 1 or even; they take turns at the slots that they leave by
+    slots = min(2, parts)
 
     def body(near, far, far_count, far_blocks, shift, row_scale, weight, column_scale, out, *scratch):
         a, b, c, full, empty, *unpacking = scratch
@@ -182,7 +183,7 @@ def matmul(
                 else:
                     acc = pl.run_scoped(accumulate, accumulator)
                 scale = plgpu.load(row_scale.at[pl.ds(m, rows)], layout=per_row, optimized=False)
-                for i in range(tile_n // EPILOGUE_COLUMNS):
+                for i in range(parts):
                     store(acc, scale, m, n, i)
                 return step + count + k_tiles
 
@@ -193,8 +194,8 @@ def matmul(
                 per_column = plgpu.Layout.WGMMA.reduce(0)
                 w = plgpu.load(column_scale.at[columns], layout=per_column, optimized=False)
                 y = y * lax.broadcast_in_dim(scale, shape, [0]) * lax.broadcast_in_dim(w, shape, [1])
-                staged = c.at[warpgroup, i % EPILOGUE_SLOTS]
-                plgpu.wait_smem_to_gmem(EPILOGUE_SLOTS - 1, wait_read_only=True)
+                staged = c.at[warpgroup, i % slots]
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
                 staged[...] = y
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(m, rows), columns])
@@ -217,7 +218,7 @@ def matmul(
         scratch_types=[
             _shared((stages, tile_m, TILE_K), jnp.int8, width),
             _shared((PAIRS, 2, tile_n, HALF) if tiles.packed else (stages, tile_n, TILE_K), jnp.int8, width),
-            _shared((COMPUTE_WARPGROUPS, EPILOGUE_SLOTS, rows, EPILOGUE_COLUMNS), jnp.float32),
+            _shared((COMPUTE_WARPGROUPS, slots, rows, EPILOGUE_COLUMNS), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + tiles.packed, num_barriers=stages),
             *(unpacking_scratch if tiles.packed else []),

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.outliers import OutlierConfig, OutlierSplit
+from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.pallas.device import device_reason
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
 

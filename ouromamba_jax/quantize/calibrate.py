@@ -8,20 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from ouromamba_jax.models.layers import DotProductAttention, SelectiveScan, as_tokens
-from ouromamba_jax.outliers import calibrate_channels, calibrate_theta, search_token_scales
+from ouromamba_jax.models.layers import SelectiveScan, as_tokens
+from ouromamba_jax.outlier_calibration import calibrate_channels, calibrate_theta, search_token_scales
 from ouromamba_jax.qtensor import search_weight_scale
-from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.quantize.fake import scan_parameter, search_parameter_scale
-from ouromamba_jax.quantize.modules import (
-    ACTIVATION_OPERANDS,
-    SiteSpec,
-    is_asymmetric,
-    iter_sites,
-    set_module,
-)
+from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, PARAMETER_OPERANDS, QuantConfig
+from ouromamba_jax.quantize.modules import SiteSpec, is_asymmetric
+from ouromamba_jax.quantize.rounding import scan_parameter, search_parameter_scale
+from ouromamba_jax.quantize.sites import iter_sites, set_module
 from ouromamba_jax.released import search_ranges
-from ouromamba_jax.scan import ScanOutput
+from ouromamba_jax.scan_types import ScanOutput
 
 Captured = dict[str, dict[str, Array]]
 """{site: {name: activation}}: "act" (B, L, C) of a linear layer or marked tensor, (B, L, G, C) per scan operand."""
@@ -72,39 +67,42 @@ def find_scales(
     site: Any, seen: dict[str, Array], config: QuantConfig
 ) -> tuple[SiteSpec, dict[str, Array], dict[str, Any]]:
     """(spec, scales, fixed) of one site: static scales, and thresholds or channel lists if asked for."""
-    if not isinstance(site, SelectiveScan):
-        x = seen["act"]
-        spec = SiteSpec(config, tokens=x.shape[1], channels=x.shape[2])
-        scale, fixed = _activation_scale(x, config)
-        scales = {"act": scale}
-        if isinstance(site, nnx.Linear):
-            kernel = site.kernel[...].astype(jnp.float32)
-            scales["weight"] = search_weight_scale(
-                kernel, config.weight_bits, group=config.weight_group, search=config.scale_search == "norm"
-            )
-        return spec, scales, {"act": fixed}
+    if isinstance(site, SelectiveScan):
+        return _scan_scales(site, seen, config)
+    x = seen["act"]
+    scale, fixed = _activation_scale(x, config)
+    scales = {"act": scale}
+    if isinstance(site, nnx.Linear):
+        kernel = site.kernel[...].astype(jnp.float32)
+        scales["weight"] = search_weight_scale(
+            kernel, config.weight_bits, group=config.weight_group, search=config.scale_search == "norm"
+        )
+    return SiteSpec(config, tokens=x.shape[1], channels=x.shape[2]), scales, {"act": fixed}
+
+
+def _scan_scales(
+    site: SelectiveScan, seen: dict[str, Array], config: QuantConfig
+) -> tuple[SiteSpec, dict[str, Array], dict[str, Any]]:
     spec = SiteSpec(config, tokens=seen["u"].shape[1], channels=seen["u"].shape[3])
-    scales, fixed_by_operand = {}, {}
+    scales: dict[str, Array] = {}
+    fixed: dict[str, list[dict[str, Array]]] = {}
     for name in ACTIVATION_OPERANDS:
         if name in config.operands:
-            x = seen[name]
+            x, settings = seen[name], spec.operand_config(name)
             if is_asymmetric(name, config):
-                ranges = [
-                    search_ranges(x[:, :, g] + site.delta_bias(x)[:, :, g], spec.operand_config(name).splitting)
-                    for g in range(site.directions)
-                ]
-                scales[name] = jnp.stack([scale for scale, _ in ranges])
-                fixed_by_operand[name] = [{"zero": zero} for _, zero in ranges]
-                continue
-            found = [_activation_scale(x[:, :, g], spec.operand_config(name)) for g in range(site.directions)]
+                bias = site.delta_bias(x)
+                ranges = [search_ranges(x[:, :, g] + bias[:, :, g], settings.splitting) for g in range(site.directions)]
+                found = [(scale, {"zero": zero}) for scale, zero in ranges]
+            else:
+                found = [_activation_scale(x[:, :, g], settings) for g in range(site.directions)]
             scales[name] = jnp.stack([scale for scale, _ in found])
-            fixed_by_operand[name] = [fixed for _, fixed in found]
-    for name in ("A", "D"):
+            fixed[name] = [values for _, values in found]
+    for name in PARAMETER_OPERANDS:
         if name in config.operands:
             scales[name] = search_parameter_scale(scan_parameter(site, name), site.directions, config)
     if "h" in config.operands:
         scales["h"] = jnp.max(seen["h"], axis=0).T / 127
-    return spec, scales, fixed_by_operand
+    return spec, scales, fixed
 
 
 def _activation_scale(x: Array, config: QuantConfig) -> tuple[Array, dict[str, Array]]:
@@ -123,55 +121,3 @@ def _activation_scale(x: Array, config: QuantConfig) -> tuple[Array, dict[str, A
         x, config.splitting, channels=fixed.get("channels"), search=config.scale_search == "norm"
     )
     return jnp.broadcast_to(scale, (tokens,)), fixed
-
-
-def check_coverage(stage: nnx.Module, x: jax.ShapeDtypeStruct, name: str) -> jax.ShapeDtypeStruct:
-    """Checks that every matrix product of a stage belongs to a site, so that none is left in float unseen.
-
-    The stage is traced, not run, with every site replaced by zeros.
-
-    Returns:
-      what the stage makes of `x`.
-
-    Raises:
-      ValueError: naming the stage and the first product that no site covers.
-    """
-    graphdef, state = nnx.split(stage)
-
-    def without_sites(state: nnx.State, x: Array) -> Array:
-        stripped = nnx.merge(graphdef, state)
-        # The two products of attention take marked tensors only: `operands` says whether those are quantised.
-        attention = [(path, m) for path, m in nnx.iter_modules(stripped) if isinstance(m, DotProductAttention)]
-        for path, module in attention:
-            set_module(stripped, ".".join(map(str, path)), partial(_zeros_like_output, module))
-        for name, site in list(iter_sites(stripped)):
-            set_module(stripped, name, partial(_zeros_like_output, site))
-        return stripped(x)
-
-    jaxpr, shape = jax.make_jaxpr(without_sites, return_shape=True)(state, x)
-    left = _matmuls(jaxpr.jaxpr)
-    if left:
-        raise ValueError(
-            f"{name} has {len(left)} matrix products outside of its linear layers and scans ({left[0]}); "
-            "make them nnx.Linear layers, so that they can be quantised or named by a rule."
-        )
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
-
-
-def _zeros_like_output(site: Any, *args: Array, **kwargs: Any) -> Any:
-    shapes = jax.eval_shape(partial(site, **kwargs), *args)
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-
-def _matmuls(jaxpr: Any) -> list[str]:
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            shapes = " x ".join(str(v.aval.shape) for v in equation.invars)
-            found.append(f"{equation.primitive.name} {shapes}")
-        for parameter in equation.params.values():
-            for value in parameter if isinstance(parameter, tuple | list) else (parameter,):  # a cond has branches
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    found += _matmuls(inner)
-    return found

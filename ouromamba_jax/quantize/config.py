@@ -5,10 +5,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ouromamba_jax.outliers import OutlierConfig
+from ouromamba_jax.outlier_types import OutlierConfig
 
 OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z", "q", "k", "v", "probs")
 """Tensors in and around a selective scan, and of dot-product attention, that can be quantised."""
+ACTIVATION_OPERANDS = ("u", "delta", "B", "C", "y")
+"""Those of a scan that are split while it runs."""
+PARAMETER_OPERANDS = ("A", "D")
+"""Those of a scan that are rounded once."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,10 @@ class QuantConfig(OutlierConfig):
         Raises:
           ValueError: for another name.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"there is no preset {name!r}; choose among {', '.join(_PRESETS)}.")
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; choose among {', '.join(PRESETS)}.")
         rules = (*overrides.pop("rules", ()), *_EDGES)
-        return cls(**{**_PRESETS[name], **overrides}, rules=rules)
+        return cls(**{**PRESETS[name], **overrides}, rules=rules)
 
     @property
     def splitting(self) -> OutlierConfig:
@@ -115,9 +119,10 @@ class QuantConfig(OutlierConfig):
 
 
 _EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8, outlier_bits=16),)
-_PRESETS = {
+PRESETS = {
     "w4a4": dict(weight_bits=4, act_bits=4, outlier_bits=8),
     "w4a8": dict(weight_bits=4, act_bits=8, outlier_bits=16),
     "w6a6": dict(weight_bits=6, act_bits=6, outlier_bits=8),
     "w8a8": dict(weight_bits=8, act_bits=8, outlier_bits=16),
 }
+"""Fields by the names that `QuantConfig.preset` takes, from fewest bits to most."""

@@ -4,26 +4,19 @@ Scales are a plain pytree, {site: {name: array}}: "act" (L,) and "weight" (group
 operand of a scan, (G, N) for A, (G, 1) for D and (G, L) for the states h; "act" (L,) of a marked tensor.
 """
 
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan, as_tokens
-from ouromamba_jax.outliers import OutlierConfig, fake_quant
-from ouromamba_jax.qtensor import FULL_RANGE_FRACTIONS, QTensor, max_level, search_scale
-from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.quantize.modules import (
-    RoundedOperands,
-    SiteSpec,
-    iter_sites,
-    round_states,
-    set_module,
-    straight_through_round,
-)
+from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outliers import fake_quant
+from ouromamba_jax.quantize.modules import SiteSpec
+from ouromamba_jax.quantize.rounding import fake_parameter, fake_weight, round_states, scan_parameter
+from ouromamba_jax.quantize.scan import RoundedOperands
+from ouromamba_jax.quantize.sites import iter_sites, set_module
 from ouromamba_jax.released import quantize_asymmetric
 
 Scales = dict[str, dict[str, Array]]
@@ -50,8 +43,8 @@ class FakeSelectiveScan(RoundedOperands):
 
     def __init__(self, scan: SelectiveScan, spec: SiteSpec, scales: dict[str, Array], fixed: dict[str, Any]):
         self.spec, self.scales, self.fixed = spec, scales, fixed
-        self.directions, self.A_log, self.D, self.dt_bias = scan.directions, scan.A_log, scan.D, scan.dt_bias
-        self.delta_bias = scan.delta_bias
+        self.directions, self.D, self.dt_bias = scan.directions, scan.D, scan.dt_bias
+        self.decay_rates, self.delta_bias = scan.decay_rates, scan.delta_bias
 
     def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array:
         if name not in self.scales:
@@ -95,60 +88,6 @@ def install_fakes(stage: nnx.Module, specs: dict[str, SiteSpec], scales: Scales,
             kind: Any = next(fake for base, fake in _FAKES if isinstance(site, base))
             set_module(stage, path, kind(site, specs[path], scales[path], fixed.get(path, {})))
     return stage
-
-
-def fake_weight(kernel: Float[Array, "K O"], scale: Float[Array, "g O"], config: QuantConfig) -> Float[Array, "K O"]:
-    """Weight after symmetric rounding; gradients reach kernel and scale (Esser et al. 2020, LSQ)."""
-    limit = max_level(config.weight_bits)
-    s = jnp.repeat(scale, kernel.shape[0] // scale.shape[0], axis=0)
-    return straight_through_round(jnp.clip(kernel / s, -limit, limit)) * s
-
-
-def fake_parameter(x: Float[Array, "D N"], scale: Float[Array, "G N"], config: QuantConfig) -> Float[Array, "D N"]:
-    """A or D after rounding, in float."""
-    s = jnp.repeat(scale, x.shape[0] // scale.shape[0], axis=0)
-    limit = _parameter_limits(jax.lax.stop_gradient(x), scale.shape[0], config)
-    return straight_through_round(jnp.clip(x / s, -limit, limit)) * s
-
-
-@partial(jax.jit, static_argnames="config")
-def quantize_parameter(x: Float[Array, "D N"], scale: Float[Array, "G N"], config: QuantConfig) -> QTensor:
-    """A or D as int8 levels: entries beyond the outlier threshold may use all eight bits, the others `act_bits`."""
-    s = jnp.repeat(scale, x.shape[0] // scale.shape[0], axis=0)
-    limit = _parameter_limits(x, scale.shape[0], config)
-    levels = jnp.round(jnp.clip(x / s, -limit, limit)).astype(jnp.int8)
-    return QTensor(levels, scale, bits=8, group=x.shape[0] // scale.shape[0])
-
-
-@partial(jax.jit, static_argnames=("groups", "config"))
-def search_parameter_scale(x: Float[Array, "D N"], groups: int, config: QuantConfig) -> Float[Array, "G N"]:
-    """One scale per direction and state: A's columns grow with the state index, so they share no range."""
-    grouped = x.reshape(groups, -1, x.shape[1])
-    inliers = jnp.where(_parameter_outliers(grouped, config), 0.0, grouped)
-    fractions = FULL_RANGE_FRACTIONS if config.scale_search == "norm" else (1.0,)
-    return search_scale(inliers, max_level(config.act_bits), axes=(1,), fractions=fractions)[:, 0]
-
-
-def _parameter_outliers(grouped: Float[Array, "G E N"], config: QuantConfig) -> Array:
-    """Entries beyond mean + sigma * std of their direction and state."""
-    if config.detection == "none":
-        return jnp.zeros(grouped.shape, bool)
-    magnitude = jnp.abs(grouped)
-    spread = magnitude.std(axis=1, keepdims=True, ddof=1)
-    return magnitude > magnitude.mean(axis=1, keepdims=True) + config.sigma * spread
-
-
-def _parameter_limits(x: Float[Array, "D N"], groups: int, config: QuantConfig) -> Float[Array, "D N"]:
-    grouped = x.reshape(groups, -1, x.shape[1])
-    inlier_limit = float(max_level(config.act_bits))
-    return jnp.where(_parameter_outliers(grouped, config), 127.0, inlier_limit).reshape(x.shape)
-
-
-def scan_parameter(scan: Any, name: str) -> Float[Array, "D N"]:
-    """A (D, N) or D (D, 1) of a float scan."""
-    if name == "A":
-        return -jnp.exp(scan.A_log[...].astype(jnp.float32))
-    return scan.D[...].astype(jnp.float32)[:, None]
 
 
 _FAKES = ((nnx.Linear, FakeLinear), (SelectiveScan, FakeSelectiveScan), (nnx.Module, FakePoint))

@@ -14,16 +14,12 @@ from ouromamba_jax.matmul import outlier_matmul
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.outliers import merge, outlier_statistics
 from ouromamba_jax.quantize.calibrate import Captured
-from ouromamba_jax.quantize.fake import scan_parameter
-from ouromamba_jax.quantize.modules import (
-    ActQuantizer,
-    QuantLinear,
-    QuantSelectiveScan,
-    SiteSpec,
-    is_asymmetric,
-    iter_sites,
-)
+from ouromamba_jax.quantize.config import PARAMETER_OPERANDS
+from ouromamba_jax.quantize.modules import ActQuantizer, QuantLinear, SiteSpec, is_asymmetric
 from ouromamba_jax.quantize.report import SiteReport
+from ouromamba_jax.quantize.rounding import scan_parameter
+from ouromamba_jax.quantize.scan import QuantSelectiveScan
+from ouromamba_jax.quantize.sites import iter_sites, named_modules
 
 
 class Measured(NamedTuple):
@@ -47,7 +43,7 @@ def measure(
       images: number of calibration images.
     """
     floats = dict(iter_sites(stage))
-    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(low)}
+    modules = dict(named_modules(low))
 
     def part(start: int, x: Array) -> Array:
         samples = len(x) // images
@@ -135,7 +131,7 @@ def _describe(name: str, spec: SiteSpec, matmul: bool) -> dict[str, Any]:
     """Kind, bits and granularity of the operand `name`, "" being the site itself."""
     config = spec.config
     bits = dict(weight_bits=None, act_bits=config.act_bits, outlier_bits=config.outlier_bits)
-    if name in ("A", "D"):
+    if name in PARAMETER_OPERANDS:
         granularity = "direction x state" if name == "A" else "direction"
         return dict(kind="parameter", granularity=granularity, **{**bits, "outlier_bits": 8})
     if name == "h":

@@ -10,18 +10,14 @@ from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.qtensor import QTensor, quantize_with_scale
 from ouromamba_jax.quantize.calibrate import Captured, find_scales
-from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.quantize.fake import Scales, quantize_parameter, scan_parameter
+from ouromamba_jax.quantize.config import PARAMETER_OPERANDS, QuantConfig
+from ouromamba_jax.quantize.fake import Scales
 from ouromamba_jax.quantize.measure import measure
-from ouromamba_jax.quantize.modules import (
-    ActScales,
-    QuantizedPoint,
-    QuantLinear,
-    QuantSelectiveScan,
-    SiteSpec,
-    iter_sites,
-)
+from ouromamba_jax.quantize.modules import ActScales, QuantizedPoint, QuantLinear, SiteSpec
 from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.rounding import quantize_parameter, scan_parameter
+from ouromamba_jax.quantize.scan import QuantSelectiveScan
+from ouromamba_jax.quantize.sites import iter_sites
 from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages, replace_sites
 from ouromamba_jax.quantize.tune import tune_scales, update_of
 
@@ -94,7 +90,7 @@ def quantized_module(site: Any, spec: SiteSpec, scales: dict[str, Array], fixed:
         }
         parameters: dict[str, QTensor] = {
             name: quantize_parameter(scan_parameter(site, name), scales[name], config)
-            for name in ("A", "D")
+            for name in PARAMETER_OPERANDS
             if name in scales
         }
         return QuantSelectiveScan(site, activations, parameters, scales.get("h"), spec)

@@ -10,20 +10,24 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.base import VisionModel, apply_stage
-from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
-from ouromamba_jax.quantize.calibrate import Captured, capture, check_coverage
+from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.quantize.calibrate import Captured, capture
 from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.quantize.modules import Levels, Scale, iter_sites, set_module
+from ouromamba_jax.quantize.coverage import check_coverage
+from ouromamba_jax.quantize.modules import Levels, Scale
 from ouromamba_jax.quantize.report import QuantReport, SiteReport
+from ouromamba_jax.quantize.sites import named_modules, resolve_sites, set_module
 
 Progress = Callable[[int, int, str], None]
 """Called with (stages done, stages in all, name of the next)."""
 
 
 class StageInputs(NamedTuple):
-    """What a method sees of one stage: its float input and output on the calibration images, what the quantised stages
-    before it give instead of that input, what entered every site, and the settings of those sites."""
+    """What a method sees of one stage: its path in the model; its float input and output on the calibration images;
+    what the quantised stages before it give instead of that input; what entered every site, by the site's path within
+    the stage; and the settings of those sites."""
 
+    name: str
     exact: Array
     exact_out: Array
     quantised: Array
@@ -79,7 +83,7 @@ def quantize_stages(
         prefix = name + "."
         local = {path.removeprefix(prefix): c for path, c in configs.items() if path.startswith(prefix)}
         exact_out, captured = capture(stage, exact, local, config.batch_size)
-        fitted = fit(stage, StageInputs(exact, exact_out, x, captured, local))
+        fitted = fit(stage, StageInputs(name, exact, exact_out, x, captured, local))
         low = replace_sites(stage, fitted.modules)
         reports += [dataclasses.replace(report, path=prefix + report.path) for report in fitted.reports]
         if fitted.losses:
@@ -101,21 +105,6 @@ def replace_sites(stage: nnx.Module, modules: dict[str, nnx.Module]) -> nnx.Modu
     return low
 
 
-def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConfig]:
-    """Settings by site. A marked tensor is a site only if the config names it among its operands."""
-    resolved = {path: (site, config.resolve(path)) for path, site in iter_sites(model)}
-    active = {
-        path: c
-        for path, (site, c) in resolved.items()
-        if c is None or not isinstance(site, QuantPoint) or path.rsplit(".", 1)[-1] in c.operands
-    }
-    unused = [rule.pattern for rule in config.rules if not any(rule.matches(path) for path in active)]
-    if unused:
-        known = ", ".join(list(active)[:4])
-        raise ValueError(f"the rule {unused[0]!r} matches no site of the model; paths look like {known}.")
-    return {path: c for path, c in active.items() if c is not None}
-
-
 def apply_in_batches(stage: nnx.Module, x: Array, batch_size: int) -> Array:
     graphdef, state = nnx.split(stage)
     return jnp.concatenate([apply_stage(graphdef, state, x[i : i + batch_size]) for i in range(0, len(x), batch_size)])
@@ -130,8 +119,8 @@ def store_floats(
       ValueError: if a value is beyond the range of `dtype`.
     """
     kept = []
-    for path, module in nnx.iter_modules(stage):
-        site = prefix + ".".join(map(str, path))
+    for path, module in named_modules(stage):
+        site = prefix + path
         for name, leaf in vars(module).items():
             if isinstance(leaf, nnx.Param):
                 exact, rounded = leaf[...], leaf[...].astype(dtype)

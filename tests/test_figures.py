@@ -1,77 +1,16 @@
-"""Metrics against hand-made cases; tables cell by cell; figures are written whole and are not blank."""
-
-import io
-import math
+"""Figures are written whole and are not blank."""
 
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
-from ouromamba_jax.report import (
-    agreement,
-    attention_maps,
-    image_grid,
-    line_chart,
-    markdown_table,
-    outlier_map,
-    print_table,
-    sqnr_db,
-    top1,
-)
+from ouromamba_jax.charts import dot_chart, line_chart, line_panels
+from ouromamba_jax.figures import attention_maps, image_grid, outlier_map
 
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-def test_top1_and_agreement(rng):
-    logits = rng.normal(size=(200, 7))
-    labels = np.array([row.tolist().index(max(row)) for row in logits])
-    labels[:50] = (labels[:50] + 1) % 7
-    assert top1(logits, labels) == 0.75
-    other = logits.copy()
-    other[:20, :] = -other[:20, :]  # the largest becomes the smallest
-    assert agreement(logits, other) == 0.9
-    with pytest.raises(ValueError, match="200 rows of logits"):
-        top1(logits, labels[:10])
-
-
-def test_sqnr_of_noise_a_tenth_of_the_signal_is_20_db(rng):
-    signal, noise = rng.normal(size=(2, 40, 50)).astype(np.float32)
-    noise *= np.sqrt(np.sum(signal**2) / np.sum(noise**2)) / 10
-    assert sqnr_db(signal, signal + noise) == pytest.approx(20, abs=1e-3)
-    assert sqnr_db(signal, signal) == math.inf
-    assert sqnr_db(np.zeros(3), np.array([0.0, 1.0, 0.0])) == -math.inf
-    with pytest.raises(ValueError, match="shape"):
-        sqnr_db(signal, signal[:1])
-
-
-ROWS = [["real", 98.256, 3], ["noise [x]", math.pi, None]]
-
-
-def test_markdown_table():
-    assert markdown_table(ROWS, ["images", "top-1", "n"]).splitlines() == [
-        "| images | top-1 | n |",
-        "| --- | ---: | ---: |",
-        "| real | 98.26 | 3 |",
-        "| noise [x] | 3.14 | - |",
-    ]
-    assert "a\\|b" in markdown_table([["a|b"]], ["name"])
-
-
-def test_terminal_table():
-    text = io.StringIO()
-    print_table(ROWS, ["images", "top-1", "n"], title="Result", console=Console(file=text, width=80))
-    assert "Result" in text.getvalue()
-    for cell in ("real", "98.26", "noise [x]", "3.14"):
-        assert cell in text.getvalue()
-
-
-def test_ragged_rows_are_refused():
-    with pytest.raises(ValueError, match="2 cells, but there are 3 headers"):
-        markdown_table([["a", 1]], ["a", "b", "c"])
 
 
 def pictures(rng, count):
@@ -85,6 +24,15 @@ FIGURES = {
     "attention_maps": lambda path, rng: attention_maps(path, pictures(rng, 2), *rng.random((2, 2, 4, 4))),
     "line_chart": lambda path, rng: line_chart(
         path, {"real": [1.0, 2.0], "noise": [None, 1.5]}, ["w4a4", "w8a8"], ylabel="dB", reference=("float", 2.5)
+    ),
+    "dot_chart": lambda path, rng: dot_chart(
+        path, {"a": rng.random((2, 3)).tolist(), "b": [[0.5], [0.7, 0.6]]}, ["w4a4", "w8a8"], ylabel="dB"
+    ),
+    "line_panels": lambda path, rng: line_panels(
+        path,
+        {f"layer {i}": {"real": rng.random(20), "noise": rng.random(20)} for i in range(4)},
+        xlabel="x",
+        ylabel="y",
     ),
 }
 
@@ -140,3 +88,8 @@ def test_mismatched_figures_are_refused(tmp_path, rng):
     with pytest.raises(ValueError, match="real has 1 values, but there are 2 ticks"):
         line_chart(tmp_path / "a.png", {"real": [1.0]}, ["a", "b"], ylabel="dB")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dot_chart_needs_measurements_for_every_tick(tmp_path):
+    with pytest.raises(ValueError, match="b needs measurements for each of the 2 ticks"):
+        dot_chart(tmp_path / "a.png", {"a": [[1.0], [2.0]], "b": [[1.0], []]}, ["w4a4", "w8a8"], ylabel="dB")

@@ -1,0 +1,137 @@
+"""The public loaders: a whole source in memory, or batch by batch."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ouromamba_jax.data.sources import Source, open_source, tfds_name
+from ouromamba_jax.data.transform import preprocess
+from ouromamba_jax.preprocessing import Preprocessing, height_width
+
+
+class Dataset(NamedTuple):
+    """Normalised images, their classes (None where the source has none) and, if known, the names of the classes."""
+
+    images: Float[np.ndarray, "N H W 3"]
+    labels: Int[np.ndarray, " N"] | None
+    classes: tuple[str, ...] | None = None
+
+
+def load_images(
+    source: str | Path,
+    split: str,
+    img_size: int | tuple[int, int],
+    preprocessing: Preprocessing,
+    *,
+    limit: int | None = None,
+    seed: int | None = None,
+    labelled: bool = False,
+) -> Dataset:
+    """The images of a source in memory, ready for a model.
+
+    Args:
+      source: one of
+        "digits" (scikit-learn's handwritten digits, splits "train" and "test");
+        an image folder, one subfolder per class or flat and then without labels;
+        an .npz with `images` and optionally `labels`, `classes`, or with JPEG files end to end in `jpeg` and
+        their boundaries in `offsets`. uint8 images are pixels; float images are model input already;
+        "tfds:NAME" or "tfds:NAME:SPLIT", a data set that TFDS has prepared.
+        A "{split}" in a path is replaced by `split`.
+      split: e.g. "train" or "test"; paths without "{split}" have only one.
+      img_size: input side of the model, or (height, width).
+      preprocessing: the model's `config.preprocessing`.
+      limit: take this many images, evenly spaced over the source.
+      seed: draw those at random instead, by this seed.
+      labelled: refuse images without a class (no labels, or negative ones): nothing can be scored on them.
+
+    Raises:
+      ValueError, FileNotFoundError, ImportError: one sentence that names the file and what to do.
+    """
+    opened = open_source(str(source), split)
+    indices = _spread(opened.length, limit)
+    if seed is not None:
+        indices = np.random.default_rng(seed).permutation(opened.length)[: len(indices)]
+    with ThreadPoolExecutor() as pool:
+        dataset = _read(opened, indices, img_size, preprocessing, pool)
+    if labelled:
+        _check_labels(dataset, str(source), split)
+    return dataset
+
+
+def iterate_batches(
+    source: str | Path,
+    split: str,
+    img_size: int | tuple[int, int],
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    labelled: bool = False,
+) -> Iterator[Dataset]:
+    """As `load_images`, but `batch_size` images at a time; the last batch holds what is left."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; use at least 1.")
+    opened = open_source(str(source), split)
+    indices = _spread(opened.length, limit)
+
+    def batches() -> Iterator[Dataset]:
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(indices), batch_size):
+                batch = _read(opened, indices[start : start + batch_size], img_size, preprocessing, pool)
+                if labelled:
+                    _check_labels(batch, str(source), split)
+                yield batch
+
+    return batches()  # a source that cannot be opened is reported now, not at the first batch
+
+
+def _read(
+    source: Source,
+    indices: Int[np.ndarray, " M"],
+    img_size: int | tuple[int, int],
+    preprocessing: Preprocessing,
+    pool: ThreadPoolExecutor,
+) -> Dataset:
+    height, width = height_width(img_size)
+
+    def load(i: int) -> tuple[np.ndarray, int | None]:
+        picture, label = source.example(i)
+        if not (isinstance(picture, np.ndarray) and picture.dtype == np.float32):
+            return preprocess(picture, img_size, preprocessing), label
+        if picture.shape != (height, width, 3):
+            raise ValueError(
+                f"the float images are {picture.shape[0]}x{picture.shape[1]}, but the model takes {height}x{width}; "
+                f"store uint8 pixels, which are resized, or build the model with another img_size."
+            )
+        return picture, label
+
+    pictures, labels = zip(*pool.map(load, indices.tolist()), strict=True)
+    return Dataset(np.stack(pictures), None if labels[0] is None else np.asarray(labels, np.int32), source.classes)
+
+
+def _check_labels(dataset: Dataset, source: str, split: str) -> None:
+    if dataset.labels is None:
+        raise ValueError(f"{source} has no labels; give one folder per class, or an .npz with `labels`.")
+    if dataset.labels.min() >= 0:
+        return
+    if source.startswith("tfds:"):
+        name, split = tfds_name(source, split)
+        raise ValueError(
+            f"the split {split!r} of {name} has images without a class (label {dataset.labels.min()}); "
+            f"name one that is labelled, e.g. tfds:{name}:validation."
+        )
+    raise ValueError(f"{source} has the label {dataset.labels.min()}, which is no class; count the classes from 0.")
+
+
+def _spread(length: int, limit: int | None) -> Int[np.ndarray, " M"]:
+    """At most `limit` indices, evenly spaced, so that a source sorted by class gives every class."""
+    if length == 0:
+        raise ValueError("the source holds no images; give one that does.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; ask for at least one image.")
+    count = length if limit is None else min(limit, length)
+    return np.arange(count) * length // count

@@ -1,0 +1,65 @@
+"""One picture to model input and back: timm's evaluation transform."""
+
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from ouromamba_jax.preprocessing import Preprocessing, height_width
+
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+def preprocess(
+    image: Image.Image | UInt8[np.ndarray, "..."],
+    img_size: int | tuple[int, int],
+    preprocessing: Preprocessing,
+) -> Float[np.ndarray, "H W 3"]:
+    """One picture to model input: timm's evaluation transform.
+
+    The picture is resized, keeping its proportions, so that it just covers floor(img_size / crop_pct); the centre
+    is cropped, scaled to [0, 1] and normalised per channel. As in timm, a target that is not square is resized
+    bilinearly, whatever `preprocessing.interpolation` (timm.data.transforms_imagenet_eval, crop_mode "center").
+    """
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    image = image.convert("RGB")
+    height, width = height_width(img_size)
+    target = math.floor(height / preprocessing.crop_pct), math.floor(width / preprocessing.crop_pct)
+    scaled = _cover((image.height, image.width), target)
+    if preprocessing.interpolation not in _RESAMPLING:
+        raise ValueError(
+            f"there is no interpolation {preprocessing.interpolation!r}; use one of {', '.join(_RESAMPLING)}."
+        )
+    interpolation = preprocessing.interpolation if target[0] == target[1] else "bilinear"
+    image = image.resize(scaled[::-1], _RESAMPLING[interpolation])
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / np.float32(255)
+    mean, std = preprocessing.mean_and_std()
+    return (pixels - mean[0]) / std[0]
+
+
+def to_pixels(images: Float[Any, "N H W 3"], preprocessing: Preprocessing) -> UInt8[np.ndarray, "N H W 3"]:
+    """Model input back to uint8 pixels, for pictures: the inverse of the normalisation."""
+    mean, std = preprocessing.mean_and_std()
+    pixels = np.asarray(images, np.float32) * std + mean
+    return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+
+
+def _cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) that just covers `target` with the proportions of `size`.
+
+    As in timm, the longer side is cut to an integer for a square target and rounded for another one.
+    """
+    if target[0] != target[1]:
+        ratio = min(size[0] / target[0], size[1] / target[1])
+        return round(size[0] / ratio), round(size[1] / ratio)
+    shorter = min(size)
+    height, width = (int(target[0] * side / shorter) for side in size)
+    return height, width

@@ -1,0 +1,108 @@
+"""The terms of OuroMamba's Algorithm 2: how an activation is split, and what the split is."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int8
+
+from ouromamba_jax.qtensor import divide, power_of_two_ratio
+
+Threshold = Literal["online", "offline"]
+Detection = Literal["dynamic", "static", "none"]
+OutlierScale = Literal["pow2", "free"]
+Spec = Literal["paper", "released"]
+StaticList = Literal["mean", "max"]
+
+
+@dataclass(frozen=True)
+class OutlierConfig:
+    """How activations are split (see `split_outliers`).
+
+    Attributes:
+      act_bits: bits of inliers, 2..8.
+      outlier_bits: bits of outliers, act_bits..8; 16 leaves outliers in the activation's own float type.
+      n_refresh: tokens per window.
+      sigma: standard deviations above the mean magnitude at which a channel is an outlier.
+      threshold: "online" takes that statistic from the token itself, "offline" from calibration.
+      detection: "dynamic" is Algorithm 2; "static" a fixed list of channels; "none" clips everything.
+      static_list: statistic of the magnitude by which calibration picks the channels of detection="static".
+      outlier_scale: "pow2" takes the inlier scale times a power of two, "free" the token's own maximum.
+      spec: "released" reproduces the published code, whose trigger is shared by the whole batch.
+    """
+
+    act_bits: int = 4
+    outlier_bits: int = 8
+    n_refresh: int = 10
+    sigma: float = 3.0
+    threshold: Threshold = "online"
+    detection: Detection = "dynamic"
+    static_list: StaticList = "mean"
+    outlier_scale: OutlierScale = "pow2"
+    spec: Spec = "paper"
+
+    def __post_init__(self):
+        if not 2 <= self.act_bits <= 8:
+            raise ValueError(f"act_bits must lie in 2..8, not {self.act_bits} (bits, not a number of levels)")
+        if self.outlier_bits != 16 and not self.act_bits <= self.outlier_bits <= 8:
+            raise ValueError(f"outlier_bits must be 16 or lie in act_bits..8, not {self.outlier_bits}")
+        if self.n_refresh < 1:
+            raise ValueError(f"n_refresh must be at least 1 token, not {self.n_refresh}")
+        if not self.sigma > 0:
+            raise ValueError(f"sigma must be positive, not {self.sigma}")
+        choices = (
+            ("threshold", Threshold),
+            ("detection", Detection),
+            ("static_list", StaticList),
+            ("outlier_scale", OutlierScale),
+            ("spec", Spec),
+        )
+        for name, kind in choices:
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        published = (self.threshold, self.detection, self.outlier_scale) == ("online", "dynamic", "free")
+        if self.spec == "released" and not published:
+            raise ValueError(
+                'spec="released" is what the published code does: it needs threshold="online", detection="dynamic" '
+                'and outlier_scale="free"'
+            )
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inlier_q", "outlier_q", "outlier_scale", "mask", "inlier_scale"],
+    meta_fields=["pow2"],
+)
+@dataclass(frozen=True)
+class OutlierSplit:
+    """An activation as inlier levels plus outliers; each is zero at the other's places.
+
+    Attributes:
+      inlier_q: int8 (B, L, C), levels within the inlier bits.
+      outlier_q: int8 (B, L, C) levels, or with 16-bit outliers the float activations themselves.
+      outlier_scale: float32 (B, L); 1 with 16-bit outliers; NaN for a token that holds a NaN or an infinity, so
+        that its results are NaN, not a silent clip.
+      mask: bool (B, L, C), true at outliers.
+      inlier_scale: float32 (L,).
+      pow2: outlier_scale is inlier_scale times 2^j, j >= 0 (a static fact, for the integer products).
+    """
+
+    inlier_q: Int8[Array, "B L C"]
+    outlier_q: Array
+    outlier_scale: Float32[Array, "B L"]
+    mask: Bool[Array, "B L C"]
+    inlier_scale: Float32[Array, " L"]
+    pow2: bool
+
+    @property
+    def step_ratio(self) -> Float32[Array, "B L"]:
+        """Inliers' step over the outliers' step: with pow2 scales exactly 2^-j, and 1 where the latter is NaN."""
+        inlier = jnp.broadcast_to(self.inlier_scale[None], self.outlier_scale.shape)
+        return power_of_two_ratio(inlier, self.outlier_scale) if self.pow2 else divide(inlier, self.outlier_scale)
+
+    @property
+    def shifted(self) -> Bool[Array, "B L"]:
+        """Tokens whose outliers have a step of their own: with pow2 scales j > 0 (or NaN)."""
+        return self.outlier_scale != self.inlier_scale[None]

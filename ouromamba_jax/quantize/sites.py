@@ -1,0 +1,48 @@
+"""Where a model can be quantised: its sites by dotted path, and the settings that a config gives them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+
+from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
+from ouromamba_jax.quantize.config import QuantConfig
+
+Site = nnx.Linear | SelectiveScan | QuantPoint
+
+
+def named_modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """(dotted path, module) of the model itself, whose path is "", and of everything below it."""
+    for path, module in nnx.iter_modules(model):
+        yield ".".join(map(str, path)), module
+
+
+def iter_sites(model: nnx.Module) -> Iterator[tuple[str, Site]]:
+    """(dotted path, module) of everything that can be quantised: linear layers, selective scans, marked tensors."""
+    return ((path, module) for path, module in named_modules(model) if isinstance(module, Site))
+
+
+def set_module(model: Any, path: str, new: Any) -> None:
+    """Replaces the submodule at the dotted `path`."""
+    *parents, last = path.split(".")
+    for name in parents:
+        model = model[int(name)] if name.isdigit() else getattr(model, name)
+    if last.isdigit():
+        model[int(last)] = new
+    else:
+        setattr(model, last, new)
+
+
+def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConfig]:
+    """Settings by site. A marked tensor is a site only if the config names it among its operands."""
+    resolved = {path: (site, config.resolve(path)) for path, site in iter_sites(model)}
+    active = {
+        path: c
+        for path, (site, c) in resolved.items()
+        if c is None or not isinstance(site, QuantPoint) or path.rsplit(".", 1)[-1] in c.operands
+    }
+    unused = [rule.pattern for rule in config.rules if not any(rule.matches(path) for path in active)]
+    if unused:
+        known = ", ".join(list(active)[:4])
+        raise ValueError(f"the rule {unused[0]!r} matches no site of the model; paths look like {known}.")
+    return {path: c for path, c in active.items() if c is not None}

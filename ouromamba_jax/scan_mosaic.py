@@ -1,0 +1,71 @@
+"""The selective scan on NVIDIA GPUs: what its Mosaic kernels are given, and the states that `collect` wants to see."""
+
+import jax
+import jax.numpy as jnp
+
+from ouromamba_jax import scan_xla
+from ouromamba_jax.pallas import selective_scan as kernel
+from ouromamba_jax.pallas.tiles import ScanTiles
+from ouromamba_jax.scan_types import ScanOutput
+from ouromamba_jax.split_operand import SplitOperand, floats
+
+
+def run(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collect, state_transform, **options
+) -> ScanOutput:
+    """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA.
+
+    Levels are int8 unless a token has shifted outliers. Then the kernel takes all of them in float32: the arithmetic is
+    the same, so a sample's result does not depend on its batch mates.
+    """
+    u, delta, B, C = (x if isinstance(x, SplitOperand) and x.has_levels else floats(x) for x in (u, delta, B, C))
+    split = [x for x in (u, delta, B, C) if isinstance(x, SplitOperand)]
+
+    def launch(dtype):
+        def levels(x):
+            return x.levels(dtype) if isinstance(x, SplitOperand) else x
+
+        scales = kernel.Scales(*(x.steps if isinstance(x, SplitOperand) else None for x in (u, delta, B, C)))
+        return kernel.run(
+            levels(u), levels(delta), A, levels(B), levels(C), D, z=z, delta_bias=delta_bias,
+            delta_softplus=delta_softplus, h0=h0, reverse=reverse, with_starts=collect is not None, scales=scales,
+            **options,
+        )  # fmt: skip
+
+    if split:
+        unshifted = jnp.all(jnp.stack([x.unshifted() for x in split]))
+        y, h_last, starts = jax.lax.cond(unshifted, lambda: launch(jnp.int8), lambda: launch(jnp.float32))
+    else:
+        y, h_last, starts = launch(None)
+    y = y.astype(u.dtype)
+    if starts is None:
+        return ScanOutput(y, h_last, None)
+
+    def walk(chunk, h0):
+        u, delta, B = chunk
+        return scan_xla.run(
+            u, delta, A, B, B, None, None, delta_bias, delta_softplus, h0, False, collect, None
+        ).states  # its y is not used
+
+    inputs = tuple(map(floats, (u, delta, B)))
+    tiles = options.get("tiles") or kernel.tiles_for(inputs[0], A, inputs[2])
+    return ScanOutput(y, h_last, _walk_chunks(walk, inputs, starts, tiles, reverse))
+
+
+def _walk_chunks(walk, inputs, starts, tiles: ScanTiles, reverse: bool):
+    """`walk(chunk of inputs, state before it)` for the chunks of every segment, put together in scan order."""
+    batch, length = inputs[0].shape[:2]
+    length //= tiles.segments
+
+    def to_chunks(x):
+        x = jnp.flip(x, 1) if reverse else x
+        x = x.reshape(batch, tiles.segments, length, *x.shape[2:])
+        x = jnp.pad(x, [(0, -length % tiles.chunk if axis == 2 else 0) for axis in range(x.ndim)])
+        return x.reshape(batch, -1, tiles.chunk, *x.shape[3:])
+
+    def from_chunks(x):
+        x = x.reshape(batch, tiles.segments, -1, *x.shape[3:])[:, :, :length]
+        return x.reshape(batch, -1, *x.shape[3:])
+
+    states = jax.vmap(walk, in_axes=1, out_axes=1)(jax.tree.map(to_chunks, inputs), starts)
+    return jax.tree.map(from_chunks, states)
