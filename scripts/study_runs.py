@@ -78,7 +78,8 @@ class Run:
 
 
 def _changed(config: Any, default: Any) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if value != getattr(default, name)}
+    names = (field.name for field in dataclasses.fields(config))
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
 
 
 def tables(images: int, **common: Any) -> dict[str, list[Run]]:

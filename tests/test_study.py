@@ -54,6 +54,7 @@ def test_equal_runs_have_one_key_and_others_their_own(runs):
         default, gen=(("contrastive", GenConfig.contrastive),), settings=(("n_refresh", QuantConfig.n_refresh),)
     )
     assert default.key(3) == explicit.key(3)
+    assert json.loads(default.key(3))["settings"] == json.loads(default.key(3))["gen"] == {}
 
 
 def entry(run, seed, rng):
