@@ -54,7 +54,7 @@ def random_split(rng, kind, pow2):
 
 def integer_products(split, tensor):
     """The exact accumulators behind `outlier_matmul`, int32 (groups, B, L, O): in units of S[t], and of s_O[t]."""
-    values = tensor.values.reshape(len(tensor.scale), -1, O)
+    values = jnp.split(tensor.values, len(tensor.scale))
 
     def products(levels):
         parts = jnp.split(levels, len(values), axis=-1)
