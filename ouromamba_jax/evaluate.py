@@ -71,7 +71,7 @@ def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]
     """Accuracy over (images, labels) batches of one size; only the last may be smaller.
 
     Raises:
-      ValueError: if there are no batches.
+      ValueError: if there are no batches, or a label is negative.
     """
     run = None
     logits, labels, timed, seconds = [], [], 0, 0.0
