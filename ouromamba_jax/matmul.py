@@ -23,7 +23,6 @@ from ouromamba_jax.qtensor import QTensor, divide, guard_product
 
 FRACTION_BITS = 12
 """16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""
-_PLANES_LIMIT = 127 * 256 + 127
 
 
 def _dot(levels: Int8[Array, "*rows K"], weight: Int8[Array, "K O"]) -> Int32[Array, "*rows O"]:
@@ -86,7 +85,21 @@ def _two_products(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O
     return _sum_groups(product, jnp.stack([near, far]), weight)
 
 
-def _fixed_point_outliers(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
+def _sum_of_planes(
+    planes: Int8[Array, "2 B L K"], step: Float32[Array, "B L 1"], weight: QTensor
+) -> Float32[Array, "B L O"]:
+    """The product of the fixed-point numbers step * (256 * high + low), for planes (high, low)."""
+
+    def product(both, values, scale):
+        products = _dot(both, values).astype(jnp.float32)
+        return step * (products[0] * 256.0 + products[1]) * scale[None, None]
+
+    return _sum_groups(product, planes, weight)
+
+
+def _fixed_point_outliers(
+    split: OutlierSplit, weight: QTensor, multiply: Callable[[Array, Array, QTensor], Array] = _sum_of_planes
+) -> Float32[Array, "B L O"]:
     """16-bit outliers: inliers and outliers of a token as one 16-bit fixed-point row, multiplied as two int8 planes.
 
     The row's step is S * 2^(j-12) with the smallest j >= 0 at which its largest entry fits. Inliers are exact, since
@@ -97,9 +110,9 @@ def _fixed_point_outliers(split: OutlierSplit, weight: QTensor) -> Float32[Array
     largest = jnp.maximum(
         divide(_largest(split.outlier_q.astype(jnp.float32)), S), _largest(split.inlier_q).astype(jnp.float32)
     )
-    _, exponent = jnp.frexp(largest / _PLANES_LIMIT)  # largest <= limit * 2^exponent
+    _, exponent = jnp.frexp(largest / kernel.LARGEST_FIXED_POINT)  # largest <= limit * 2^exponent
     shift = jnp.clip(-exponent, 0, FRACTION_BITS)  # 12 - j
-    fits = largest <= _PLANES_LIMIT  # false for NaN and infinity
+    fits = largest <= kernel.LARGEST_FIXED_POINT  # false for NaN and infinity
     step = jnp.ldexp(S, -shift)
     shift, step, fits = lax.optimization_barrier((shift, step, fits))  # once per row, not again for every entry
     outliers = jnp.round(divide(split.outlier_q.astype(jnp.float32), step))
@@ -107,12 +120,8 @@ def _fixed_point_outliers(split: OutlierSplit, weight: QTensor) -> Float32[Array
     value = lax.optimization_barrier(jnp.left_shift(split.inlier_q.astype(jnp.int16), shift.astype(jnp.int16)) + fixed)
     planes = jnp.stack([jnp.right_shift(value + 128, 8), value]).astype(jnp.int8)  # the low one wraps to -128..127
 
-    def product(both, values, scale):
-        products = _dot(both, values).astype(jnp.float32)
-        return step * (products[0] * 256.0 + products[1]) * scale[None, None]
-
     def fixed_point():
-        return _sum_groups(product, planes, weight)
+        return multiply(planes, step, weight)
 
     fits = fits & jnp.isfinite(split.outlier_scale)[:, :, None]
     return lax.cond(
@@ -141,7 +150,12 @@ def _xla(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
 
 
 def _one_launch(launch: Callable[..., Array], split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
-    """One kernel with one accumulator; a token whose shift could overflow it sends the call to XLA."""
+    """One kernel with one accumulator; a token whose shift could overflow it sends the call to XLA.
+
+    16-bit outliers take it, or two, for their planes, and XLA for tokens beyond fixed point.
+    """
+    if split.outlier_q.dtype != jnp.int8:
+        return _fixed_point_outliers(split, weight, partial(kernel.fixed_point, launch))
     shift, fits = kernel.shifts(split, kernel.largest_shift(weight.shape[0], weight.bits))
 
     def accumulate():

@@ -27,7 +27,7 @@ def supports(split: OutlierSplit, weight: QTensor) -> str | None:
 
 def _too_large(split: OutlierSplit, weight: QTensor) -> str | None:
     B, L, K = split.inlier_q.shape
-    rows = B * L
+    rows = B * L * (1 if split.outlier_q.dtype == jnp.int8 else 2)  # 16-bit outliers may take two planes of rows
     largest = max(rows, weight.shape[1]) * (K + -K % TILE_K), rows * weight.shape[1]
     if max(largest) <= mosaic.INT32_MAX:
         return None
@@ -80,12 +80,13 @@ def warps(tiles: MatmulTiles) -> int:
 def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles) -> tuple[Array, ...]:
     """The kernel's inputs: planes of whole K-blocks, where the outliers are, rows, the weight with K last, columns."""
     near, far, shift, row_scale = planes
+    far = near if far is None else far  # then not read
     M, K = near.shape[0] * near.shape[1], near.shape[2]
     near, far = (jnp.pad(x.reshape(M, K), [(0, 0), (0, -K % TILE_K)]) for x in (near, far))
     values = jnp.pad(weight.values.T, [(0, 0), (0, -K % TILE_K)])
     # A last tile that is not full begins where it does in the kernel: at a multiple of the tile.
     whole = jnp.pad(far, [(0, -M % tiles.tile_m), (0, 0)])
-    lists = mosaic.far_lists(whole, tiles.tile_m)
+    lists = (mosaic.no_far_lists if planes.far is None else mosaic.far_lists)(whole, tiles.tile_m)
     return near, far, *lists, shift.reshape(M), row_scale.reshape(M), values, weight.scale[0]
 
 

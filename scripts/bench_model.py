@@ -17,9 +17,9 @@ and 1.3x at W4A4 (16-bit outliers take a second int8 product). Trained models ha
 (`bench.preferring`), then says what share of the time on the kernels goes into finding and splitting outliers, into
 products, into scans and into the rest. A model that fails is recorded with its error, and the next one starts.
 
-W8A8 has 8-bit outliers there, since no kernel takes 16-bit ones; the first and last layer keep those, and XLA. What a
-kernel refuses runs on XLA: "kernels" counts its calls in the compiled program. Not run on a GPU yet: no time and no
-number is known.
+W8A8 has 8-bit outliers there, since no kernel splits 16-bit ones; the first and last layer keep those, which XLA
+splits and a kernel multiplies. What a kernel refuses runs on XLA: "kernels" counts its calls in the compiled program.
+Not run on a GPU yet: no time and no number is known.
 """
 
 import argparse

@@ -77,7 +77,7 @@ DEVICES = {
 }  # fmt: skip
 
 
-def matmul(inputs: int, outputs: int, bits: int) -> tuple[Callable, list]:
+def matmul(inputs: int, outputs: int, bits: int, outlier: str = "int8") -> tuple[Callable, list]:
     import jax
     import jax.numpy as jnp
 
@@ -86,12 +86,12 @@ def matmul(inputs: int, outputs: int, bits: int) -> tuple[Callable, list]:
     from ouromamba_jax.qtensor import QTensor
 
     def run(inlier, outlier, outlier_scale, mask, scale, values, columns):
-        split = OutlierSplit(inlier, outlier, outlier_scale, mask, scale, True)
+        split = OutlierSplit(inlier, outlier, outlier_scale, mask, scale, outlier.dtype == jnp.int8)
         return outlier_matmul(split, QTensor(values, columns, bits), implementation="mosaic_gpu")
 
     levels, f32 = (BATCH, TOKENS, inputs), jnp.float32
     shapes = [
-        (levels, jnp.int8), (levels, jnp.int8), (levels[:2], f32), (levels, jnp.bool_), ((TOKENS,), f32),
+        (levels, jnp.int8), (levels, outlier), (levels[:2], f32), (levels, jnp.bool_), ((TOKENS,), f32),
         ((inputs, outputs), jnp.int8), ((1, outputs), f32),
     ]  # fmt: skip
     return run, [jax.ShapeDtypeStruct(*shape) for shape in shapes]
@@ -172,9 +172,10 @@ def scan_levels(channels: int, states: int, groups: int, dtype: str = "float32")
 
 
 KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]] = {
-    # Layers of Vim: every tile width, ragged rows (6304), padded inputs (192) and outputs (56)
+    # Layers of Vim: every tile width, ragged rows (6304), padded inputs (192) and outputs (56), two planes for W8A8
     "matmul 768x3072 W4": (matmul, (768, 3072, 4)),
     "matmul 1536x768 W8": (matmul, (1536, 768, 8)),
+    "matmul 768x384 W8 16-bit": (matmul, (768, 384, 8, "float32")),
     "matmul 192x384 W4": (matmul, (192, 384, 4)),
     "matmul 384x56 W4": (matmul, (384, 56, 4)),
     "split 768 pow2": (split, (768, "pow2")),

@@ -21,7 +21,7 @@ from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.device import target_of
 from ouromamba_jax.pallas.tiles import MatmulTiles, matmul_tiles
-from ouromamba_jax.qtensor import QTensor, quantize_array
+from ouromamba_jax.qtensor import QTensor, max_level, quantize_array
 
 TILES = {
     "sm90": MatmulTiles(tile_m=128, tile_n=64, stages=2),
@@ -105,6 +105,48 @@ def test_a_split_activation_gives_the_bits_of_xla(name):
     np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize("name", ["sm90", "sm89", "triton"])
+@pytest.mark.parametrize(("bits", "K"), [(4, 150), (8, 640)])
+def test_16_bit_outliers_give_the_bits_of_xla(name, bits, K):
+    """W4A8, whose planes one accumulator holds, and W8A8 with too many inputs for that; one token takes floats."""
+    rng = np.random.default_rng(10)
+    B, L, O = 2, 40, 30
+    assert (K * max_level(bits) * kernel.LARGEST_FIXED_POINT <= kernel.INT32_MAX) == (bits == 4)
+    x = rng.normal(size=(B, L, K)) * np.where(rng.random((B, L, K)) < 0.01, 20, 1)
+    config = OutlierConfig(act_bits=8, outlier_bits=16)
+    scale = jnp.asarray(rng.uniform(0.02, 0.03, size=L).astype(np.float32))
+    levels = rng.integers(-max_level(bits), max_level(bits) + 1, size=(K, O)).astype(np.int8)
+    weight = QTensor(jnp.asarray(levels), jnp.asarray(rng.uniform(0.1, 1, size=(1, O)).astype(np.float32)), bits)
+    for largest in (20, 1e6):
+        x[1, 3, 5] = largest
+        split = split_outliers(jnp.asarray(x.astype(np.float32)), scale, config)
+        assert split.outlier_q.dtype == jnp.float32
+        np.testing.assert_array_equal(product(name)(split, weight), product("xla")(split, weight))
+
+
+@pytest.mark.parametrize("inputs", [9399, 9400])
+def test_fixed_point_numbers_at_the_limit_of_an_accumulator(inputs):
+    """The largest number and weight everywhere: one launch while int32 holds the sum, else twice the rows."""
+    weight = QTensor(jnp.full((inputs, 1), 7, jnp.int8), jnp.ones((1, 1), jnp.float32), 4)
+    launched = []
+
+    def launch(planes, weight):
+        near, far, shift, row_scale = planes
+        launched.append(near.shape[0])
+        levels = np.asarray(near, np.int64)
+        if far is not None:
+            levels = levels + np.left_shift(np.asarray(far, np.int64), np.asarray(shift)[:, :, None])
+        sums = levels @ np.asarray(weight.values, np.int64)
+        assert np.abs(sums).max() * (1 if weight.bits == 8 else 16) <= kernel.INT32_MAX
+        return jnp.asarray(sums.astype(np.float32)) * row_scale[:, :, None] * weight.scale[0][None, None]
+
+    planes = jnp.full((2, 1, 1, inputs), 127, jnp.int8)
+    step = jnp.full((1, 1, 1), 0.3, jnp.float32)
+    y = kernel.fixed_point(launch, planes, step, weight)
+    assert launched == [1 if inputs == 9399 else 2]
+    np.testing.assert_array_equal(y, matmul._sum_of_planes(planes, step, weight))
+
+
 @pytest.mark.parametrize("name", TILES)
 def test_the_largest_shift_fits(name):
     rng = np.random.default_rng(3)
@@ -184,7 +226,7 @@ def test_reasons_against_a_call():
     assert "NVIDIA" in kernel.supports(split, weight)
     assert "two accumulators" in kernel.supports(replace(split, pow2=False), weight)
     floats = replace(split, outlier_q=split.outlier_q.astype(jnp.float32), pow2=False)
-    assert "16-bit" in kernel.supports(floats, weight)
+    assert "NVIDIA" in kernel.supports(floats, weight)
     grouped = QTensor(weight.values, jnp.ones((3, 20), jnp.float32), 4, 11)
     assert "groups" in kernel.supports(split, grouped)
     with pytest.raises(ValueError, match="NVIDIA"):
@@ -202,13 +244,14 @@ def test_the_widest_tile_that_divides_the_outputs(outputs, width):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("config", [OutlierConfig(), OutlierConfig(act_bits=8, outlier_bits=16)], ids=["8", "16"])
 @pytest.mark.parametrize(("K", "O"), [(768, 3072), (1536, 768), (192, 384), (384, 56)])
-def test_on_the_device(name, K, O, bits):
+def test_on_the_device(name, K, O, config, bits):
     """The compiled kernel itself, at the layers of Vim."""
     rng = np.random.default_rng(7)
     x = rng.normal(size=(32, 197, K)) * np.where(rng.random((32, 197, K)) < 0.001, 100, 1)
     x = jnp.asarray(x.astype(np.float32))
-    split = split_outliers(x, search_token_scales(x, OutlierConfig()), OutlierConfig())
+    split = split_outliers(x, search_token_scales(x, config), config)
     weight = quantize_array(jnp.asarray(rng.normal(size=(K, O)).astype(np.float32)), bits)
     y = matmul.outlier_matmul(split, weight, implementation=name)
     np.testing.assert_array_equal(y, matmul.outlier_matmul(split, weight, implementation="xla"))

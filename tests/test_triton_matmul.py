@@ -69,6 +69,7 @@ def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
     [
         ((1023, 2048, 1000), 64, jnp.int8, True),
         ((1024, 2048, 1000), 64, jnp.int8, False),  # 2^31 inputs, padded to blocks of 128
+        ((512, 2048, 1000), 64, jnp.float32, False),  # 16-bit outliers: two planes of them
         ((1024, 2048, 64), 1024, jnp.int8, False),  # 2^31 outputs
     ],
 )

@@ -2,8 +2,11 @@
 
 XLA runs inliers and outliers as two products with a float matrix between them. Here they are one launch: with
 s_out = s_in * 2^j the outliers' product is shifted left by j in the accumulator that the inliers' product then adds to.
+16-bit outliers come as fixed-point numbers of two bytes, whose high bytes are shifted by 8.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,19 +19,21 @@ from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, max_level, power_of_two_shift
 
 INT32_MAX = 2**31 - 1
+LARGEST_FIXED_POINT = 127 * 256 + 127
+"""What two int8 planes in units of 256 and 1 hold, if the high one stays within +-127."""
 
 
 class Planes(NamedTuple):
     """An activation as two planes of integers that one accumulator can add, row_scale * (2^shift * far + near).
 
     Attributes:
-      near, far: int8 levels in units of s_in and of s_in * 2^shift.
-      shift: at most `largest_shift` wherever `far` is not zero.
+      near, far: int8 levels in units of s_in and of s_in * 2^shift; far is None where there are none.
+      shift: so small, wherever `far` is not zero, that int32 holds the sum; up to `largest_shift` it always does.
       row_scale: s_in, or NaN for a token with non-finite values.
     """
 
     near: Int8[Array, "B L K"]
-    far: Int8[Array, "B L K"]
+    far: Int8[Array, "B L K"] | None
     shift: Int32[Array, "B L"]
     row_scale: Float32[Array, "B L"]
 
@@ -41,9 +46,7 @@ def largest_shift(inputs: int, weight_bits: int) -> int:
 
 def supports(split: OutlierSplit, weight: QTensor) -> str | None:
     """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
-    if split.outlier_q.dtype != jnp.int8:
-        return "16-bit outliers have no int8 product"
-    if not split.pow2:
+    if not split.pow2 and split.outlier_q.dtype == jnp.int8:
         return 'outlier_scale="free" needs two accumulators: split with outlier_scale="pow2"'
     if weight.scale.shape[0] != 1:
         return "the accumulator holds all inputs: quantise the weight without groups"
@@ -69,6 +72,12 @@ def far_lists(far: Int8[Array, "M K"], tile_m: int) -> tuple[Int32[Array, " tile
         used = jnp.concatenate([used, jnp.any(blocks[M - tile_m :], axis=0, keepdims=True)])
     order = jnp.argsort(~used, axis=1, stable=True)
     return jnp.sum(used, axis=1, dtype=jnp.int32), order.astype(jnp.int32).reshape(-1)
+
+
+def no_far_lists(far: Int8[Array, "M K"], tile_m: int) -> tuple[Int32[Array, " tiles"], Int32[Array, " places"]]:
+    """`far_lists` of zeros in the shape of `far`."""
+    tiles, blocks = -(-far.shape[0] // tile_m), far.shape[1] // TILE_K
+    return jnp.zeros(tiles, jnp.int32), jnp.zeros(tiles * blocks, jnp.int32)
 
 
 def pack_halves(weight: Int8[Array, "N K"]) -> Int8[Array, "N half"]:
@@ -97,6 +106,7 @@ def run(
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
     near, far, shift, row_scale = planes
+    far = near if far is None else far  # then not read
     B, L, K = near.shape
     O = weight.shape[1]
     target = target or device_target()
@@ -104,15 +114,40 @@ def run(
     # At least one tile of rows, then any number of them.
     height = (tiles.tile_m,) if tiles.tile_m > B * L else (1,)
     near, far = (_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far))
+    lists = (no_far_lists if planes.far is None else far_lists)(far, tiles.tile_m)
     rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
     values = _pad_to(weight.values.T, (tiles.tile_n, TILE_K))
     columns = _pad_to(weight.scale[0], (tiles.tile_n,))
     if tiles.packed:  # unpacked by masks, without a shift back
         values, columns = pack_halves(values), columns * 0.0625
-    y = _kernel(target, interpret)(
-        near, far, *far_lists(far, tiles.tile_m), *rows, values, columns, tiles=tiles, interpret=interpret
-    )
+    y = _kernel(target, interpret)(near, far, *lists, *rows, values, columns, tiles=tiles, interpret=interpret)
     return y[: B * L, :O].reshape(B, L, O)
+
+
+def fixed_point(
+    launch: Callable[[Planes, QTensor], Array],
+    planes: Int8[Array, "2 B L K"],
+    step: Float32[Array, "B L 1"],
+    weight: QTensor,
+) -> Float32[Array, "B L O"]:
+    """step * (256 * high @ W + low @ W) * s_w for planes (high, low), to the bit as two products in float32 give it.
+
+    Where int32 holds the sum there is one accumulator: then both products are below 2^24, and their sum in float32 is
+    rounded once, as the accumulator is. Otherwise the planes are the rows of one product of twice the height.
+
+    Args:
+      planes: no high level is -128, so that with its low one a number is at most `LARGEST_FIXED_POINT`.
+    """
+    high, low = planes
+    if weight.shape[0] * max_level(weight.bits) * LARGEST_FIXED_POINT <= INT32_MAX:
+        shift = jnp.full(step.shape[:2], 8, jnp.int32)
+        unpacked = replace(weight, bits=8)  # a byte each: packed levels count sixteenfold
+        return launch(Planes(low, high, shift, step[:, :, 0]), unpacked)
+    both = jnp.concatenate([high, low])
+    none, ones = jnp.zeros(both.shape[:2], jnp.int32), jnp.ones(both.shape[:2], jnp.float32)
+    products = launch(Planes(both, None, none, ones), replace(weight, scale=jnp.ones_like(weight.scale)))
+    high_product, low_product = products.reshape(2, *step.shape[:2], -1)
+    return step * (high_product * 256.0 + low_product) * weight.scale[0][None, None]
 
 
 def _kernel(target: Target, interpret: Any):

@@ -50,7 +50,7 @@ def matmul(
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m, K % 128 = 0 = N % tile_n.
 
     Args:
-      far_count: for each tile of rows, how many K-blocks of `far` are not zero.
+      far_count: for each tile of rows, how many K-blocks of `far` are not zero; no others are read.
       far_blocks: their indices, K // 128 places per tile.
       weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; its levels then count sixteenfold.
       programs: how many run, one per multiprocessor.
