@@ -1,9 +1,12 @@
 """The rivals as a whole: what they quantise, report and refuse; and round to nearest."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from baseline_models import (
+    FAMILIES,
     QUICK,
     SCAN,
     baseline,
@@ -143,6 +146,17 @@ def test_published_settings():
     assert (KSQConfig().weight_bits, KSQConfig().act_bits, KSQConfig().k) == (8, 8, 4)
     assert BASELINES["qmamba_like"].title == "QMamba-like"
     assert all(len(b.title) > 2 and b.config(weight_bits=5, act_bits=6).act_bits == 6 for b in BASELINES.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_family_gets_the_settings_published_for_it(name, family, monkeypatch):
+    only_config = dataclasses.replace(BASELINES[name], run=lambda model, images, config, progress: (config, None))
+    monkeypatch.setitem(BASELINES, name, only_config)
+    fields = dict(weight_bits=5, act_bits=6, batch_size=3)
+    config, _ = quantize_baseline(float_model(family), images(), name, **fields)
+    own = PTQ4VMConfig.vmamba if (name, family) == ("ptq4vm", "vmamba") else BASELINES[name].config
+    assert config == own(**fields)
 
 
 @pytest.mark.slow

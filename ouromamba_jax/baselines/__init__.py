@@ -1,4 +1,4 @@
-"""The published rivals, re-implemented: same models, same calibration images, same evaluation as `quantize`."""
+"""The published rivals, re-implemented (QMamba: stood in for): same models, images and evaluation as `quantize`."""
 
 from ouromamba_jax.baselines.base import BaselineConfig
 from ouromamba_jax.baselines.ksq_vmm import KSQConfig, quantize_ksq_vmm

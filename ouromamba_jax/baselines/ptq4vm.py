@@ -1,7 +1,15 @@
 """PTQ4VM (Cho et al., WACV 2025): smoothing, per-token static asymmetric activations, joint learning of scales.
 
-Only linear layers inside the blocks are quantised. Stem, head, downsampling convolutions, the scan and everything
-around it stay float. Smoothing divides the activations at run time; it is not folded into a norm.
+As published, only linear layers inside the blocks are quantised: stem, head, downsampling convolutions, the scan and
+everything around it stay float, at any width. Smoothing divides the activations at run time; no norm takes it up.
+
+Where ours departs from the published code:
+- All scales and smoothing factors learn. In the code for Vim those of x_proj and dt_proj get no gradient: these layers
+  run inside a function with a backward pass of its own, which returns none for them.
+- The best epoch's parameters are kept, not the last one's (see `learn`).
+- The loss compares a block's whole update, in VMamba with that of its MLP, over channels. In the code for VMamba the
+  cosine is taken over the last axis of channels-first maps, their width.
+- MambaVision, for which nothing is published, takes the settings for Vim.
 """
 
 from collections.abc import Callable
@@ -40,7 +48,7 @@ Params = dict[str, Array]
 
 @dataclass(frozen=True)
 class PTQ4VMConfig(BaselineConfig):
-    """PTQ4VM with the settings of its Vim script.
+    """PTQ4VM; the defaults are the settings of its Vim script.
 
     Args:
       alpha: share of the activations in the smoothing factors.

@@ -1,8 +1,12 @@
 """QMamba-like: temporal groups for activations and hidden states, a long-tailed grid for exp(delta A).
 
-Only the ideas of QMamba (arXiv 2501.13624) are public, without equations, group count or grid, so this stands in for it
-and must be called "QMamba-like" wherever it is shown. Ours: equal groups of consecutive tokens in scan order; every
-grid by a search for the smallest 2.4 norm of the error; and the long-tailed grid below.
+A stand-in made from the abstract of QMamba (arXiv 2501.13624), not a re-implementation: its equations, its grids, its
+number of groups and its code were not to be had. So these results say nothing about QMamba's own, neither for nor
+against its published numbers, and "QMamba-like" is the name wherever they are shown.
+
+From the abstract: temporal groups for hidden states, and a grid for the long tail of exp(delta A). Ours: such groups
+for the inputs of linear layers, too; equal groups of consecutive tokens in scan order; every grid by a search for the
+smallest 2.4 norm of the error; and the long-tailed grid below.
 """
 
 from collections.abc import Callable
@@ -49,7 +53,7 @@ STATE_FRACTIONS = tuple(i / 20 for i in range(1, 21))
 
 @dataclass(frozen=True)
 class QMambaLikeConfig(BaselineConfig):
-    """A stand-in for QMamba.
+    """A stand-in for QMamba, whose own numbers it says nothing about.
 
     Weights are symmetric per output channel; inputs of linear layers and hidden states symmetric with one scale per
     temporal group (and scan direction); exp(delta A) takes the long-tailed grid, one per direction. All else is float.

@@ -1,7 +1,7 @@
 """The rivals by name, for scripts that loop over them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Array, Float
@@ -17,11 +17,23 @@ from ouromamba_jax.quantize.stages import Progress
 
 @dataclass(frozen=True)
 class Baseline:
-    """A rival: its name in tables, and how to make its config and run it."""
+    """A rival: its name in tables, and how to make its config and run it.
+
+    Args:
+      title: its name in tables.
+      config: makes its config from fields.
+      run: quantises by a config.
+      configs: what makes the config instead, by family, where a method was published with other settings for it.
+    """
 
     title: str
     config: Callable[..., Any]
     run: Callable[..., tuple[VisionModel, QuantReport]]
+    configs: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def config_for(self, model: VisionModel) -> Callable[..., Any]:
+        """What makes the config for a model of this family."""
+        return self.configs.get(model.family, self.config)
 
 
 def _rtn(granularity: str) -> Callable[..., RTNConfig]:
@@ -34,7 +46,7 @@ def _rtn(granularity: str) -> Callable[..., RTNConfig]:
 BASELINES: dict[str, Baseline] = {
     "rtn_tensor": Baseline("RTN, per tensor", _rtn("tensor"), quantize_rtn),
     "rtn_token": Baseline("RTN, per token", _rtn("token"), quantize_rtn),
-    "ptq4vm": Baseline("PTQ4VM", PTQ4VMConfig, quantize_ptq4vm),
+    "ptq4vm": Baseline("PTQ4VM", PTQ4VMConfig, quantize_ptq4vm, {"vmamba": PTQ4VMConfig.vmamba}),
     "ksq_vmm": Baseline("kSQ-VMM", KSQConfig, quantize_ksq_vmm),
     "qmamba_like": Baseline("QMamba-like", QMambaLikeConfig, quantize_qmamba_like),
 }
@@ -52,6 +64,8 @@ def quantize_baseline(
 ) -> tuple[VisionModel, QuantReport]:
     """A copy of `model` quantised by the rival `name`, and the account of it; `model` itself is left as it is.
 
+    Settings are those published for the model's family, if there are any.
+
     Args:
       model: a float model.
       images: normalised calibration images, synthetic or real.
@@ -66,5 +80,5 @@ def quantize_baseline(
     if name not in BASELINES:
         raise ValueError(f"there is no baseline {name!r}; choose among {', '.join(BASELINES)}.")
     baseline = BASELINES[name]
-    config = baseline.config(weight_bits=weight_bits, act_bits=act_bits, **fields)
+    config = baseline.config_for(model)(weight_bits=weight_bits, act_bits=act_bits, **fields)
     return baseline.run(model, images, config, progress=progress)
