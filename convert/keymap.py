@@ -69,7 +69,7 @@ def squeeze(*axes: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda w: np.squeeze(w, axes)
 
 
-def fill(model: nnx.Module, tensors: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> nnx.Module:
+def fill[M: nnx.Module](model: M, tensors: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> M:
     """A copy of `model` with every leaf taken from `tensors`.
 
     Args:
