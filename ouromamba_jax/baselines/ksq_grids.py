@@ -18,6 +18,9 @@ from ouromamba_jax.qtensor import MIN_SCALE
 FRACTIONS = tuple(0.01 + i * 1.19 / 100 for i in range(100))
 """Candidate scales, as parts of the one that covers the range."""
 
+WIDE = 8
+"""Bits of hidden states and of weights outside of linear layers."""
+
 Axis = Literal["tensor", "channel", "token"]
 
 

@@ -12,7 +12,6 @@ Where ours departs from the published code:
 - MambaVision, for which nothing is published, takes the settings for Vim.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +24,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.baselines.base import BaselineConfig, linear_sites, site_reports
+from ouromamba_jax.baselines.base import BaselineConfig, add_bias, check_tokens, from_tokens, linear_sites, site_reports
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.outliers import OutlierConfig
@@ -33,7 +32,7 @@ from ouromamba_jax.qtensor import MIN_SCALE, QTensor, divide, max_level, quantiz
 from ouromamba_jax.quantize.config import QuantRule
 from ouromamba_jax.quantize.modules import Levels, Scale, set_module, straight_through_round
 from ouromamba_jax.quantize.report import QuantReport
-from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
+from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages
 from ouromamba_jax.quantize.tune import update_of
 from ouromamba_jax.released import search_ranges
 
@@ -54,7 +53,8 @@ class PTQ4VMConfig(BaselineConfig):
       train_batch: images per step of learning; None takes all, one step per epoch.
       scale_learning_rate: AdamW's, for the scales of weights and activations themselves.
       smooth_learning_rate: AdamW's, for the smoothing factors themselves.
-      rules: exceptions by path, first match wins; by default, what the published code leaves in float.
+
+    The default `rules` are what the published code leaves in float.
     """
 
     alpha: float = 0.5
@@ -85,7 +85,7 @@ def quantize_ptq4vm(
     images: Float[Array, "N H W 3"],
     config: PTQ4VMConfig,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[VisionModel, QuantReport]:
     """`model` quantised by PTQ4VM, and the account of it.
 
@@ -110,7 +110,7 @@ def quantize_ptq4vm(
         granularity = dict.fromkeys(modules, "weight: output channel; input: token, smoothed")
         return Fitted(modules, site_reports(stage, modules, inputs, granularity), losses)
 
-    return quantize_stages(model, images, config.settings(rules=config.rules), fit, progress=progress)
+    return quantize_stages(model, images, config.settings(), fit, progress=progress)
 
 
 @jax.jit
@@ -154,10 +154,8 @@ class FakeAsymmetricLinear:
         limit, scale = max_level(self.weight_bits), self.params["weight"]
         kernel = self.linear.kernel[...].astype(jnp.float32) * self.params["smooth"][:, None]
         kernel = straight_through_round(jnp.clip(kernel / scale, -limit, limit)) * scale
-        y = (levels * self.params["act"][None, :, None]) @ kernel
-        if self.linear.bias is not None:
-            y = y + self.linear.bias[...].astype(y.dtype)[None, None]
-        return y.reshape(*x.shape[:-1], -1).astype(self.linear.dtype)
+        y = add_bias((levels * self.params["act"][None, :, None]) @ kernel, self.linear.bias)
+        return from_tokens(y, x, self.linear.dtype)
 
 
 class AsymmetricLinear(nnx.Module):
@@ -185,11 +183,7 @@ class AsymmetricLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
         tokens = as_tokens(x).astype(jnp.float32)
-        if tokens.shape[1] != self.act_scale.shape[0]:
-            raise ValueError(
-                f"this model was calibrated at {self.act_scale.shape[0]} tokens per sample and got {tokens.shape[1]}; "
-                "quantise it again at this input size."
-            )
+        check_tokens(tokens, self.act_scale.shape[0])
         params = {"act": self.act_scale[...], "smooth": self.smooth[...]}
         centred, zero = centred_levels(tokens, params, self.zero[...], self.act_bits), self.zero[...]
         shift = 2.0 ** (self.act_bits - 1)
@@ -202,9 +196,7 @@ class AsymmetricLinear(nnx.Module):
         finite = jnp.all(jnp.isfinite(tokens), axis=-1, keepdims=True)  # no silent clip of what is not
         rows = jnp.where(finite, params["act"][None, :, None], jnp.nan)
         y = rows * total.astype(jnp.float32) * self.weight_scale[...][None]
-        if self.bias is not None:
-            y = y + self.bias[...].astype(y.dtype)[None, None]
-        return y.reshape(*x.shape[:-1], -1).astype(self.dtype)
+        return from_tokens(add_bias(y, self.bias), x, self.dtype)
 
 
 def learn(
