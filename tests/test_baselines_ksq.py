@@ -225,7 +225,12 @@ def test_norms_and_convolutions_of_stem_and_head_have_8_bits(family):
 
 
 def test_rules_reach_what_is_no_site():
-    rules = (QuantRule(r"^head\.", skip=True), QuantRule(r"^blocks\.0\.", act_bits=6), *EDGES)
+    rules = (
+        QuantRule(r"^head\.", skip=True),
+        QuantRule("x_proj", act_bits=5),
+        QuantRule(r"^blocks\.0\.", act_bits=6),
+        *EDGES,
+    )
     model = low("vim", rules=rules)
     assert type(model.head.norm) is RMSNorm
     assert type(model.head.proj) is nnx.Linear
@@ -234,3 +239,6 @@ def test_rules_reach_what_is_no_site():
     assert block.norm.bits == block.mixer.directions[0].conv.bits == block.mixer.scan.bits == 6
     for linear, bits in ((block.mixer.out_proj, (4, 6)), (model.stem.proj, (8, 8))):
         assert (linear.grids.weight_bits, linear.grids.act_bits) == bits
+    # silu's output is rounded once, as the scan's u, whatever its other reader rounds to.
+    assert block.mixer.directions[0].x_proj.in_bits == 6
+    assert block.mixer.directions[0].x_proj.grids.act_bits == 5

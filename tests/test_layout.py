@@ -30,7 +30,7 @@ FORBIDDEN = {
     f"{PACKAGE}.qtensor": ("flax", f"{PACKAGE}.models", f"{PACKAGE}.pallas"),
     f"{PACKAGE}.gen": (f"{PACKAGE}.quantize", f"{PACKAGE}.pallas", *NAMED_MODELS),
     f"{PACKAGE}.quantize*": (f"{PACKAGE}.gen", f"{PACKAGE}.convert", f"{PACKAGE}.pallas", *NAMED_MODELS),
-    f"{PACKAGE}.baselines*": (f"{PACKAGE}.gen",),
+    f"{PACKAGE}.baselines*": (*(f"{PACKAGE}.{name}" for name in ("gen", "convert", "pallas")), *NAMED_MODELS),
     f"{PACKAGE}.checkpoint": (f"{PACKAGE}.pallas", *NAMED_MODELS),
     f"{PACKAGE}.data": (f"{PACKAGE}.models",),
     f"{PACKAGE}.report": (f"{PACKAGE}.models",),

@@ -13,6 +13,7 @@ from ouromamba_jax.baselines.base import add_bias, check_tokens, from_tokens
 from ouromamba_jax.baselines.ksq_grids import (
     WIDE,
     Axis,
+    Grid,
     best_fraction,
     cosine,
     find_clusters,
@@ -55,8 +56,8 @@ class RoundedLinear(nnx.Module):
       linear: the float layer.
       weight_scale: (1, 1).
       out_scale: (1, 1), (1, O) or (L, 1).
-      in_scale: of the scan's u, if that is the input: silu's output is rounded once, for both of its readers.
-      grids: with the widths of the two scales.
+      grids: with the bits of the two.
+      entering: of the scan's u, if that is the input: silu's output is rounded once, for both of its readers.
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class RoundedLinear(nnx.Module):
         linear: nnx.Linear,
         weight_scale: Float[Array, "1 1"],
         out_scale: Float[Array, "l o"],
-        in_scale: Float[Array, "l k"] | None,
         grids: LinearGrids,
+        entering: Grid | None,
     ):
         self.grids = grids
         self.dtype = linear.dtype
@@ -74,21 +75,22 @@ class RoundedLinear(nnx.Module):
         self.levels = Levels(levels.astype(jnp.int8), bits=grids.weight_bits)
         self.weight_scale = Scale(weight_scale)
         self.out_scale = Scale(out_scale)
-        self.in_scale = None if in_scale is None else Scale(in_scale)
+        self.in_scale = None if entering is None else Scale(entering.scale)
+        self.in_bits = grids.act_bits if entering is None else entering.bits
         self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
-        tokens, bits = as_tokens(x).astype(jnp.float32), self.grids.act_bits
+        tokens = as_tokens(x).astype(jnp.float32)
         if self.out_scale.shape[0] > 1:
             check_tokens(tokens, self.out_scale.shape[0])
         if self.in_scale is not None:
-            tokens = round_to(tokens, self.in_scale[...], bits)
+            tokens = round_to(tokens, self.in_scale[...], self.in_bits)
         y = add_bias(tokens @ (self.levels[...].astype(jnp.float32) * self.weight_scale[...]), self.bias)
-        return from_tokens(round_to(y, self.out_scale[...], bits), x, self.dtype)
+        return from_tokens(round_to(y, self.out_scale[...], self.grids.act_bits), x, self.dtype)
 
 
 def calibrate_linear(
-    linear: nnx.Linear, x: Float[Array, "B L K"], in_scale: Float[Array, "l k"] | None, grids: LinearGrids
+    linear: nnx.Linear, x: Float[Array, "B L K"], grids: LinearGrids, entering: Grid | None
 ) -> RoundedLinear:
     """The quantised layer: scales by the cosine to the float output on x, weights and outputs in turn."""
     kernel = linear.kernel[...].astype(jnp.float32)
@@ -103,7 +105,7 @@ def calibrate_linear(
             weight_scale = _search_weight(x, kernel, bias, exact, out_scale, grids)
         produced = _product(x, kernel, bias, weight_scale, grids.weight_bits)
         out_scale = search_output_scale(exact, produced, member, k=found, bits=grids.act_bits, pow2=pow2)
-    return RoundedLinear(linear, weight_scale, out_scale, in_scale, grids)
+    return RoundedLinear(linear, weight_scale, out_scale, grids, entering)
 
 
 @partial(jax.jit, static_argnames="bits")

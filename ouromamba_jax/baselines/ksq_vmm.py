@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.baselines.base import SCAN_INPUTS, BaselineConfig, linear_sites, scan_sites, site_reports
+from ouromamba_jax.baselines.ksq_grids import Grid
 from ouromamba_jax.baselines.ksq_linear import LinearGrids, RoundedModule, calibrate_linear
 from ouromamba_jax.baselines.ksq_scan import calibrate_scan
 from ouromamba_jax.models.base import VisionModel
@@ -65,15 +66,15 @@ def quantize_ksq_vmm(
         captured, configs, prefix = inputs.captured, inputs.configs, inputs.name + "."
         modules: dict[str, nnx.Module] = {}
         granularity = {}
-        entering: list[tuple[Array, Array]] = []  # (u, its scales) of every scan direction
+        entering: list[tuple[Array, Grid]] = []  # (u, its grid) of every scan direction
         for path, scan in scan_sites(stage, configs).items():
             u, delta, B, C = (captured[path][name] for name in SCAN_INPUTS)
             low = modules[path] = calibrate_scan(scan, u, delta, B, C, k=k, bits=configs[path].act_bits)
-            entering += [(u[:, :, g], low.u_scale[...][g]) for g in range(scan.directions)]
+            entering += [(u[:, :, g], Grid(low.u_scale[...][g], low.bits)) for g in range(scan.directions)]
             granularity[path] = f"u, delta: {k} channel clusters; y: {k} token clusters; h: token"
         for path, linear in linear_sites(stage, configs).items():
             x, site = captured[path]["act"], configs[path]
-            of_input = next((scale for u, scale in entering if _same(u, x)), None)
+            of_input = next((grid for u, grid in entering if _same(u, x)), None)
             # The published table clusters the tokens of out_proj and of no other product.
             clustered = path.endswith("out_proj")
             grids = LinearGrids(
@@ -83,7 +84,7 @@ def quantize_ksq_vmm(
                 clusters=k,
                 search_weight=not _makes_patches(prefix + path),
             )
-            modules[path] = calibrate_linear(linear, x, of_input, grids)
+            modules[path] = calibrate_linear(linear, x, grids, of_input)
             granularity[path] = f"weight: tensor; output: {f'{k} token clusters' if clustered else 'tensor'}"
         reports = site_reports(stage, modules, inputs, granularity)
         for path, output in capture_outputs(stage, inputs.exact, config.batch_size).items():
