@@ -70,13 +70,17 @@ class Study:
         """(logits, labels) of the test split, streamed, so that ImageNet fits."""
         config = self.config
         batches = iterate_batches(
-            self.data, self.test_split, config.img_size, config.preprocessing, batch_size=512, limit=self.limit
+            self.data,
+            self.test_split,
+            config.img_size,
+            config.preprocessing,
+            batch_size=512,
+            limit=self.limit,
+            labelled=True,
         )
         parts = [(predict(model, b.images, batch_size=QuantConfig.batch_size), b.labels) for b in batches]
-        labels = [labels for _, labels in parts if labels is not None]
-        if len(labels) < len(parts) or any((part < 0).any() for part in labels):
-            raise ValueError(f"{self.data}, split {self.test_split!r}, has no labels; name a split that has.")
-        return np.concatenate([p for p, _ in parts]), np.concatenate(labels)
+        logits, labels = zip(*parts, strict=True)
+        return np.concatenate(logits), np.concatenate(labels)
 
     def reference(self) -> tuple[np.ndarray, np.ndarray]:
         """(float logits, labels), computed once."""

@@ -11,9 +11,10 @@ from typing import Any
 from ouromamba_jax import GenConfig, QuantConfig
 from ouromamba_jax.baselines import BASELINES
 from ouromamba_jax.files import write_text
+from ouromamba_jax.quantize import PRESETS
 
 OURS = "ouromamba"
-BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
+BITS = tuple(reversed(PRESETS))
 OPTIONAL = ("attention",)
 """Tables that are made only where they are named: a run of theirs takes as many times longer as there are tokens."""
 HEADERS = (

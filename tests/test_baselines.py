@@ -24,7 +24,8 @@ from tiny_models import TOKENS
 from tolerances import BATCHED_FLOAT, REORDERED
 
 from ouromamba_jax.baselines import BASELINES, KSQConfig, PTQ4VMConfig, QMambaLikeConfig, RTNConfig, quantize_baseline
-from ouromamba_jax.baselines.base import EDGES, step_sizes, walk_scan
+from ouromamba_jax.baselines.base import EDGES
+from ouromamba_jax.baselines.scans import step_sizes, walk_scan
 from ouromamba_jax.evaluate import predict
 from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.models import create_model, list_models

@@ -10,14 +10,13 @@ from tiny_models import TOKENS
 from tolerances import FAKE_AGAINST_INTEGER
 
 from ouromamba_jax.baselines import PTQ4VMConfig
-from ouromamba_jax.baselines.ptq4vm import (
+from ouromamba_jax.baselines.ptq4vm import learn, stage_loss
+from ouromamba_jax.baselines.ptq4vm_linear import (
     AsymmetricLinear,
     FakeAsymmetricLinear,
     centred_levels,
     find_parameters,
-    learn,
     smoothing,
-    stage_loss,
 )
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize.sites import iter_sites, set_module

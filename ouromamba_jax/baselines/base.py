@@ -1,9 +1,8 @@
-"""What the published rivals share: settings, the account of a site, and a scan walked step by step."""
+"""What the published rivals share: settings, the ends of a linear layer, and the account of a site."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,8 @@ from ouromamba_jax.quantize.stages import StageInputs
 
 EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8),)
 """The first and the last layer at 8 bits, as in the presets of `QuantConfig`."""
+SCAN_INPUTS = ("u", "delta", "B", "C")
+"""What enters a scan, by its name among what was captured."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,20 @@ class BaselineConfig:
       act_bits: 2 to 8.
       batch_size: images per step of calibration.
       float_dtype: type in which parameters that stay float are kept.
+      rules: exceptions by path, first match wins.
     """
 
     weight_bits: int = 4
     act_bits: int = 4
     batch_size: int = 16
     float_dtype: str = "float16"
+    rules: tuple[QuantRule, ...] = EDGES
 
     def __post_init__(self):
         self.settings()
 
     def settings(self, **fields: Any) -> QuantConfig:
-        """The same widths as settings of sites, without outliers.
+        """The same widths and rules as settings of sites, without outliers.
 
         Raises:
           ValueError: for widths that do not exist.
@@ -53,7 +56,41 @@ class BaselineConfig:
             act_bits=self.act_bits,
             batch_size=self.batch_size,
             float_dtype=self.float_dtype,
+            rules=self.rules,
         )
+
+
+def linear_sites(stage: nnx.Module, configs: dict[str, QuantConfig]) -> dict[str, nnx.Linear]:
+    """The linear layers of a stage that have settings."""
+    return {path: site for path, site in iter_sites(stage) if path in configs and isinstance(site, nnx.Linear)}
+
+
+def scan_sites(stage: nnx.Module, configs: dict[str, QuantConfig]) -> dict[str, SelectiveScan]:
+    """The scans of a stage that have settings."""
+    return {path: site for path, site in iter_sites(stage) if path in configs and isinstance(site, SelectiveScan)}
+
+
+def check_tokens(x: Float[Array, "B L ..."], calibrated: int) -> None:
+    """Checks that x has as many tokens per sample as scales were found for.
+
+    Raises:
+      ValueError: if it has not.
+    """
+    if x.shape[1] != calibrated:
+        raise ValueError(
+            f"this model was calibrated at {calibrated} tokens per sample and got {x.shape[1]}; "
+            "quantise it again at this input size."
+        )
+
+
+def add_bias(y: Float[Array, "B L O"], bias: nnx.Param | None) -> Float[Array, "B L O"]:
+    """y plus a linear layer's bias, if it has one, in y's type."""
+    return y if bias is None else y + bias[...].astype(y.dtype)[None, None]
+
+
+def from_tokens(y: Float[Array, "B L O"], like: Float[Array, "... K"], dtype: Any) -> Float[Array, "... O"]:
+    """Undoes `as_tokens`: what a linear layer made of the tokens of `like`, in its shape but for the channels."""
+    return y.reshape(*like.shape[:-1], -1).astype(dtype)
 
 
 def site_reports(
@@ -71,7 +108,7 @@ def site_reports(
     sites = dict(iter_sites(stage))
     seen = []
     for path in granularity:
-        names = ("u", "delta", "B", "C") if isinstance(sites[path], SelectiveScan) else ("act",)
+        names = SCAN_INPUTS if isinstance(sites[path], SelectiveScan) else ("act",)
         seen.append(tuple(inputs.captured[path][name] for name in names))
     splits = [nnx.split(module) for path in granularity for module in (sites[path], modules[path])]
     graphdefs, states = zip(*splits, strict=True)
@@ -117,90 +154,3 @@ def _signal_and_noise(graphdefs: Any, states: Any, inputs: list[tuple[Array, ...
         signal = exact if bias is None else exact - bias[...].astype(jnp.float32)[None, None]
         found.append(jnp.stack([jnp.sum(signal**2), jnp.sum((exact - low) ** 2)]))
     return jnp.stack(found)
-
-
-def linear_sites(stage: nnx.Module, configs: dict[str, QuantConfig]) -> dict[str, nnx.Linear]:
-    """The linear layers of a stage that have settings."""
-    return {path: site for path, site in iter_sites(stage) if path in configs and isinstance(site, nnx.Linear)}
-
-
-def scan_sites(stage: nnx.Module, configs: dict[str, QuantConfig]) -> dict[str, SelectiveScan]:
-    """The scans of a stage that have settings."""
-    return {path: site for path, site in iter_sites(stage) if path in configs and isinstance(site, SelectiveScan)}
-
-
-def step_sizes(scan: SelectiveScan, delta: Float[Array, "B L G E"]) -> Float[Array, "B L G E"]:
-    """softplus(delta + bias) in float32."""
-    delta = delta.astype(jnp.float32)
-    return jax.nn.softplus(delta + scan.delta_bias(delta))
-
-
-class Step(NamedTuple):
-    """Token t's part of the recurrence h = decay * h_before + add; y = <C, h>. decay, add and both states are
-    (B, G, E, N), C is (B, G, N)."""
-
-    t: Array
-    h_before: Array
-    decay: Array
-    add: Array
-    h: Array
-    C: Array
-
-
-def walk_scan(
-    u: Float[Array, "B L G E"],
-    delta: Float[Array, "B L G E"],
-    A: Float[Array, "D N"],
-    B: Float[Array, "B L G N"],
-    C: Float[Array, "B L G N"],
-    *,
-    round_decay: Callable[[Array], Array] | None = None,
-    round_state: Callable[[Array, Array], Array] | None = None,
-    collect: Callable[[Array], Any] | None = None,
-    observe: Callable[[Step], Any] | None = None,
-) -> tuple[Float[Array, "B L G E"], Array, Any]:
-    """The selective scan token by token, for methods that round exp(delta A) or look at each state.
-
-    Args:
-      delta: step sizes, after bias and softplus.
-      round_decay: applied to exp(delta A), (B, G, E, N).
-      round_state: (h (B, G, E, N), token index) -> h, applied before the state is read and carried on.
-      collect: as in `selective_scan`: reduces the state (B, D, N), stacked over the tokens on axis 1.
-      observe: what else to keep of a step before the state is rounded, stacked over the tokens on axis 0.
-
-    Returns:
-      (y without the skip D u, the last state (B, D, N), what was collected, or else observed).
-    """
-    _, length, groups, channels = u.shape
-
-    def flat(h):
-        return h.reshape(h.shape[0], -1, h.shape[-1])
-
-    A = A.reshape(1, groups, channels, -1)
-
-    def step(h, xs):
-        u, delta, B, C, t = xs
-        decay = jnp.exp(delta[..., None] * A)
-        decay = decay if round_decay is None else round_decay(decay)
-        add = (delta * u)[..., None] * B[:, :, None, :]
-        new = decay * h + add
-        kept = new if round_state is None else round_state(new, t)
-        seen = None if observe is None else observe(Step(t, h, decay, add, new, C))
-        if collect is not None:
-            seen = collect(flat(kept))
-        return kept, (read_state(kept, C), seen)
-
-    inputs = [jnp.moveaxis(x.astype(jnp.float32), 1, 0) for x in (u, delta, B, C)]
-    start = jnp.zeros((*u.shape[:1], *A.shape[1:]), jnp.float32)
-    last, (y, seen) = jax.lax.scan(step, start, (*inputs, jnp.arange(length, dtype=jnp.int32)))
-    if collect is not None:
-        seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), seen)
-    return jnp.moveaxis(y, 0, 1), flat(last), seen
-
-
-def read_state(h: Float[Array, "B G E N"], C: Float[Array, "B G N"]) -> Float[Array, "B G E"]:
-    """<C, h>, one state index after the other: a reduction's order, and so a sample's bits, may depend on the batch."""
-    y = h[..., 0] * C[:, :, None, 0]
-    for n in range(1, h.shape[-1]):
-        y = y + h[..., n] * C[:, :, None, n]
-    return y

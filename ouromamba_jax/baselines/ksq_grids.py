@@ -5,7 +5,7 @@ Levels run from -2^(b-1) to 2^(b-1) - 1. A scale has shape (1, 1), (1, C) or (L,
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,17 @@ from ouromamba_jax.qtensor import MIN_SCALE
 FRACTIONS = tuple(0.01 + i * 1.19 / 100 for i in range(100))
 """Candidate scales, as parts of the one that covers the range."""
 
+WIDE = 8
+"""Bits of hidden states and of weights outside of linear layers."""
+
 Axis = Literal["tensor", "channel", "token"]
+
+
+class Grid(NamedTuple):
+    """Signed levels of `bits` bits, times `scale`."""
+
+    scale: Float[Array, "l c"]
+    bits: int
 
 
 def interval(largest: Float[Array, "..."], bits: int) -> Float32[Array, "..."]:

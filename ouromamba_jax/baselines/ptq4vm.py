@@ -1,7 +1,7 @@
 """PTQ4VM (Cho et al., WACV 2025): smoothing, per-token static asymmetric activations, joint learning of scales.
 
 As published, only linear layers inside the blocks are quantised: stem, head, downsampling convolutions, the scan and
-everything around it stay float, at any width. Smoothing divides the activations at run time; no norm takes it up.
+everything around it stay float at any bits. Smoothing divides the activations at run time; no norm takes it up.
 
 Where ours departs from the published code:
 - All scales and smoothing factors learn. In the code for Vim those of x_proj and dt_proj get no gradient: these layers
@@ -9,10 +9,10 @@ Where ours departs from the published code:
 - The best epoch's parameters are kept, not the last one's (see `learn`).
 - The loss compares a block's whole update, in VMamba with that of its MLP, over channels. In the code for VMamba the
   cosine is taken over the last axis of channels-first maps, their width.
-- MambaVision, for which nothing is published, takes the settings for Vim.
+- MambaVision, for which nothing is published, takes the settings for Vim. The convolutions of its blocks count as
+  linear layers; the products of its attention stay float.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,10 +23,18 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from ouromamba_jax.baselines.base import BaselineConfig, linear_sites, site_reports
+from ouromamba_jax.baselines.ptq4vm_linear import (
+    SMALLEST,
+    AsymmetricLinear,
+    FakeAsymmetricLinear,
+    Params,
+    find_parameters,
+)
 from ouromamba_jax.models.base import VisionModel
+<<<<<<< HEAD
 from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
@@ -36,14 +44,13 @@ from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.rounding import straight_through_round
 from ouromamba_jax.quantize.sites import set_module
 from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
+=======
+from ouromamba_jax.quantize.config import QuantRule
+from ouromamba_jax.quantize.modules import set_module
+from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages
+>>>>>>> h1
 from ouromamba_jax.quantize.tune import update_of
-from ouromamba_jax.released import search_ranges
-
-SMALLEST = {"weight": MIN_SCALE, "act": MIN_SCALE, "smooth": 1e-5}
-"""What learning may shrink a parameter to."""
-
-Params = dict[str, Array]
-"""Of one linear layer: "weight" (1, O) and "act" (L,), the scales, and "smooth" (K,)."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ class PTQ4VMConfig(BaselineConfig):
       train_batch: images per step of learning; None takes all, one step per epoch.
       scale_learning_rate: AdamW's, for the scales of weights and activations themselves.
       smooth_learning_rate: AdamW's, for the smoothing factors themselves.
-      rules: exceptions by path, first match wins; by default, what the published code leaves in float.
+
+    The default `rules` are what the published code leaves in float.
     """
 
     alpha: float = 0.5
@@ -87,7 +95,7 @@ def quantize_ptq4vm(
     images: Float[Array, "N H W 3"],
     config: PTQ4VMConfig,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[VisionModel, QuantReport]:
     """`model` quantised by PTQ4VM, and the account of it.
 
@@ -112,101 +120,7 @@ def quantize_ptq4vm(
         granularity = dict.fromkeys(modules, "weight: output channel; input: token, smoothed")
         return Fitted(modules, site_reports(stage, modules, inputs, granularity), losses)
 
-    return quantize_stages(model, images, config.settings(rules=config.rules), fit, progress=progress)
-
-
-@jax.jit
-def smoothing(x: Float[Array, "B L K"], kernel: Float[Array, "K O"], alpha: float) -> Float32[Array, " K"]:
-    """max|x_k|^alpha / max|W_k|^(1 - alpha) of every input channel."""
-    act = jnp.maximum(jnp.max(jnp.abs(x), axis=(0, 1)).astype(jnp.float32), 1e-3)
-    weight = jnp.maximum(jnp.max(jnp.abs(kernel), axis=1), 1e-5)
-    return jnp.maximum(act**alpha / weight ** (1 - alpha), SMALLEST["smooth"])
-
-
-def find_parameters(
-    x: Float[Array, "B L K"], kernel: Float[Array, "K O"], weight_bits: int, act_bits: int, alpha: float
-) -> tuple[Params, Float32[Array, " L"]]:
-    """(scales and smoothing factors, zero points) before learning.
-
-    Both ends of every token's range are shrunk in 100 steps, for the smallest 2.4 norm of the error; the range then
-    holds 0, and the zero point is a level.
-    """
-    smooth = smoothing(x, kernel, alpha)
-    scale, zero = search_ranges(x / smooth[None, None], OutlierConfig(act_bits=act_bits, detection="none"))
-    weight = search_weight_scale(kernel * smooth[:, None], weight_bits)
-    return {"weight": weight, "act": scale, "smooth": smooth}, jnp.clip(zero, 0, 2**act_bits - 1)
-
-
-def centred_levels(x: Float[Array, "B L K"], params: Params, zero: Float[Array, " L"], bits: int) -> Array:
-    """Levels minus zero points, as floats: round(clip(x / (s * smooth) + z, 0, 2^bits - 1) - z)."""
-    step = params["act"][:, None] * params["smooth"][None]
-    offset = zero[None, :, None]
-    return straight_through_round(jnp.clip(divide(x, step[None]) + offset, 0.0, 2.0**bits - 1) - offset)
-
-
-class FakeAsymmetricLinear:
-    """`AsymmetricLinear` in float, with straight-through gradients to scales and smoothing factors."""
-
-    def __init__(self, linear: nnx.Linear, params: Params, zero: Array, weight_bits: int, act_bits: int):
-        self.linear, self.params, self.zero = linear, params, zero
-        self.weight_bits, self.act_bits = weight_bits, act_bits
-
-    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
-        levels = centred_levels(as_tokens(x).astype(jnp.float32), self.params, self.zero, self.act_bits)
-        limit, scale = max_level(self.weight_bits), self.params["weight"]
-        kernel = self.linear.kernel[...].astype(jnp.float32) * self.params["smooth"][:, None]
-        kernel = straight_through_round(jnp.clip(kernel / scale, -limit, limit)) * scale
-        y = (levels * self.params["act"][None, :, None]) @ kernel
-        if self.linear.bias is not None:
-            y = y + self.linear.bias[...].astype(y.dtype)[None, None]
-        return y.reshape(*x.shape[:-1], -1).astype(self.linear.dtype)
-
-
-class AsymmetricLinear(nnx.Module):
-    """A linear layer in integers whose inputs have a zero point per token.
-
-    Levels enter the int8 product minus 2^(bits - 1), so that eight bits fit; the exact correction, (2^(bits - 1) - z)
-    times the sum of the weight's column, is added to the int32 accumulator.
-    """
-
-    def __init__(self, linear: nnx.Linear, params: Params, zero: Array, weight_bits: int, act_bits: int):
-        self.act_bits = act_bits
-        self.dtype = linear.dtype
-        kernel = linear.kernel[...].astype(jnp.float32) * params["smooth"][:, None]
-        self.levels = Levels(quantize_with_scale(kernel, params["weight"], weight_bits).values, bits=weight_bits)
-        self.weight_scale = Scale(params["weight"])
-        self.act_scale = Scale(params["act"])
-        self.smooth = Scale(params["smooth"])
-        self.zero = Scale(zero)
-        self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
-
-    @property
-    def weight(self) -> QTensor:
-        """The smoothed weight."""
-        return QTensor(self.levels[...], self.weight_scale[...], bits=self.levels.bits)
-
-    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
-        tokens = as_tokens(x).astype(jnp.float32)
-        if tokens.shape[1] != self.act_scale.shape[0]:
-            raise ValueError(
-                f"this model was calibrated at {self.act_scale.shape[0]} tokens per sample and got {tokens.shape[1]}; "
-                "quantise it again at this input size."
-            )
-        params = {"act": self.act_scale[...], "smooth": self.smooth[...]}
-        centred, zero = centred_levels(tokens, params, self.zero[...], self.act_bits), self.zero[...]
-        shift = 2.0 ** (self.act_bits - 1)
-        signed = (centred + zero[None, :, None] - shift).astype(jnp.int8)
-        weight = self.levels[...]
-        contraction = (((2,), (0,)), ((), ()))
-        products = lax.dot_general(signed, weight, contraction, preferred_element_type=jnp.int32)
-        columns = jnp.sum(weight.astype(jnp.int32), axis=0)
-        total = products + (shift - zero).astype(jnp.int32)[None, :, None] * columns[None, None]
-        finite = jnp.all(jnp.isfinite(tokens), axis=-1, keepdims=True)  # no silent clip of what is not
-        rows = jnp.where(finite, params["act"][None, :, None], jnp.nan)
-        y = rows * total.astype(jnp.float32) * self.weight_scale[...][None]
-        if self.bias is not None:
-            y = y + self.bias[...].astype(y.dtype)[None, None]
-        return y.reshape(*x.shape[:-1], -1).astype(self.dtype)
+    return quantize_stages(model, images, config.settings(), fit, progress=progress)
 
 
 def learn(

@@ -9,7 +9,6 @@ for the inputs of linear layers, too; equal groups of consecutive tokens in scan
 smallest 2.4 norm of the error; and the long-tailed grid below.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,15 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.baselines.base import (
-    EDGES,
-    BaselineConfig,
-    linear_sites,
-    scan_sites,
-    site_reports,
-    step_sizes,
-    walk_scan,
-)
+from ouromamba_jax.baselines.base import SCAN_INPUTS, BaselineConfig, linear_sites, scan_sites, site_reports
+from ouromamba_jax.baselines.scans import RoundedScan, add_skip, step_sizes, walk_scan
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.qtensor import (
@@ -39,11 +31,16 @@ from ouromamba_jax.qtensor import (
     search_scale,
     search_weight_scale,
 )
-from ouromamba_jax.quantize.config import QuantConfig, QuantRule
+from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.modules import ActScales, QuantLinear, Scale, SiteSpec
 from ouromamba_jax.quantize.report import QuantReport
+<<<<<<< HEAD
 from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
 from ouromamba_jax.scan_types import ScanOutput
+=======
+from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages
+from ouromamba_jax.scan import ScanOutput
+>>>>>>> h1
 
 OCTAVES = tuple(float(n) for n in range(1, 17))
 """Candidates for how far the long-tailed grid reaches towards 1."""
@@ -60,11 +57,9 @@ class QMambaLikeConfig(BaselineConfig):
 
     Args:
       groups: temporal groups per sequence; fewer tokens than groups make one group each.
-      rules: exceptions by path, first match wins.
     """
 
     groups: int = 8
-    rules: tuple[QuantRule, ...] = EDGES
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,7 +72,7 @@ def quantize_qmamba_like(
     images: Float[Array, "N H W 3"],
     config: QMambaLikeConfig,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[VisionModel, QuantReport]:
     """`model` quantised in the manner of QMamba, and the account of it.
 
@@ -92,12 +87,12 @@ def quantize_qmamba_like(
             modules[path] = _linear(linear, inputs.captured[path]["act"], inputs.configs[path], config.groups)
             granularity[path] = f"weight: output channel; input: {config.groups} groups of tokens"
         for path, scan in scan_sites(stage, inputs.configs).items():
-            seen = [inputs.captured[path][name] for name in ("u", "delta", "B", "C")]
+            seen = [inputs.captured[path][name] for name in SCAN_INPUTS]
             modules[path] = calibrate_scan(scan, *seen, bits=inputs.configs[path].act_bits, groups=config.groups)
             granularity[path] = f"exp(delta A): direction; h: direction x {config.groups} groups of tokens"
         return Fitted(modules, site_reports(stage, modules, inputs, granularity))
 
-    return quantize_stages(model, images, config.settings(rules=config.rules), fit, progress=progress)
+    return quantize_stages(model, images, config.settings(), fit, progress=progress)
 
 
 def token_groups(tokens: int, groups: int) -> np.ndarray:
@@ -141,24 +136,17 @@ def round_long_tail(
     return 1 - jnp.where(distance < 0.5 * jnp.exp2(-octaves), 0.0, level)
 
 
-class QMambaLikeScan(SelectiveScan):
+class QMambaLikeScan(RoundedScan):
     """A selective scan with exp(delta A) on the long-tailed grid and h rounded after every step."""
 
     def __init__(self, scan: SelectiveScan, largest: Array, octaves: Array, state_scale: Array, bits: int):
-        self.bits = bits
-        self.directions, self.dtype = scan.directions, scan.dtype
-        self.dt_bias, self.A_log, self.D = scan.dt_bias, scan.A_log, scan.D
+        super().__init__(scan, state_scale, bits)
         self.largest = Scale(largest)
         self.octaves = Scale(octaves)
-        self.state_scale = Scale(state_scale)
 
     def scan(self, u, delta, A, B, C, D, *, collect=None, state_transform=None) -> ScanOutput:
         """As `SelectiveScan.scan`; `collect` sees the rounded states (B, D, N)."""
-        if u.shape[1] != self.state_scale.shape[1]:
-            raise ValueError(
-                f"this model was calibrated at {self.state_scale.shape[1]} tokens per sample and got {u.shape[1]}; "
-                "quantise it again at this input size."
-            )
+        self._check(u)
         limit, scales = float(max_level(self.bits)), self.state_scale[...]
 
         def round_decay(decay: Array) -> Array:
@@ -172,8 +160,7 @@ class QMambaLikeScan(SelectiveScan):
         y, last, states = walk_scan(
             u, delta, A, B, C, round_decay=round_decay, round_state=round_state, collect=collect
         )
-        skip = D.reshape(1, 1, *u.shape[2:]) * u.astype(jnp.float32)
-        return ScanOutput((y + skip).astype(u.dtype), last, states)
+        return ScanOutput(add_skip(y, D, u), last, states)
 
 
 def _per_group(x: Float[Array, " G"]) -> Float[Array, "1 G 1 1"]:

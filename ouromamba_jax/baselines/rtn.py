@@ -5,7 +5,6 @@ B, C, A and D, and the operands of attention.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,15 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ouromamba_jax.baselines.base import EDGES, BaselineConfig
+from ouromamba_jax.baselines.base import BaselineConfig
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.quantize.calibrate import find_scales
-from ouromamba_jax.quantize.config import QuantConfig, QuantRule
+from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.measure import measure
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.run import quantized_module
+<<<<<<< HEAD
 from ouromamba_jax.quantize.sites import iter_sites
 from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages, replace_sites
+=======
+from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages, replace_sites
+>>>>>>> h1
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,9 @@ class RTNConfig(BaselineConfig):
     Args:
       granularity: activations have one scale per "token" position, or one for the "tensor" (of each scan direction).
         Weights have one per output channel.
-      rules: exceptions by path, first match wins.
     """
 
     granularity: Literal["token", "tensor"] = "token"
-    rules: tuple[QuantRule, ...] = EDGES
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,14 +49,14 @@ def quantize_rtn(
     images: Float[Array, "N H W 3"],
     config: RTNConfig,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[VisionModel, QuantReport]:
     """`model` rounded to nearest, and the account of it; per token, `quantize` without outliers, search and tuning.
 
     Raises:
       ValueError: as `quantize_stages`.
     """
-    settings = config.settings(rules=config.rules, scale_search="max", operands=QuantConfig.operands)
+    settings = config.settings(scale_search="max", operands=QuantConfig.operands)
 
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
         sites = dict(iter_sites(stage))
