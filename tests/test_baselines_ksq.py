@@ -32,10 +32,10 @@ from ouromamba_jax.baselines.ksq_grids import (
 )
 from ouromamba_jax.baselines.ksq_linear import RoundedLinear, RoundedModule
 from ouromamba_jax.baselines.ksq_scan import KSQScan, calibrate_scan
+from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.models.layers import RMSNorm
 from ouromamba_jax.quantize import QuantRule
-from ouromamba_jax.quantize.modules import iter_sites
-from ouromamba_jax.report import sqnr_db
+from ouromamba_jax.quantize.sites import iter_sites
 
 
 def test_ksq_levels_and_intervals():

@@ -16,9 +16,10 @@ from ouromamba_jax.baselines.qmamba_like import (
     search_group_scales,
     token_groups,
 )
+from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.quantize import QuantLinear
-from ouromamba_jax.quantize.modules import Levels, iter_sites
-from ouromamba_jax.report import sqnr_db
+from ouromamba_jax.quantize.modules import Levels
+from ouromamba_jax.quantize.sites import iter_sites
 
 
 @pytest.mark.parametrize(("tokens", "groups"), [(13, 4), (16, 8), (3, 8), (1, 8), (65, 8)])

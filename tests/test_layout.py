@@ -37,14 +37,10 @@ FORBIDDEN = {
     f"{PACKAGE}.qtensor": ("flax", f"{PACKAGE}.models", f"{PACKAGE}.pallas"),
     f"{PACKAGE}.gen": (f"{PACKAGE}.quantize", f"{PACKAGE}.pallas", *NAMED_MODELS),
     f"{PACKAGE}.quantize*": (f"{PACKAGE}.gen", f"{PACKAGE}.convert", f"{PACKAGE}.pallas", *NAMED_MODELS),
-<<<<<<< HEAD
     f"{PACKAGE}.quantize.config": ("jax", "flax"),
     f"{PACKAGE}.quantize.rounding": ("flax", f"{PACKAGE}.models"),
     f"{PACKAGE}.quantize.sites": (f"{PACKAGE}.quantize.modules", f"{PACKAGE}.quantize.scan"),
-    f"{PACKAGE}.baselines*": (f"{PACKAGE}.gen",),
-=======
     f"{PACKAGE}.baselines*": (*(f"{PACKAGE}.{name}" for name in ("gen", "convert", "pallas")), *NAMED_MODELS),
->>>>>>> h1
     f"{PACKAGE}.checkpoint": (f"{PACKAGE}.pallas", *NAMED_MODELS),
     f"{PACKAGE}.preprocessing": ("PIL", "jax", "flax", f"{PACKAGE}.models"),
     f"{PACKAGE}.data*": ("flax", f"{PACKAGE}.models"),

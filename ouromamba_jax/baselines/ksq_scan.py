@@ -22,7 +22,8 @@ from ouromamba_jax.baselines.scans import RoundedScan, Step, add_skip, read_stat
 from ouromamba_jax.models.layers import SelectiveScan, merge_groups
 from ouromamba_jax.qtensor import MIN_SCALE
 from ouromamba_jax.quantize.modules import Scale
-from ouromamba_jax.scan import ScanOutput, selective_scan
+from ouromamba_jax.scan import selective_scan
+from ouromamba_jax.scan_types import ScanOutput
 
 
 class Factors(NamedTuple):

@@ -24,27 +24,10 @@ from ouromamba_jax.baselines.ksq_grids import Grid
 from ouromamba_jax.baselines.ksq_linear import LinearGrids, RoundedModule, calibrate_linear
 from ouromamba_jax.baselines.ksq_scan import calibrate_scan
 from ouromamba_jax.models.base import VisionModel
-<<<<<<< HEAD
-from ouromamba_jax.models.layers import SelectiveScan, as_tokens, merge_groups
-from ouromamba_jax.qtensor import MIN_SCALE
-from ouromamba_jax.quantize.config import QuantRule
-from ouromamba_jax.quantize.modules import Levels, Scale
+from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.sites import iter_sites, set_module
-from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
-from ouromamba_jax.scan import selective_scan
-from ouromamba_jax.scan_types import ScanOutput
-
-ROUNDS = 3
-"""How often a linear layer's scales are searched in turn: weights, then outputs."""
-WIDE = 8
-"""Bits of hidden states and of weights outside of linear layers."""
-=======
-from ouromamba_jax.models.layers import as_tokens
-from ouromamba_jax.quantize.modules import iter_sites, set_module
-from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages
->>>>>>> h1
 
 
 @dataclass(frozen=True)

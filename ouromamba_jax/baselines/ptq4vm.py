@@ -34,22 +34,10 @@ from ouromamba_jax.baselines.ptq4vm_linear import (
     find_parameters,
 )
 from ouromamba_jax.models.base import VisionModel
-<<<<<<< HEAD
-from ouromamba_jax.models.layers import as_tokens
-from ouromamba_jax.outlier_types import OutlierConfig
-from ouromamba_jax.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
 from ouromamba_jax.quantize.config import QuantRule
-from ouromamba_jax.quantize.modules import Levels, Scale
 from ouromamba_jax.quantize.report import QuantReport
-from ouromamba_jax.quantize.rounding import straight_through_round
 from ouromamba_jax.quantize.sites import set_module
-from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
-=======
-from ouromamba_jax.quantize.config import QuantRule
-from ouromamba_jax.quantize.modules import set_module
-from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages
->>>>>>> h1
 from ouromamba_jax.quantize.tune import update_of
 
 

@@ -34,13 +34,8 @@ from ouromamba_jax.qtensor import (
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.modules import ActScales, QuantLinear, Scale, SiteSpec
 from ouromamba_jax.quantize.report import QuantReport
-<<<<<<< HEAD
-from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages
-from ouromamba_jax.scan_types import ScanOutput
-=======
 from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages
-from ouromamba_jax.scan import ScanOutput
->>>>>>> h1
+from ouromamba_jax.scan_types import ScanOutput
 
 OCTAVES = tuple(float(n) for n in range(1, 17))
 """Candidates for how far the long-tailed grid reaches towards 1."""

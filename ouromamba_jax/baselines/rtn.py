@@ -19,12 +19,8 @@ from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.measure import measure
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.run import quantized_module
-<<<<<<< HEAD
 from ouromamba_jax.quantize.sites import iter_sites
-from ouromamba_jax.quantize.stages import Fitted, StageInputs, quantize_stages, replace_sites
-=======
 from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages, replace_sites
->>>>>>> h1
 
 
 @dataclass(frozen=True)
