@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from reference_layers import Weights, conv, draw, gelu, linear, scan, silu, softplus
 
 STATES = 8
 
@@ -10,7 +11,7 @@ STATES = 8
 def random_weights(
     rng: np.random.Generator, *, dim: int, in_dim: int, depths: tuple[int, ...], mlp_ratio: float, classes: int,
     layer_scale: bool = False, conv_levels: int = 2,
-) -> dict[str, np.ndarray]:  # fmt: skip
+) -> Weights:  # fmt: skip
     """Weights of the published names and shapes, none of them at its initial value, and BatchNorms' statistics."""
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -60,27 +61,11 @@ def random_weights(
     norm("norm", dim * 2 ** (len(depths) - 1), batch=True)
     layer("head", classes, dim * 2 ** (len(depths) - 1))
 
-    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name.endswith("num_batches_tracked"):
-            return np.asarray(rng.integers(1, 10**6), np.int64)
-        value = rng.standard_normal(shape)
-        if name.endswith("running_var"):
-            value = 0.5 + value**2
-        elif "dt_proj.bias" in name:
-            value = 0.5 * value - 1
-        elif len(shape) == 1 and (name.endswith("weight") or "gamma" in name):
-            value = 1 + 0.3 * value
-        elif name.endswith("weight"):
-            value = value / math.sqrt(math.prod(shape[1:]))
-        else:
-            value = 0.5 * value
-        return np.asarray(value, np.float32)
-
-    return {name: draw(name, shape) for name, shape in shapes.items()}
+    return draw(rng, shapes, step_bias_uses=2)
 
 
 def forward(
-    weights: dict[str, np.ndarray], images: np.ndarray, *, windows: tuple[int, ...], heads: tuple[int, ...]
+    weights: Weights, images: np.ndarray, *, windows: tuple[int, ...], heads: tuple[int, ...]
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(logits, map after every level, what a block shows) of images (B, 3, H, W).
 
@@ -89,9 +74,9 @@ def forward(
     """
     w = {key: value.astype(np.float64) for key, value in weights.items()}
     x = images.astype(np.float64)
-    for conv, norm in ((0, 1), (3, 4)):
-        x = _conv(w, f"patch_embed.conv_down.{conv}", x, stride=2)
-        x = np.maximum(_batch_norm(w, f"patch_embed.conv_down.{norm}", x, eps=1e-4), 0)
+    for i in (0, 3):
+        x = conv(w, f"patch_embed.conv_down.{i}", x, stride=2)
+        x = np.maximum(_batch_norm(w, f"patch_embed.conv_down.{i + 1}", x, eps=1e-4), 0)
     maps, shown = {}, {}
     level = 0
     while f"levels.{level}.blocks.0.norm1.weight" in w:
@@ -106,8 +91,8 @@ def forward(
         while f"levels.{level}.blocks.{index}.norm1.weight" in w:
             block = f"levels.{level}.blocks.{index}"
             if is_conv:
-                y = _gelu_tanh(_batch_norm(w, f"{block}.norm1", _conv(w, f"{block}.conv1", x, stride=1), eps=1e-5))
-                x = x + _batch_norm(w, f"{block}.norm2", _conv(w, f"{block}.conv2", y, stride=1), eps=1e-5)
+                y = _gelu_tanh(_batch_norm(w, f"{block}.norm1", conv(w, f"{block}.conv1", x, stride=1), eps=1e-5))
+                x = x + _batch_norm(w, f"{block}.norm2", conv(w, f"{block}.conv2", y, stride=1), eps=1e-5)
             else:
                 normed = _layer_norm(w, f"{block}.norm1", x)
                 if f"{block}.mixer.qkv.weight" in w:
@@ -115,17 +100,17 @@ def forward(
                 else:
                     update, shown[block] = _mamba(w, f"{block}.mixer", normed)
                 x = x + w.get(f"{block}.gamma_1", 1.0) * update
-                y = _gelu(_linear(w, f"{block}.mlp.fc1", _layer_norm(w, f"{block}.norm2", x)))
-                x = x + w.get(f"{block}.gamma_2", 1.0) * _linear(w, f"{block}.mlp.fc2", y)
+                y = gelu(linear(w, f"{block}.mlp.fc1", _layer_norm(w, f"{block}.norm2", x)))
+                x = x + w.get(f"{block}.gamma_2", 1.0) * linear(w, f"{block}.mlp.fc2", y)
             index += 1
         if not is_conv:
             x = _join(x, side, padded)[:, :, :height, :width]
         maps[level] = x
         if f"levels.{level}.downsample.reduction.0.weight" in w:
-            x = _conv(w, f"levels.{level}.downsample.reduction.0", x, stride=2)
+            x = conv(w, f"levels.{level}.downsample.reduction.0", x, stride=2)
         level += 1
     pooled = _batch_norm(w, "norm", x, eps=1e-5).mean(axis=(2, 3))
-    return _linear(w, "head", pooled), maps, shown
+    return linear(w, "head", pooled), maps, shown
 
 
 def _split(x: np.ndarray, side: int) -> np.ndarray:
@@ -150,33 +135,25 @@ def _join(parts: np.ndarray, side: int, size: tuple[int, int]) -> np.ndarray:
     return x
 
 
-def _mamba(w: dict, name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    u, z = np.split(x @ w[f"{name}.in_proj.weight"].T, 2, axis=2)
-    u, z = _silu(_conv1d(w[f"{name}.conv1d_x.weight"], u)), _silu(_conv1d(w[f"{name}.conv1d_z.weight"], z))
-    made = u @ w[f"{name}.x_proj.weight"].T
+def _mamba(w: Weights, name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    u, z = np.split(linear(w, f"{name}.in_proj", x), 2, axis=2)
+    u, z = silu(_conv1d(w[f"{name}.conv1d_x.weight"], u)), silu(_conv1d(w[f"{name}.conv1d_z.weight"], z))
     rank = w[f"{name}.dt_proj.weight"].shape[1]
-    dt, B, C = made[..., :rank], made[..., rank : rank + STATES], made[..., rank + STATES :]
-    projected = _linear(w, f"{name}.dt_proj", dt)
-    delta = np.log1p(np.exp(projected + w[f"{name}.dt_proj.bias"]))  # the bias a second time
-    A = -np.exp(w[f"{name}.A_log"])
-    h = np.zeros((*u[:, 0].shape, STATES))
-    y = np.zeros_like(u)
-    for t in range(u.shape[1]):
-        step = delta[:, t, :, None]
-        h = np.exp(step * A) * h + step * B[:, t, None] * u[:, t, :, None]
-        y[:, t] = (h * C[:, t, None]).sum(2) + w[f"{name}.D"] * u[:, t]
-    return np.concatenate([y, z], axis=2) @ w[f"{name}.out_proj.weight"].T, y
+    dt, B, C = np.split(linear(w, f"{name}.x_proj", u), [rank, rank + STATES], axis=2)
+    delta = softplus(linear(w, f"{name}.dt_proj", dt) + w[f"{name}.dt_proj.bias"])  # the bias a second time
+    y = scan(u, delta, -np.exp(w[f"{name}.A_log"]), B, C, w[f"{name}.D"])
+    return linear(w, f"{name}.out_proj", np.concatenate([y, z], axis=2)), y
 
 
-def _attention(w: dict, name: str, x: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
-    qkv = _linear(w, f"{name}.qkv", x)
+def _attention(w: Weights, name: str, x: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    qkv = linear(w, f"{name}.qkv", x)
     batch, length, channels = x.shape
     q, k, v = qkv.reshape(batch, length, 3, heads, channels // heads).transpose(2, 0, 3, 1, 4)
     scores = q @ k.swapaxes(2, 3) / math.sqrt(channels // heads)
     probs = np.exp(scores - scores.max(axis=3, keepdims=True))
     probs = probs / probs.sum(axis=3, keepdims=True)
     out = (probs @ v).transpose(0, 2, 1, 3).reshape(batch, length, channels)
-    return _linear(w, f"{name}.proj", out), probs
+    return linear(w, f"{name}.proj", out), probs
 
 
 def _conv1d(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -185,41 +162,17 @@ def _conv1d(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
     return sum(padded[:, k : k + x.shape[1]] * weight[:, 0, k] for k in range(3))
 
 
-def _conv(w: dict, name: str, x: np.ndarray, *, stride: int) -> np.ndarray:
-    """3x3, one border of zeros."""
-    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
-    height, width = -(-x.shape[2] // stride), -(-x.shape[3] // stride)
-    y = np.zeros((len(x), len(w[f"{name}.weight"]), height, width))
-    for i in range(height):
-        for j in range(width):
-            patch = padded[:, :, stride * i : stride * i + 3, stride * j : stride * j + 3]
-            y[:, :, i, j] = np.tensordot(patch, w[f"{name}.weight"], ((1, 2, 3), (1, 2, 3))) + w.get(f"{name}.bias", 0)
-    return y
-
-
-def _linear(w: dict, name: str, x: np.ndarray) -> np.ndarray:
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-
-def _batch_norm(w: dict, name: str, x: np.ndarray, *, eps: float) -> np.ndarray:
+def _batch_norm(w: Weights, name: str, x: np.ndarray, *, eps: float) -> np.ndarray:
     mean, var, weight, bias = (
         w[f"{name}.{leaf}"][None, :, None, None] for leaf in ("running_mean", "running_var", "weight", "bias")
     )
     return (x - mean) / np.sqrt(var + eps) * weight + bias
 
 
-def _layer_norm(w: dict, name: str, x: np.ndarray) -> np.ndarray:
+def _layer_norm(w: Weights, name: str, x: np.ndarray) -> np.ndarray:
     x = x - x.mean(axis=2, keepdims=True)
     return x / np.sqrt((x * x).mean(axis=2, keepdims=True) + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def _gelu(x: np.ndarray) -> np.ndarray:
-    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-
-
 def _gelu_tanh(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_checks import check_other_types, check_saved_and_loaded, check_that_samples_do_not_mix
+from family_checks import (
+    check_other_types,
+    check_saved_and_loaded,
+    check_that_no_block_is_skipped,
+    check_that_samples_do_not_mix,
+    sites_of,
+)
 from flax import nnx
 from mambavision_reference import forward, random_weights
 from tolerances import MAMBAVISION_BLOCK, MAMBAVISION_SCAN, PARITY, REORDERED
@@ -445,6 +451,13 @@ def test_every_matmul_is_a_site(tiny):
     }
 
 
+def test_no_block_is_skipped():
+    fields = {**FIELDS, "depths": (1, 2)}
+    weights = random_weights(np.random.default_rng(9), classes=5, layer_scale=True, conv_levels=1, **fields)
+    model = from_torch("mambavision_micro", weights, **{**TINY, "depths": (1, 2)})
+    check_that_no_block_is_skipped(model, weights, images(2))
+
+
 @pytest.mark.slow
 def test_the_whole_pipeline_with_several_windows_per_map():
     """Generation and quantisation need nothing of the family: windows, attention and convolutions are covered."""
@@ -456,8 +469,7 @@ def test_the_whole_pipeline_with_several_windows_per_map():
     images = generate_images(model, settings, jax.random.key(0)).images
     assert bool(jnp.isfinite(images).all())
     low, report = quantize(model, images, QuantConfig.preset("w8a8", tune_epochs=0, batch_size=2))
-    named = {site.path.rsplit(".", 1)[-1] for site in report.sites}
-    assert {"qkv", "q", "k", "v", "probs", "delta", "B", "C", "A", "D", "fc1", "proj"} <= named
+    assert {site.path for site in report.sites} == sites_of(model)
     assert all(np.isfinite(site.sqnr_db) and 0 <= site.outlier_rate < 1 for site in report.sites)
     assert sqnr_db(model(images), low(images)) > 15
     np.testing.assert_array_equal(jax.jit(low.__call__)(images)[1:2], jax.jit(low.__call__)(images[1:2]))

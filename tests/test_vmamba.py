@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_checks import check_other_types, check_saved_and_loaded, check_that_samples_do_not_mix
+from family_checks import (
+    check_other_types,
+    check_saved_and_loaded,
+    check_that_no_block_is_skipped,
+    check_that_samples_do_not_mix,
+    sites_of,
+)
 from flax import nnx
 from tolerances import PARITY, REORDERED, VMAMBA_SCAN
 from vssm_reference import forward, random_weights
@@ -340,17 +346,20 @@ def test_every_matmul_is_a_site(tiny):
     assert kinds.count(SelectiveScan) == 2
 
 
+def test_no_block_is_skipped():
+    fields = dict(dims=(6,), depths=(2,), mlp_ratio=2.0)
+    weights = random_weights(np.random.default_rng(9), ratio=1.0, states=1, classes=5, **fields)
+    model = from_torch("vmamba_micro", weights, img_size=(9, 20), num_classes=5, **fields)
+    check_that_no_block_is_skipped(model, weights, images(2))
+
+
 @pytest.mark.slow
 def test_quantised_whole(tmp_path):
     """No branch for this family: every matmul and scan is a site, none is left out, and samples do not mix."""
     x = images(4)
     tiny = create_model("vmamba_micro", rngs=nnx.Rngs(4), **TINY)
     low, report = quantize(tiny, x, QuantConfig.preset("w4a4", tune_epochs=1))
-    linears = {path for path, site in iter_sites(tiny) if isinstance(site, nnx.Linear)}
-    assert len(linears) == 2 + 2 * (4 + 4 * 2) + 1 + 1
-    assert {site.path for site in report.sites if site.kind == "matmul"} == linears
-    scans = {site.path for site in report.sites if ".scan." in site.path}
-    assert scans == {f"blocks.{i}.mixer.scan.{name}" for i in range(2) for name in ("delta", "B", "C", "A", "D")}
+    assert {site.path for site in report.sites} == sites_of(tiny)
     assert not [path for path, _, reason in report.kept_float if reason != "not a matmul"]
     expected, logits = tiny(x), low(x)
     noise = jnp.sum((logits - expected) ** 2) / jnp.sum(expected**2)
