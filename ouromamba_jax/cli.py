@@ -37,12 +37,16 @@ from ouromamba_jax.tables import print_table
 console = Console(stderr=True)
 
 
+_EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError)
+"""Bad input, and machines that are too small for it; anything else is a fault of ours and shows its traceback."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; an error is one sentence on stderr and exit status 1 (2 for wrong usage)."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except _EXPECTED as error:
         if arguments.debug:
             raise
         print(f"ouromamba: {_sentence(error)}", file=sys.stderr)
@@ -117,7 +121,15 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
         limit=arguments.limit,
         labelled=True,
     )
-    result = evaluate(model, ((batch.images, batch.labels) for batch in batches))
+    with _bar("evaluating") as advance:
+
+        def watched():
+            done = 0
+            for batch in batches:
+                yield batch.images, batch.labels
+                advance(done := done + len(batch.images), None, "images")
+
+        result = evaluate(model, watched())
     rows = [[100 * result.top1, 100 * result.top5, result.images, result.images_per_second]]
     print_table(rows, ["top-1 %", "top-5 %", "images", "images/s"], title=str(arguments.model))
 
@@ -206,7 +218,7 @@ def _bar(label: str):
 def _field(text: str) -> tuple[str, int | float | tuple[int | float, ...]]:
     name, _, value = text.partition("=")
     try:
-        numbers = tuple(float(v) if "." in v else int(v) for v in value.split(","))
+        numbers = tuple(int(v) if v.lstrip("+-").isdigit() else float(v) for v in value.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=NUMBER, e.g. img_size=384") from None
     return name, numbers[0] if len(numbers) == 1 else numbers

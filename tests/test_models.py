@@ -319,6 +319,25 @@ def test_registry_errors_name_the_way_out():
         config_class("vit")
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("vim_tiny", "depth", 3.0),
+        ("vim_tiny", "stride", 0),
+        ("vim_tiny", "img_size", (224, -1)),
+        ("vim_tiny", "img_size", 0),
+        ("vmamba_tiny_s1l8", "dims", 96.5),
+        ("vmamba_tiny_s1l8", "depths", (2, 0)),
+        ("vmamba_tiny_s1l8", "depths", ()),
+        ("mambavision_t", "window_size", (8, 8, 0, 7)),
+        ("mambavision_t", "num_classes", "10"),
+    ],
+)
+def test_sizes_are_positive_whole_numbers(name, field, value):
+    with pytest.raises(ValueError, match=f"{field} is .*, but sizes and counts are whole numbers from 1; change it"):
+        model_config(name, **{field: value})
+
+
 def test_registry():
     assert list_models("vim_*8") == ("vim_small_stride8", "vim_tiny_stride8")
     assert list_models("nothing*") == ()

@@ -1,7 +1,6 @@
 """Where pictures come from: one opener per kind of source, each giving random access to its pictures and labels."""
 
 import io
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
+
+from ouromamba_jax.files import read_npz
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 DIGITS_TEST_PER_CLASS = 50
@@ -102,11 +103,7 @@ def _open_folder(folder: Path) -> Source:
 
 
 def _open_npz(path: Path) -> Source:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as an .npz of plain arrays ({error}); write it again.") from error
+    arrays = read_npz(path)
     if "images" in arrays:
         length, picture = _pixel_reader(path, arrays["images"])
     elif "jpeg" in arrays and "offsets" in arrays:
@@ -192,5 +189,5 @@ def _decode(file: Any, name: str) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except OSError as error:  # PIL's UnidentifiedImageError is one
+    except Exception as error:  # a damaged picture makes PIL raise OSError, SyntaxError, DecompressionBombError, ...
         raise ValueError(f"{name} cannot be read as an image ({error}); remove or replace it.") from error

@@ -1,6 +1,5 @@
 """Checkpoints of a generation: one .npz that is replaced whole and names the run that it belongs to."""
 
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ouromamba_jax.files import whole_file
+from ouromamba_jax.files import read_npz, whole_file
 from ouromamba_jax.gen.config import GenConfig
 from ouromamba_jax.models.base import VisionModel
 
@@ -44,22 +43,24 @@ def restore(path: Path, identity: str, run: RunState) -> Unfinished | None:
     if not path.exists():
         return None
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = dict(stored)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a readable checkpoint of a generation; delete it to start anew.") from error
-    if str(arrays.get("identity")) != identity:
-        raise ValueError(f"{path} belongs to another model, config or key; use another directory or delete it.")
-    run.done = arrays["done"]
+        arrays = read_npz(path)
+        if str(arrays["identity"]) != identity:
+            raise ValueError(f"{path} belongs to another model, config or key; use another directory or delete it.")
+        done, iteration = arrays["done"], int(arrays["iteration"])
+        history = {name: arrays[f"history/{name}"] for name in run.history}
+    except KeyError as error:
+        raise ValueError(f"{path} is not the state of a generation: {error} is missing; delete it.") from error
+    run.done = done
     for name, values in run.history.items():
-        values[:] = arrays[f"history/{name}"]
+        values[:] = history[name]
     leaves = [jnp.asarray(arrays[name]) for name in sorted(arrays) if name.startswith("leaf/")]
-    return Unfinished(int(arrays["iteration"]), leaves) if leaves else None
+    return Unfinished(iteration, leaves) if leaves else None
 
 
 def run_identity(model: VisionModel, weights: Any, config: GenConfig, key: Array) -> str:
-    """What a run depends on, as text: config, key, and the model with a checksum of its weights."""
+    """What a run's bits depend on, as text: config, key, the model with a checksum of its weights, precision, JAX."""
     checksum = 0
     for leaf in jax.tree.leaves(weights):
         checksum = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, checksum)
-    return f"{config} {np.asarray(jax.random.key_data(key)).tolist()} {model.config} {checksum:08x}"
+    precision = f"{jnp.dtype(model.dtype).name} jax {jax.__version__}"
+    return f"{config} {np.asarray(jax.random.key_data(key)).tolist()} {model.config} {checksum:08x} {precision}"

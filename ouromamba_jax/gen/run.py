@@ -200,9 +200,11 @@ def _check_finite(record: dict[str, np.ndarray], batch: int, start: int) -> None
 
 
 def _progress_bar(stack: ExitStack, total: int) -> Progress:
+    from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TextColumn
 
-    bar = stack.enter_context(Bar(*Bar.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}")))
+    columns = (*Bar.get_default_columns(), TextColumn("loss {task.fields[loss]:.3f}"))
+    bar = stack.enter_context(Bar(*columns, console=Console(stderr=True)))
     task = bar.add_task("generating", total=total, loss=float("nan"))
     return lambda iteration, total, losses: bar.update(task, completed=iteration, loss=losses["total"])

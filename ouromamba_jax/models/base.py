@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any, ClassVar
 
 import jax
@@ -11,6 +12,19 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.layers import Head, as_tokens
 from ouromamba_jax.models.trace import Trace
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Refuses sizes that are not positive whole numbers, or tuples of them, before anything is computed from them.
+
+    Raises:
+      ValueError: naming the first of the fields that is wrong.
+    """
+    for name in names:
+        value = getattr(config, name)
+        sizes = value if isinstance(value, tuple) else (value,)
+        if not sizes or not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
+            raise ValueError(f"{name} is {value}, but sizes and counts are whole numbers from 1; change it.")
 
 
 class VisionModel(nnx.Module):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.base import VisionModel, check_sizes
 from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d
 from ouromamba_jax.models.layers import (
     MLP,
@@ -56,22 +56,19 @@ class MambaVisionConfig:
     def __post_init__(self):
         for name in ("img_size", "depths", "window_size", "num_heads"):  # lists, as JSON has them, are not hashable
             value = getattr(self, name)
-            object.__setattr__(self, name, value if isinstance(value, int) else tuple(value))
-        if min(height_width(self.img_size)) < 1:
-            raise ValueError(f"img_size is {self.img_size}, but an image has at least one pixel; use a larger one.")
-        if not self.depths or min(self.depths) < 1:
-            raise ValueError(f"depths are {self.depths}, but every level needs at least one block; leave levels out.")
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        check_sizes(self, "img_size", "dim", "in_dim", "depths", "window_size", "num_heads", "num_classes")
         if not len(self.depths) == len(self.window_size) == len(self.num_heads):
             raise ValueError(
                 f"depths {self.depths}, window_size {self.window_size} and num_heads {self.num_heads} must have one "
                 "entry per level."
             )
         for level in range(self.conv_levels, len(self.depths)):
-            width, heads, window = self.widths[level], self.num_heads[level], self.window_size[level]
-            if window < 1 or heads < 1 or width % heads or width % 2:
+            width, heads = self.widths[level], self.num_heads[level]
+            if width % heads or width % 2:
                 raise ValueError(
-                    f"level {level} has {width} channels, {heads} heads and windows of {window} tokens; its channels "
-                    "must be even and a multiple of its heads, and a window has at least one token."
+                    f"level {level} has {width} channels and {heads} heads; its channels must be even and a multiple "
+                    "of its heads."
                 )
 
     @property

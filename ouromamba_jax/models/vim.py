@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.base import VisionModel, check_sizes
 from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
 from ouromamba_jax.models.layers import Head, QuantPoint, RMSNorm, SelectiveScan, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder
@@ -36,6 +36,10 @@ class VimConfig:
     preprocessing: Preprocessing = Preprocessing()
 
     def __post_init__(self):
+        if isinstance(self.img_size, list):  # as JSON has it; not hashable
+            object.__setattr__(self, "img_size", tuple(self.img_size))
+        names = ("img_size", "patch_size", "stride", "embed_dim", "depth", "d_state", "num_classes", "d_conv", "expand")
+        check_sizes(self, *names)
         if min(self.grid) < 1:
             raise ValueError(
                 f"img_size {self.img_size} is smaller than one patch of {self.patch_size} pixels; use a larger one."
@@ -51,7 +55,7 @@ class VimConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches per (column, row)."""
+        """(height, width) of the map of patches."""
         height, width = height_width(self.img_size)
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 

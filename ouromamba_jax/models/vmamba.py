@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.base import VisionModel, check_sizes
 from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv
 from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
@@ -41,11 +41,8 @@ class VMambaConfig:
     def __post_init__(self):
         for name in ("img_size", "dims", "depths"):  # lists, as JSON has them, would not be hashable
             value = getattr(self, name)
-            object.__setattr__(self, name, value if isinstance(value, int) else tuple(value))
-        if min(height_width(self.img_size)) < 1:
-            raise ValueError(f"img_size is {self.img_size}, but an image has at least one pixel; use a larger one.")
-        if not self.depths or min(self.depths) < 1:
-            raise ValueError(f"depths are {self.depths}, but every stage needs at least one block; leave stages out.")
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        check_sizes(self, "img_size", "dims", "depths", "d_state", "num_classes")
         if not isinstance(self.dims, int) and len(self.dims) != len(self.depths):
             raise ValueError(
                 f"dims {self.dims} and depths {self.depths} must have one entry per stage, or dims be one."
