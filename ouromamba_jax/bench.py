@@ -155,46 +155,30 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     write_json(path, {**provenance(), **results})
 
 
-def bench_model(
-    model: VisionModel,
-    batch_size: int = 1,
-    *,
-    bits: tuple[str, ...] = ("w8a8", "w4a4"),
-    repeats: int = 10,
-    progress: Progress | None = None,
-) -> tuple[list[list[str | float]], tuple[str, ...]]:
-    """Times a model under `jax.jit` on Gaussian images: float first, quantised beside it.
+def models_to_compare(
+    model: VisionModel, bits: tuple[str, ...] = ("w8a8", "w4a4"), *, progress: Progress | None = None
+) -> dict[str, VisionModel]:
+    """The float model and quantised ones, by name, float first.
 
-    A float model is also quantised at `bits` (scales from the range of the weights and from one image, untuned: speed
-    does not depend on how good they are). A quantised one is compared with a fresh float model of its config.
+    A float model is quantised at `bits`, presets of `QuantConfig` (untuned: speed does not depend on how good scales
+    are). A quantised one gets a fresh float model of its config beside it.
 
     Args:
-      model: float or quantised.
-      batch_size: images per call.
-      bits: presets of `QuantConfig` that a float model is compared at.
-      repeats: timed calls of each model.
       progress: called with a short text before each slow step.
-
-    Returns:
-      (rows, headers) for `tables.print_table`; the speed-up is over the first row.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; use at least 1.")
     say = progress or (lambda text: None)
     if quantized_specs(model):
         say("building the float model")
-        models = {"float": build_model(model.config, dtype=model.dtype), "quantised": model}
-    else:
-        models = {"float": model}
-        for name in bits:
-            say(f"quantising to {name}")
-            models[name] = quantize_untuned(model, name)
-    say(f"compiling and timing {', '.join(models)}")
-    return speed_rows(time_models(models, batch_size, repeats=repeats), batch_size), HEADERS
+        return {"float": build_model(model.config, dtype=model.dtype), "quantised": model}
+    models = {"float": model}
+    for name in bits:
+        say(f"quantising to {name}")
+        models[name] = quantize_untuned(model, name)
+    return models
 
 
 def time_models(models: Mapping[str, VisionModel], batch_size: int, *, repeats: int = 10) -> dict[str, Timing]:
-    """Interleaved timings of models that take the same images, by name."""
+    """Interleaved timings under `jax.jit` of models that take the same Gaussian images, by name."""
     images = random_images(next(iter(models.values())), batch_size)
 
     def call(model: VisionModel) -> Callable[[], Array]:

@@ -153,17 +153,23 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    from ouromamba_jax.bench import bench_model
+    from ouromamba_jax.bench import HEADERS, models_to_compare, speed_rows, time_models
     from ouromamba_jax.breakdown import BREAKDOWN_HEADERS, block_breakdown
 
+    batch_size = arguments.batch_size
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; use at least 1.")
     named = arguments.model in list_models() and not Path(arguments.model).exists()
     model = create_model(arguments.model) if named else load(arguments.model)
     with console.status("") as status:
-        rows, headers = bench_model(model, batch_size=arguments.batch_size, progress=status.update)
-        status.update("taking one block apart")
-        parts = block_breakdown(model, arguments.batch_size)
-    print_table(rows, headers, title=f"{arguments.model}, batch {arguments.batch_size}, {jax.devices()[0].device_kind}")
-    print_table(parts, BREAKDOWN_HEADERS, title=f"the middle block of {arguments.model}")
+        models = models_to_compare(model, progress=status.update)
+        status.update(f"compiling and timing {', '.join(models)}")
+        rows = speed_rows(time_models(models, batch_size), batch_size)
+        print_table(rows, HEADERS, title=f"{arguments.model}, batch {batch_size}, {jax.devices()[0].device_kind}")
+        for name, compared in models.items():
+            status.update(f"taking one block apart, {name}")
+            parts = block_breakdown(compared, batch_size)
+            print_table(parts, BREAKDOWN_HEADERS, title=f"the middle block of {arguments.model}, {name}")
 
 
 def demo(arguments: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ from jaxtyping import Array
 
 from ouromamba_jax.bench import (
     HEADERS,
+    models_to_compare,
     preferring,
     quantize_untuned,
     random_images,
@@ -47,7 +48,7 @@ from ouromamba_jax.bench import (
     write_results,
 )
 from ouromamba_jax.breakdown import BREAKDOWN_HEADERS, KINDS, block_breakdown, model_breakdown
-from ouromamba_jax.models import create_model, model_config, pure
+from ouromamba_jax.models import VisionModel, create_model, model_config, pure
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize.sites import set_module
 from ouromamba_jax.scan_types import ScanOutput
@@ -106,11 +107,10 @@ def bench_associative(model: nnx.Module, batch: int, repeats: int) -> list[list]
     return speed_rows(time_models(models, batch, repeats=repeats), batch)
 
 
-def bench_quantised(model: nnx.Module, batch: int, repeats: int, bits: list[str]) -> tuple[list[list], dict[str, list]]:
-    models = {"float": model}
-    for name in bits:
-        print(f"quantising to {name}", flush=True)
-        models[name] = quantize_untuned(model, name)
+def bench_quantised(
+    model: VisionModel, batch: int, repeats: int, bits: list[str]
+) -> tuple[list[list], dict[str, list]]:
+    models = models_to_compare(model, tuple(bits), progress=partial(print, flush=True))
     parts = {name: block_breakdown(m, batch, repeats=repeats) for name, m in models.items()}
     print("compiling and timing the whole models", flush=True)
     return speed_rows(time_models(models, batch, repeats=repeats), batch), parts

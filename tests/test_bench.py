@@ -91,10 +91,10 @@ def test_results_name_the_machine_but_no_folder_of_it(tmp_path, monkeypatch):
 def test_a_float_model_is_quantised_for_comparison(model, quantised, monkeypatch):
     said = []
     monkeypatch.setattr(bench, "quantize_untuned", lambda model, preset: {"w4a4": quantised}[preset])
-    rows, headers = bench.bench_model(model, batch_size=2, bits=("w4a4",), repeats=2, progress=said.append)
-    assert headers == bench.HEADERS
+    models = bench.models_to_compare(model, ("w4a4",), progress=said.append)
+    rows = bench.speed_rows(bench.time_models(models, 2, repeats=2), 2)
     assert [row[0] for row in rows] == ["float", "w4a4"]
-    assert all(len(row) == len(headers) for row in rows)
+    assert all(len(row) == len(bench.HEADERS) for row in rows)
     for _, ms, spread, cpu_ms, rate, *_ in rows:
         assert ms > 0
         assert cpu_ms > 0
@@ -115,16 +115,9 @@ def test_untuned_models_are_quantised(model):
     assert bool(jnp.isfinite(jax.jit(fn)(state, images)).all())
 
 
-def test_a_quantised_model_is_compared_with_its_float_model(quantised, monkeypatch):
-    timed = {}
-
-    def record(models, batch_size, *, repeats):
-        timed.update(models)
-        return {name: bench.Timing((1.0,) * repeats, (1.0,) * repeats) for name in models}
-
-    monkeypatch.setattr(bench, "time_models", record)
-    rows, _ = bench.bench_model(quantised, repeats=2)
-    assert [row[0] for row in rows] == ["float", "quantised"]
+def test_a_quantised_model_is_compared_with_its_float_model(quantised):
+    timed = bench.models_to_compare(quantised)
+    assert list(timed) == ["float", "quantised"]
     assert timed["quantised"] is quantised
     assert timed["float"].config == quantised.config
     assert not quantized_specs(timed["float"])

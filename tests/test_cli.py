@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from ouromamba_jax import create_model, implicit_attention, load, save
+from ouromamba_jax.bench import Timing
 from ouromamba_jax.cli import main
 from ouromamba_jax.demo import middle_scan, received_attention
 
@@ -85,12 +86,12 @@ def test_the_pipeline_from_images_to_scores(folder, capsys):
 def test_bench_names_the_models_and_the_parts_of_a_block(folder, capsys, monkeypatch):
     timed = []
 
-    def bench_model(model, *, batch_size, progress):
-        progress("timing")
+    def time_models(models, batch_size):
         timed.append(batch_size)
-        return [["float", 1.0]], ("model", "ms")
+        return {name: Timing((1.0,), (1.0,)) for name in models}
 
-    monkeypatch.setattr("ouromamba_jax.bench.bench_model", bench_model)
+    monkeypatch.setattr("ouromamba_jax.bench.models_to_compare", lambda model, progress: {"float": model})
+    monkeypatch.setattr("ouromamba_jax.bench.time_models", time_models)
     status, text, _ = run(capsys, "bench", folder / "tiny", "--batch-size", 2)
     assert status == 0
     assert timed == [2]
