@@ -1,7 +1,11 @@
 """MambaVision: the official numbers, on the golden model and against a float64 reference; windows; conversion."""
 
 import json
+import os
 import re
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -256,6 +260,26 @@ def test_every_key_of_every_manifest(name):
     first_scan = model.blocks[sum(config.depths[:2])].mixer.scan
     bias = tensors["levels.2.blocks.0.mixer.dt_proj.bias"]
     np.testing.assert_array_equal(first_scan.dt_bias[...], 2 * bias)
+
+
+@pytest.mark.slow
+def test_the_largest_model_runs_within_8_gib():
+    """MambaVision-L2, 242 M parameters, from float32 tensors in memory to the logits of one image under jit."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_mambavision as t; t.run_the_largest()"
+    command = [sys.executable, "-c", code, os.path.dirname(__file__)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of the largest child so far; Linux: KiB
+    assert 4 * 242e6 < peak < 8 * 2**30
+
+
+def run_the_largest() -> None:
+    """Runs in a process of its own."""
+    tensors = {key: value.copy() for key, value in synthesised("mamba_vision_L2").items()}
+    fn, state = pure(from_torch("mambavision_l2", tensors))
+    logits = jax.jit(fn)(state, images(1, (224, 224)))
+    assert logits.shape == (1, 1000)
+    assert bool(jnp.isfinite(logits).all())
 
 
 FIELDS = dict(dim=6, in_dim=4, depths=(1, 3), mlp_ratio=2.0)

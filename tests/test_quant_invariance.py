@@ -7,44 +7,49 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_models import quantised
+from tiny_models import FAMILIES, quantised
 
-from ouromamba_jax.models import pure
+from ouromamba_jax.models import create_model, pure
+from ouromamba_jax.models.layers import DotProductAttention, LayerNorm, RMSNorm
 from ouromamba_jax.quantize import OPERANDS, QuantConfig, modules
 
 BATCH = 8
+VARIANTS = (
+    ("w4a4", {}),
+    ("w4a8", {}),
+    ("w6a6", {}),
+    ("w8a8", {}),
+    ("w4a4", dict(outlier_scale="free")),
+    ("w4a4", dict(threshold="offline", sigma=2.0)),
+    ("w4a4", dict(detection="static")),
+    ("w4a4", dict(operands=OPERANDS, rules=())),
+    ("w4a4", dict(weight_group=2, rules=())),
+    ("w4a8", dict(weight_group=2, rules=())),
+)
+OTHERS = ("vmamba", "mambavision")
+
+
+def case(family: str, sizes: tuple[int, ...], name: str, *, slow: bool = False, **fields):
+    config = dataclasses.replace(QuantConfig.preset(name), **fields)
+    words = [family, name, *map(str, fields.items()), *(["in every split"] if slow else [])]
+    return pytest.param(family, config, sizes, id=" ".join(words), marks=[pytest.mark.slow] if slow else [])
+
+
 CASES = [
-    pytest.param(QuantConfig.preset("w4a4"), (1, 3), id="w4a4"),
-    pytest.param(QuantConfig.preset("w4a8"), (3,), id="w4a8"),
-    pytest.param(QuantConfig.preset("w6a6"), (5,), id="w6a6"),
-    pytest.param(QuantConfig.preset("w8a8"), (2,), id="w8a8"),
-    *(
-        pytest.param(
-            dataclasses.replace(QuantConfig.preset(name), **fields),
-            (1, 2, 3, 5),
-            id=f"{name} {fields}",
-            marks=pytest.mark.slow,
-        )
-        for name, fields in (
-            ("w4a4", {}),
-            ("w4a8", {}),
-            ("w6a6", {}),
-            ("w8a8", {}),
-            ("w4a4", dict(outlier_scale="free")),
-            ("w4a4", dict(threshold="offline", sigma=2.0)),
-            ("w4a4", dict(detection="static")),
-            ("w4a4", dict(operands=OPERANDS, rules=())),
-            ("w4a4", dict(weight_group=2, rules=())),
-            ("w4a8", dict(weight_group=2, rules=())),
-        )
-    ),
+    case("vim", (1, 3), "w4a4"),
+    case("vim", (3,), "w4a8"),
+    case("vim", (5,), "w6a6"),
+    case("vim", (2,), "w8a8"),
+    *(case(family, (1, 3), "w4a4") for family in OTHERS),
+    *(case("vim", (1, 2, 3, 5), name, slow=True, **fields) for name, fields in VARIANTS),
+    *(case(family, (1, 2, 3, 5), name, slow=True, **fields) for family in OTHERS for name, fields in VARIANTS),
 ]
 
 
-def heavy_tailed(key: int = 0) -> jax.Array:
+def heavy_tailed(family: str, key: int = 0) -> jax.Array:
     """Images of which half hold rare pixels up to 60 times their standard deviation, and half none."""
     first, second = jax.random.split(jax.random.key(key))
-    shape = (BATCH, 12, 16, 3)
+    shape = (BATCH, *FAMILIES[family]["img_size"], 3)
     spikes = jnp.clip(jax.random.t(second, 1.2, shape), -60, 60)
     is_heavy = (jnp.arange(BATCH) % 2 == 0)[:, None, None, None]
     return jnp.where(is_heavy, spikes, jax.random.normal(first, shape))
@@ -54,16 +59,16 @@ def assert_same_bits(logits: jax.Array, expected: np.ndarray, what: str) -> None
     np.testing.assert_array_equal(np.asarray(logits).view(np.uint32), expected.view(np.uint32), err_msg=what)
 
 
-@pytest.mark.parametrize(("config", "sizes"), CASES)
-def test_batch_mates_change_no_bit(config, sizes):
-    fn, state = pure(quantised(config))
-    fn, images = jax.jit(fn), heavy_tailed()
+@pytest.mark.parametrize(("family", "config", "sizes"), CASES)
+def test_batch_mates_change_no_bit(family, config, sizes):
+    fn, state = pure(quantised(config, family))
+    fn, images = jax.jit(fn), heavy_tailed(family)
     expected = np.asarray(fn(state, images))
     assert np.isfinite(expected).all()
     assert (expected.std(axis=0) > 0).all()
     order = np.random.default_rng(0).permutation(BATCH)
     assert_same_bits(fn(state, images[order]), expected[order], "permuted")
-    others = heavy_tailed(1).at[3].set(images[3])
+    others = heavy_tailed(family, 1).at[3].set(images[3])
     assert_same_bits(fn(state, others)[3], expected[3], "other mates")
     assert_same_bits(fn(state, others.at[2].set(jnp.nan))[3], expected[3], "a mate that is not finite")
     for size in sizes:
@@ -72,7 +77,15 @@ def test_batch_mates_change_no_bit(config, sizes):
             assert_same_bits(fn(state, images[part]), expected[part], f"samples {start} to {start + size - 1} alone")
 
 
-def test_the_cases_are_hard(monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "matmuls"),
+    [
+        ("vim", 1 + 6 + 1),
+        pytest.param("vmamba", 2 + (4 + 4 * 2) + 1, marks=pytest.mark.slow),
+        pytest.param("mambavision", 2 + 2 + 1 + (4 + 2) + (2 + 2) + 1, marks=pytest.mark.slow),
+    ],
+)
+def test_the_cases_are_hard(monkeypatch, family, matmuls):
     """In these models tokens do overflow, and larger outlier steps (j > 0) occur for some samples and not for others.
 
     Only then does a batch take another branch than its parts.
@@ -86,7 +99,7 @@ def test_the_cases_are_hard(monkeypatch):
 
     original = modules.outlier_matmul
     monkeypatch.setattr(modules, "outlier_matmul", watched)
-    graphdef, state = nnx.split(quantised(dataclasses.replace(QuantConfig.preset("w4a4"), rules=())))
+    graphdef, state = nnx.split(quantised(dataclasses.replace(QuantConfig.preset("w4a4"), rules=()), family))
 
     @jax.jit
     def run(state, images):
@@ -94,7 +107,32 @@ def test_the_cases_are_hard(monkeypatch):
         nnx.merge(graphdef, state)(images)
         return list(seen)
 
-    found = run(state, heavy_tailed())
-    assert len(found) == 1 + 6 + 1
+    found = run(state, heavy_tailed(family))
+    assert len(found) == matmuls
     assert sum(float(rate) > 0.01 for rate, _ in found) >= 4, found
     assert sum(bool(shifted.any()) and not bool(shifted.all()) for _, shifted in found) >= 2, found
+
+
+def pooling(family: str, **fields):
+    return create_model(f"{family}_micro", rngs=nnx.Rngs(0), **{**FAMILIES[family], **fields}).head.features
+
+
+FLOAT_PARTS = {
+    "VMamba's pooling": (lambda: pooling("vmamba", dims=(64,)), [(4, 4, 64)]),
+    "MambaVision's pooling": (lambda: pooling("mambavision"), [(5, 7, 24)]),
+    "LayerNorm": (lambda: LayerNorm(24, dtype=jnp.float32, param_dtype=jnp.float32), [(64, 24)]),
+    "RMSNorm": (lambda: RMSNorm(192, dtype=jnp.float32, param_dtype=jnp.float32), [(197, 192)]),
+    "attention": (lambda: DotProductAttention(2, dtype=jnp.float32), [(16, 24)] * 3),
+}
+
+
+@pytest.mark.parametrize("part", FLOAT_PARTS)
+def test_float_parts_keep_their_bits(part):
+    """What stays float between the sites; later roundings hide most differences, but not all."""
+    make, shapes = FLOAT_PARTS[part]
+    fn = jax.jit(make())
+    rng = np.random.default_rng(3)
+    inputs = [jnp.asarray(rng.standard_normal((BATCH, *shape)), jnp.float32) for shape in shapes]
+    expected = np.asarray(fn(*inputs))
+    for size in (1, 2, 3, 5):
+        assert_same_bits(fn(*(x[:size] for x in inputs)), expected[:size], f"the first {size}")

@@ -1,18 +1,33 @@
 """Tiny quantised models without calibration: every site replaced, levels and scales drawn at random."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ouromamba_jax.models import create_model
+from ouromamba_jax.models import VisionModel, create_model
+from ouromamba_jax.preprocessing import height_width
 from ouromamba_jax.quantize import QuantConfig
+from ouromamba_jax.quantize.calibrate import capture
 from ouromamba_jax.quantize.modules import Levels, Scale, SiteSpec
-from ouromamba_jax.quantize.sites import iter_sites
+from ouromamba_jax.quantize.sites import resolve_sites
 from ouromamba_jax.quantize.specs import apply_specs
 
 TINY = dict(img_size=(12, 16), patch_size=4, stride=4, embed_dim=20, depth=1, d_state=3, num_classes=7)
 TOKENS = 13
 """Two windows of ten tokens; a class token in the middle of a 3 x 4 grid."""
+FAMILIES = {
+    "vim": TINY,
+    # Maps of 3 x 4 tokens, which is more than one window of the outlier list.
+    "vmamba": dict(img_size=(12, 16), dims=(20,), depths=(1,), num_classes=7),
+    # A convolution, then a scan and attention on 5 x 7 tokens, padded to 2 x 2 windows of 16.
+    "mambavision": dict(
+        img_size=(40, 52), dim=12, in_dim=8, depths=(1, 2), window_size=(4, 4), num_heads=(1, 2), layer_scale=1e-5,
+        num_classes=7,
+    ),
+}  # fmt: skip
 
 
 def filled(model: nnx.Module, seed: int = 0) -> nnx.Module:
@@ -33,17 +48,26 @@ def filled(model: nnx.Module, seed: int = 0) -> nnx.Module:
     return model
 
 
-def quantised(config: QuantConfig, *, skipped: tuple[str, ...] = ()) -> nnx.Module:
-    """What `quantize` makes of a tiny Vim; the sites in `skipped` stay float."""
-    model = create_model("vim_micro", rngs=nnx.Rngs(2), **TINY)
-    specs = {}
-    for path, site in iter_sites(model):
-        resolved = config.resolve(path)
-        if path not in skipped and not (path.endswith(".z") and "z" not in resolved.operands):
-            tokens = {"stem.proj": TOKENS - 1, "head.proj": 1}.get(path, TOKENS)
-            specs[path] = SiteSpec(resolved, tokens=tokens, channels=20 if isinstance(site, nnx.Linear) else 40)
+def quantised(config: QuantConfig, family: str = "vim", *, skipped: tuple[str, ...] = ()) -> nnx.Module:
+    """What `quantize` makes of a tiny model; the sites in `skipped` stay float."""
+    model = create_model(f"{family}_micro", rngs=nnx.Rngs(2), **FAMILIES[family])
+    specs = {path: spec for path, spec in specs_of(model, config).items() if path not in skipped}
     model = apply_specs(model, specs)
     for _, leaf in nnx.to_flat_state(nnx.state(model)):
         if isinstance(leaf, nnx.Param):
             leaf.set_value(leaf[...].astype(config.float_dtype))
     return filled(model)
+
+
+def specs_of(model: VisionModel, config: QuantConfig) -> dict[str, SiteSpec]:
+    """Every site that `config` quantises, with the shape of what enters it; nothing is computed."""
+    configs, specs = resolve_sites(model, config), {}
+    x = jax.ShapeDtypeStruct((1, *height_width(model.config.img_size), 3), jnp.float32)
+    for name, stage in model.stages:
+        prefix = f"{name}."
+        local = {path.removeprefix(prefix): c for path, c in configs.items() if path.startswith(prefix)}
+        x, seen = jax.eval_shape(partial(capture, stage, configs=local, batch_size=1), x)
+        for path, entered in seen.items():
+            first = entered["u"] if "u" in entered else entered["act"]
+            specs[prefix + path] = SiteSpec(local[path], tokens=first.shape[1], channels=first.shape[-1])
+    return specs
