@@ -15,11 +15,12 @@ from jax import lax
 from jaxtyping import Array, Float32, Int8, Int32
 
 from ouromamba_jax import triton_matmul
+from ouromamba_jax.fixed_order import guard_product
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.outliers import merge
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
-from ouromamba_jax.qtensor import QTensor, divide, guard_product
+from ouromamba_jax.qtensor import QTensor, divide
 
 FRACTION_BITS = 12
 """16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""

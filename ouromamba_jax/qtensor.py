@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
 SEARCH_NORM = 2.4
 MIN_SCALE = 1e-8
 """Scale of an all-zero row: positive, so that no division needs a guard."""
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def max_level(bits: int) -> int:
@@ -32,11 +31,6 @@ def divide(a: Float32[Array, "..."], b: Float32[Array, "..."] | float) -> Float3
     and differs between jit and no jit. A divisor that depends on `a` element by element escapes that rewrite.
     """
     return a / jnp.where(jnp.isnan(a), jnp.float32(1), jnp.broadcast_to(b, a.shape))
-
-
-def guard_product(product: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """The same value, which the compiler cannot contract with a sum, into a fused multiply-add here but not there."""
-    return jnp.minimum(product, _FLOAT32_MAX)
 
 
 def power_of_two_ratio(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Array, "..."]:

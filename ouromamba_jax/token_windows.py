@@ -11,27 +11,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32
 
-from ouromamba_jax.qtensor import divide, guard_product
-
-
-def _tree_sum(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
-    """Sum over the last axis in a fixed order: halves are added until one column is left."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 64)])
-    while (n := x.shape[-1]) > 1:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n % 2)])
-        x = x[..., : (n + 1) // 2] + x[..., (n + 1) // 2 :]
-        if n > 64 >= (n + 1) // 2:  # XLA would compute the wide halves twice, for two loops over the narrow ones
-            x = lax.optimization_barrier(x)
-    return x
+from ouromamba_jax.fixed_order import guard_product, tree_sum
+from ouromamba_jax.qtensor import divide
 
 
 def mean_and_std(magnitude: Float32[Array, "*rows C"]) -> tuple[Float32[Array, "*rows 1"], Float32[Array, "*rows 1"]]:
     """Mean and ddof=1 standard deviation over the last axis, with the same bits in every program."""
     count = magnitude.shape[-1]
-    mean = divide(_tree_sum(magnitude), count)
+    mean = divide(tree_sum(magnitude), count)
     deviation = magnitude - mean
     square = guard_product(deviation * deviation)
-    return mean, jnp.sqrt(divide(_tree_sum(square), max(count - 1, 1)))
+    return mean, jnp.sqrt(divide(tree_sum(square), max(count - 1, 1)))
 
 
 def walk_windows(

@@ -125,8 +125,8 @@ def test_direct_imports(module, prefixes):
     assert violations(imported(module), prefixes) == []
 
 
-PURE = """scan scan_types scan_xla scan_mosaic attention matmul qtensor outliers outlier_types outlier_detection
-    outlier_calibration token_windows preprocessing data metrics tables figures charts files"""
+PURE = """fixed_order scan scan_types scan_xla scan_mosaic attention matmul qtensor outliers outlier_types
+    outlier_detection outlier_calibration token_windows preprocessing data metrics tables figures charts files"""
 
 
 @pytest.mark.parametrize("module", PURE.split())

@@ -123,6 +123,7 @@ FLOAT_PARTS = {
     "LayerNorm": (lambda: LayerNorm(24, dtype=jnp.float32, param_dtype=jnp.float32), [(64, 24)]),
     "RMSNorm": (lambda: RMSNorm(192, dtype=jnp.float32, param_dtype=jnp.float32), [(197, 192)]),
     "attention": (lambda: DotProductAttention(2, dtype=jnp.float32), [(16, 24)] * 3),
+    "wide attention": (lambda: DotProductAttention(8, dtype=jnp.float32), [(196, 320)] * 3),
 }
 
 

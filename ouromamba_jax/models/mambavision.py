@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from ouromamba_jax.fixed_order import guard_product
 from ouromamba_jax.models.base import VisionModel, check_sizes
 from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d
 from ouromamba_jax.models.layers import (
@@ -22,6 +23,7 @@ from ouromamba_jax.models.layers import (
     SelectiveScan,
     as_tokens,
     broadcast_last,
+    token_mean,
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace
@@ -298,7 +300,7 @@ class Affine(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         scale, bias = (broadcast_last(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
-        return x.astype(jnp.float32) * scale + bias
+        return guard_product(x.astype(jnp.float32) * scale) + bias
 
 
 class MambaVisionHead(Head):
@@ -313,7 +315,7 @@ class MambaVisionHead(Head):
 
     def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
         """The vector that the linear head sees."""
-        return self.norm(jnp.mean(x, axis=(1, 2)))  # the published order, norm before mean, gives the same
+        return self.norm(token_mean(x))  # the published order, norm before mean, gives the same
 
 
 class MambaVision(VisionModel):

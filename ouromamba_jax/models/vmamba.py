@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.base import VisionModel, check_sizes
 from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv
-from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, uniform
+from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, token_mean, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 from ouromamba_jax.preprocessing import Preprocessing, height_width
 
@@ -213,7 +213,7 @@ class VMambaHead(Head):
 
     def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
         """The vector that the linear head sees."""
-        return jnp.mean(self.norm(x), axis=(1, 2))
+        return token_mean(self.norm(x))
 
 
 class VMamba(VisionModel):
