@@ -25,7 +25,7 @@ from tolerances import BATCHED_FLOAT, REORDERED
 
 from ouromamba_jax.baselines import BASELINES, KSQConfig, PTQ4VMConfig, QMambaLikeConfig, RTNConfig, quantize_baseline
 from ouromamba_jax.baselines.base import EDGES
-from ouromamba_jax.baselines.scans import step_sizes, walk_scan
+from ouromamba_jax.baselines.scans import walk_scan
 from ouromamba_jax.evaluate import predict
 from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.models import create_model, list_models
@@ -187,7 +187,7 @@ def test_walking_a_scan_is_the_scan():
     scan, (u, delta, B, C) = scan_operands()
     _, _, A, _, _, D = scan.operands(u, delta, B, C)
     expected = scan(u, delta, B, C, collect=lambda h: h)
-    y, last, states = walk_scan(u, step_sizes(scan, delta), A, B, C, collect=lambda h: h)
+    y, last, states = walk_scan(u, scan.step_sizes(delta), A, B, C, collect=lambda h: h)
     y = y + D.reshape(1, 1, 2, 40) * u
     for ours, theirs in ((y, expected.y), (last, expected.h_last), (states, expected.states)):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=REORDERED * float(jnp.abs(theirs).max()))

@@ -18,7 +18,7 @@ from ouromamba_jax.baselines.ksq_grids import (
     output_scale,
     round_to,
 )
-from ouromamba_jax.baselines.scans import RoundedScan, Step, add_skip, read_state, step_sizes, walk_scan
+from ouromamba_jax.baselines.scans import RoundedScan, Step, add_skip, read_state, walk_scan
 from ouromamba_jax.models.layers import SelectiveScan, merge_groups
 from ouromamba_jax.qtensor import MIN_SCALE
 from ouromamba_jax.quantize.modules import Scale
@@ -69,7 +69,7 @@ class KSQScan(RoundedScan):
         """As `SelectiveScan.scan`."""
         self._check(u)
         u = _round_groups(u, self.u_scale[...], self.bits)
-        delta = _round_groups(step_sizes(self, delta), self.delta_scale[...], self.bits)
+        delta = _round_groups(self.step_sizes(delta), self.delta_scale[...], self.bits)
         out = selective_scan(
             merge_groups(u), merge_groups(delta), A, B, C, collect=collect, state_transform=self._round_states
         )
@@ -91,7 +91,7 @@ def _round_groups(x: Float[Array, "B L G C"], scale: Float[Array, "G l c"], bits
 def calibrate_scan(scan: SelectiveScan, u: Array, delta: Array, B: Array, C: Array, *, k: int, bits: int) -> KSQScan:
     """The quantised scan, everything found on the float scan's operands (B, L, G, E) and (B, L, G, N)."""
     _, _, A, _, _, _ = scan.operands(u, delta, B, C)
-    sizes = step_sizes(scan, delta)
+    sizes = scan.step_sizes(delta)
     y, factors = _mean_states(u, sizes, A, B, C)
     found = {"h": search_state_scales(u, sizes, A, B, C, factors)}
     clustered: tuple[tuple[str, Array, Axis], ...] = (

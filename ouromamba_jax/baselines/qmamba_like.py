@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from ouromamba_jax.baselines.base import SCAN_INPUTS, BaselineConfig, linear_sites, scan_sites, site_reports
-from ouromamba_jax.baselines.scans import RoundedScan, add_skip, step_sizes, walk_scan
+from ouromamba_jax.baselines.scans import RoundedScan, add_skip, walk_scan
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.qtensor import (
@@ -151,7 +151,7 @@ class QMambaLikeScan(RoundedScan):
             s = _per_group(jax.lax.dynamic_index_in_dim(scales, t, axis=1, keepdims=False))
             return s * jnp.clip(jnp.round(h / s), -limit, limit)
 
-        delta = step_sizes(self, delta)
+        delta = self.step_sizes(delta)
         y, last, states = walk_scan(
             u, delta, A, B, C, round_decay=round_decay, round_state=round_state, collect=collect
         )
@@ -168,7 +168,7 @@ def calibrate_scan(
     """The quantised scan, its grids found on the float scan's operands (B, L, G, E) and (B, L, G, N)."""
     member = token_groups(u.shape[1], groups)
     _, _, A, _, _, _ = scan.operands(u, delta, B, C)
-    sizes = step_sizes(scan, delta)
+    sizes = scan.step_sizes(delta)
     largest, octaves, scale = _find_grids(u, sizes, A, B, C, member, bits, int(member[-1]) + 1)
     return QMambaLikeScan(scan, largest, octaves, scale[:, member], bits)
 

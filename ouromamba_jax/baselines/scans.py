@@ -36,12 +36,6 @@ def add_skip(y: Float[Array, "B L G E"], D: Float[Array, " D"], u: Float[Array, 
     return (y + D.reshape(1, 1, *u.shape[2:]) * u.astype(jnp.float32)).astype(u.dtype)
 
 
-def step_sizes(scan: SelectiveScan, delta: Float[Array, "B L G E"]) -> Float[Array, "B L G E"]:
-    """softplus(delta + bias) in float32."""
-    delta = delta.astype(jnp.float32)
-    return jax.nn.softplus(delta + scan.delta_bias(delta))
-
-
 class Step(NamedTuple):
     """Token t's part of the recurrence h = decay * h_before + add; y = <C, h>. decay, add and both states are
     (B, G, E, N), C is (B, G, N)."""

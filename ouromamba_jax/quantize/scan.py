@@ -18,7 +18,7 @@ from ouromamba_jax.split_operand import SplitOperand, floats
 class RoundedOperands:
     """How a scan runs on rounded operands; the quantised scan and its trainable stand-in share it.
 
-    They supply the three methods that raise here.
+    Subclasses implement `_round`, `parameter` and `state_transform`.
     """
 
     spec: SiteSpec
