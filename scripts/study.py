@@ -4,9 +4,13 @@
     python scripts/study.py --model vim_micro_cifar10 --data "cifar10_{split}.npz" --out outputs/cifar10
     python scripts/study.py --model vim_tiny/ --data tfds:imagenet2012 --test-split validation --out outputs/imagenet
 
-TIMES
-Every finished run is one line of OUT/runs.jsonl: started again, the study goes on where it stopped. At the end, or
-with `--summarise` at any time, the runs become OUT/study.json, OUT/study.md and charts; the figures of images and
+With `--iterations 100 --batch-size 64`, one core makes 128 images of vim_micro_cifar10 in three minutes (in one without
+the contrastive loss); then a run of ours takes a quarter of a minute and a rival's up to 75 seconds. Per seed,
+`methods calibration detection tuning` took half an hour and `losses` twenty minutes. A published model on ImageNet
+wants a GPU; nobody has timed it yet.
+
+Every finished run is one line of OUT/runs.jsonl: started again, the study goes on where it stopped. At the end, or with
+`--summarise` at any time, the runs become OUT/study.json, OUT/study.md and charts; the figures of images and
 activations, which take the model, come at the end only. `--tables` names the comparisons wanted; the `attention`
 features, which cost as many times more as there are tokens, are left out unless named.
 
