@@ -49,4 +49,6 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # NumPy, zipfile and zlib raise a dozen types for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read as an .npz of plain arrays ({reason}); write it again.") from error
+        raise ValueError(
+            f"{path} cannot be read as an .npz of plain arrays ({reason}); replace or delete it."
+        ) from error

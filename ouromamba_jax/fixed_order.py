@@ -25,7 +25,8 @@ def tree_sum(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
 
 def tree_mean(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
     """Mean over the last axis, by `tree_sum`."""
-    return guard_product(tree_sum(x) * (1 / x.shape[-1]))
+    total = tree_sum(x)
+    return total / jnp.full_like(total, x.shape[-1])
 
 
 def guard_product(product: Float32[Array, "..."]) -> Float32[Array, "..."]:

@@ -195,7 +195,7 @@ def low(family: str, **fields) -> nnx.Module:
     return quantize_baseline(float_model(family), x, "ksq_vmm", weight_bits=4, act_bits=4, **fields)[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f if f == "vim" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_only_the_weights_of_patch_convolutions_take_their_range(family):
     """A search never ends at the range itself, which is none of its candidates."""
     modules, by_range = modules_of(low(family)), set()

@@ -217,7 +217,7 @@ def test_a_damaged_description(copy, text, what):
         (dict(arrays={}), "blocks.0.mixer.directions.0.conv.bias is missing"),
         (dict(files=None), "does not describe a model"),
         (dict(depth=2), "blocks.1.mixer.in_proj.kernel is missing"),
-        (dict(depth=0), "blocks.0.mixer.in_proj.kernel is not part of the model"),
+        (dict(depth=0), "depth is 0, but sizes and counts are whole numbers"),
         (dict(num_classes=8), "head.proj.bias is float32[7], not float32[8]"),
         (dict(img_size=[8, 12]), "stem.positions is float32[13, 20], not float32[7, 20]"),
     ],

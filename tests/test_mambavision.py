@@ -436,7 +436,7 @@ def test_lists_are_as_good_as_tuples_and_nonsense_is_refused():
         (dict(depths=(1, 2, 3)), "one entry per level"),
         (dict(img_size=0), "img_size"),
         (dict(num_heads=(1, 5)), "5 heads"),
-        (dict(window_size=(8, 0)), "windows of 0"),
+        (dict(window_size=(8, 0)), "window_size is"),
         (dict(dim=3, conv_levels=0, num_heads=(3, 3)), "even"),
     ):
         with pytest.raises(ValueError, match=match):
