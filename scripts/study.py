@@ -163,7 +163,7 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
 def write_summary(study: Study, every: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> None:
     """study.json, study.md and the tables on the terminal."""
     float_top1, count = study.float_top1(), len(study.reference()[1])
-    title = f"{study.model_name}: float top-1 {float_top1:.2f} % on {count} images"
+    title = f"{study.model_name}: float top-1 {float_top1:.2f} % on {count} images of the {study.test_split} split"
     summary = dict(summarise(every, done))
     command = provenance()["command"].replace(" --summarise", "")
     common = next(iter(every.values()))[0].gen_config
