@@ -34,7 +34,9 @@ def same(written: str, value: float) -> bool:
 def test_the_comparison_with_other_methods():
     runs = load_script("study_runs")
     done = runs.read_runs(STUDY / "runs.jsonl")
-    every = [run for name in ("methods", "calibration") for run in runs.tables(128)[name]]
+    every = [
+        run for name in ("methods", "calibration") for run in runs.tables(128, iterations=100, batch_size=64)[name]
+    ]
     rows = table("top-1, % / SQNR")
     assert len(rows) > 6
     for title, source, *cells in rows:
