@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def line_chart(
 ) -> None:
     """A value against the bit width: one line per name in `series`, one tick per setting, None where nothing was run.
 
-    More than eight ticks are written upright.
+    More than eight ticks are rotated by 90 degrees.
 
     `reference` is a (name, value) drawn as a horizontal line, e.g. ("float", 99.0).
     """
@@ -42,18 +43,10 @@ def line_chart(
     ):
         numbers = [math.nan if value is None else value for value in values]
         axis.plot(range(len(ticks)), numbers, marker=marker, color=colour, linewidth=1.8, markersize=6, label=name)
-    if reference is not None:
-        axis.axhline(reference[1], color=_TEXT, linewidth=1.0, linestyle="--", label=reference[0])
     axis.set_xticks(range(len(ticks)), ticks, rotation=90 if many else 0, fontsize=8 if many else None)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.margins(x=0.06, y=0.1)
-    axis.grid(axis="y", color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    if heading:
-        figure.suptitle(heading, fontsize=12)
-    save_png(path, figure)
+    _finish(path, figure, heading, reference)
 
 
 def dot_chart(
@@ -90,12 +83,18 @@ def dot_chart(
         axis.errorbar(
             places, middle, yerr=(below, above), fmt=marker, color=colour, markersize=6, capsize=3, label=name
         )
-    if reference is not None:
-        axis.axhline(reference[1], color=_TEXT, linewidth=1.0, linestyle="--", label=reference[0])
     for place in range(1, len(ticks)):
         axis.axvline(place - 0.5, color=GRID, linewidth=0.8)
     axis.set_xticks(range(len(ticks)), ticks)
     axis.set(ylabel=ylabel, xlim=(-0.5, len(ticks) - 0.5))
+    _finish(path, figure, heading, reference)
+
+
+def _finish(path: str | Path, figure: Any, heading: str | None, reference: tuple[str, float] | None) -> None:
+    """What charts of one panel share: the reference line, the grid, the legend beside the axes, the heading."""
+    (axis,) = figure.axes
+    if reference is not None:
+        axis.axhline(reference[1], color=_TEXT, linewidth=1.0, linestyle="--", label=reference[0])
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
