@@ -8,11 +8,12 @@ epilogue rounds. A sample's result never depends on its batch mates.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax import triton_matmul
 from ouromamba_jax.fixed_order import guard_product
@@ -47,26 +48,14 @@ def _sum_groups(product: Callable[[Array, Array, Array], Array], levels: Array, 
     return lax.scan(lambda total, group: (total + guarded(group), None), guarded(first), rest)[0]
 
 
-def _near_and_far(split: OutlierSplit) -> tuple[Int8[Array, "B L C"], Int8[Array, "B L C"]]:
-    """int8 matrices in units of S[t] and of s_O[t].
-
-    With pow2 scales a token at j = 0 has one step for everything: its outliers go into the first matrix.
-    """
-    if not split.pow2:
-        return split.inlier_q, split.outlier_q
-    zero = jnp.zeros((), jnp.int8)
-    far = jnp.where(split.shifted[:, :, None], split.outlier_q, zero)
-    return split.inlier_q + (split.outlier_q - far), far
-
-
 def _one_product(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
-    """All levels on the inliers' step: one int8 product, a row scale and a column scale."""
+    """No token is shifted, all levels are near ones: one int8 product, a row scale and a column scale."""
     rows = split.inlier_scale[None, :, None]
 
     def product(levels, values, scale):
         return rows * _dot(levels, values).astype(jnp.float32) * scale[None, None]
 
-    return _sum_groups(product, split.inlier_q + split.outlier_q, weight)
+    return _sum_groups(product, split.near, weight)
 
 
 def _two_products(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
@@ -77,13 +66,12 @@ def _two_products(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O
     """
     outlier_scale = split.outlier_scale[:, :, None]
     ratio = split.step_ratio[:, :, None]
-    near, far = _near_and_far(split)
 
     def product(both, values, scale):
         products = _dot(both, values).astype(jnp.float32)
         return outlier_scale * (products[0] * ratio + products[1]) * scale[None, None]
 
-    return _sum_groups(product, jnp.stack([near, far]), weight)
+    return _sum_groups(product, jnp.stack([split.near, split.far]), weight)
 
 
 def _sum_of_planes(
@@ -100,7 +88,7 @@ def _sum_of_planes(
 
 def _fixed_point_outliers(
     split: OutlierSplit, weight: QTensor, multiply: Callable[[Array, Array, QTensor], Array] = _sum_of_planes
-) -> Float32[Array, "B L O"]:
+) -> Float[Array, "B L O"]:
     """16-bit outliers: inliers and outliers of a token as one 16-bit fixed-point row, multiplied as two int8 planes.
 
     The row's step is S * 2^(j-12) with the smallest j >= 0 at which its largest entry fits. Inliers are exact, since
@@ -108,28 +96,26 @@ def _fixed_point_outliers(
     a float product instead.
     """
     S = jnp.broadcast_to(split.inlier_scale[None, :, None], (*split.outlier_scale.shape, 1))
-    largest = jnp.maximum(
-        divide(_largest(split.outlier_q.astype(jnp.float32)), S), _largest(split.inlier_q).astype(jnp.float32)
-    )
+    largest = jnp.maximum(divide(_largest(split.far.astype(jnp.float32)), S), _largest(split.near).astype(jnp.float32))
     _, exponent = jnp.frexp(largest / kernel.LARGEST_FIXED_POINT)  # largest <= limit * 2^exponent
     shift = jnp.clip(-exponent, 0, FRACTION_BITS)  # 12 - j
     fits = largest <= kernel.LARGEST_FIXED_POINT  # false for NaN and infinity
     step = jnp.ldexp(S, -shift)
     shift, step, fits = lax.optimization_barrier((shift, step, fits))  # once per row, not again for every entry
-    outliers = jnp.round(divide(split.outlier_q.astype(jnp.float32), step))
+    outliers = jnp.round(divide(split.far.astype(jnp.float32), step))
     fixed = jnp.where(fits, outliers, 0.0).astype(jnp.int16)
-    value = lax.optimization_barrier(jnp.left_shift(split.inlier_q.astype(jnp.int16), shift.astype(jnp.int16)) + fixed)
+    value = lax.optimization_barrier(jnp.left_shift(split.near.astype(jnp.int16), shift.astype(jnp.int16)) + fixed)
     planes = jnp.stack([jnp.right_shift(value + 128, 8), value]).astype(jnp.int8)  # the low one wraps to -128..127
 
     def fixed_point():
         return multiply(planes, step, weight)
 
+    def some_in_floats():
+        y = fixed_point()
+        return jnp.where(fits, y, _float_product(merge(split), weight.dequantize()).astype(y.dtype))
+
     fits = fits & jnp.isfinite(split.outlier_scale)[:, :, None]
-    return lax.cond(
-        jnp.all(fits),
-        fixed_point,
-        lambda: jnp.where(fits, fixed_point(), _float_product(merge(split), weight.dequantize())),
-    )
+    return lax.cond(jnp.all(fits), fixed_point, some_in_floats)
 
 
 def _largest(x: Array) -> Array:
@@ -142,65 +128,70 @@ def _float_product(x: Float32[Array, "B L K"], weight: Float32[Array, "K O"]) ->
     return lax.map(lambda rows: jnp.matmul(rows, weight, precision=lax.Precision.HIGHEST), x)
 
 
-def _xla(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
-    if split.outlier_q.dtype != jnp.int8:
-        return _fixed_point_outliers(split, weight)
-    if not split.pow2:
-        return _two_products(split, weight)
-    return lax.cond(jnp.any(split.shifted), _two_products, _one_product, split, weight)
+def _xla(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
+    if split.has_float_outliers:
+        y = _fixed_point_outliers(split, weight)
+    elif split.pow2:
+        y = lax.cond(jnp.any(split.shifted), _two_products, _one_product, split, weight)
+    else:
+        y = _two_products(split, weight)
+    return y.astype(dtype)
 
 
-def _one_launch(launch: Callable[..., Array], split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
+def _one_launch(
+    launch: Callable[..., Array], split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32
+) -> Float[Array, "B L O"]:
     """One kernel with one accumulator; a token whose shift could overflow it sends the call to XLA.
 
     16-bit outliers take it, or two, for their planes, and XLA for tokens beyond fixed point.
     """
-    if split.outlier_q.dtype != jnp.int8:
-        return _fixed_point_outliers(split, weight, partial(kernel.fixed_point, launch))
+    if split.has_float_outliers:
+        return _fixed_point_outliers(split, weight, partial(kernel.fixed_point, launch, dtype=dtype))
     shift, fits = kernel.shifts(split, kernel.largest_shift(weight.shape[0], weight.bits))
 
     def accumulate():
-        near, far = _near_and_far(split)
         rows = jnp.where(jnp.isnan(split.outlier_scale), split.outlier_scale, split.inlier_scale[None])
-        return launch(kernel.Planes(near, far, shift, rows), weight)
+        return launch(kernel.Planes(split.near, split.far, shift, rows), weight, dtype=dtype)
 
-    return lax.cond(fits, accumulate, lambda: _xla(split, weight))
-
-
-def _mosaic_gpu(split: OutlierSplit, weight: QTensor, **options) -> Float32[Array, "B L O"]:
-    return _one_launch(partial(kernel.run, **options), split, weight)
+    return lax.cond(fits, accumulate, lambda: _xla(split, weight, dtype))
 
 
-def _triton(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
-    return _one_launch(triton_matmul.run, split, weight)
+def _mosaic_gpu(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32, **options) -> Float[Array, "B L O"]:
+    return _one_launch(partial(kernel.run, **options), split, weight, dtype)
+
+
+def _triton(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
+    return _one_launch(triton_matmul.run, split, weight, dtype)
 
 
 # In order of preference. "xla" is the reference and supports everything; the others compile for GPUs but have not run
 # on one yet: only their names choose them.
 BACKENDS: dict[str, Backend] = {
-    "xla": Backend(lambda split, weight: None, _xla),
+    "xla": Backend(lambda split, weight, dtype: None, _xla),
     "mosaic_gpu": Backend(kernel.supports, _mosaic_gpu),
     "triton": Backend(triton_matmul.supports, _triton),
 }
 
 
-@partial(jax.jit, static_argnames="implementation")
+@partial(jax.jit, static_argnames=("dtype", "implementation"))
 def outlier_matmul(
-    split: OutlierSplit, weight: QTensor, *, implementation: str | None = None
-) -> Float32[Array, "B L O"]:
+    split: OutlierSplit, weight: QTensor, *, dtype: Any = jnp.float32, implementation: str | None = None
+) -> Float[Array, "B L O"]:
     """Multiply a split activation (B, L, C) by a quantised weight (C, O).
 
     Args:
       split: from `split_outliers`.
       weight: levels (C, O), with or without groups along C.
+      dtype: of the result, to which its float32 value is rounded; a GPU kernel then writes no more than that.
       implementation: a backend's name; None takes the first that supports the call.
 
     Raises:
       ValueError: inputs that do not agree in C, an unknown implementation, or a named one that refuses the call.
     """
-    if split.inlier_q.shape[-1] != weight.shape[0]:
+    if split.near.shape[-1] != weight.shape[0]:
         raise ValueError(
-            f"the activation has {split.inlier_q.shape[-1]} channels but the weight {weight.shape[0]} inputs: "
+            f"the activation has {split.near.shape[-1]} channels but the weight {weight.shape[0]} inputs: "
             "pass a (C, O) weight (transpose a PyTorch one)"
         )
-    return choose("matmul", BACKENDS, implementation, split, weight).run(split, weight)
+    dtype = jnp.dtype(dtype)
+    return choose("matmul", BACKENDS, implementation, split, weight, dtype).run(split, weight, dtype)

@@ -72,16 +72,19 @@ class OutlierConfig:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inlier_q", "outlier_q", "outlier_scale", "mask", "inlier_scale"],
+    data_fields=["near", "far", "outlier_scale", "mask", "inlier_scale"],
     meta_fields=["pow2"],
 )
 @dataclass(frozen=True)
 class OutlierSplit:
-    """An activation as inlier levels plus outliers; each is zero at the other's places.
+    """An activation as inlier levels plus outliers, kept as the two matrices that a product reads.
+
+    With pow2 scales most tokens have one step for everything (j = 0), and all their levels are in `near`; otherwise
+    `near` holds inliers and `far` outliers, each zero at the other's places.
 
     Attributes:
-      inlier_q: int8 (B, L, C), levels within the inlier bits.
-      outlier_q: int8 (B, L, C) levels, or with 16-bit outliers the float activations themselves.
+      near: int8 (B, L, C), levels in units of inlier_scale.
+      far: int8 (B, L, C), levels in units of outlier_scale; with 16-bit outliers the float activations themselves.
       outlier_scale: float32 (B, L); 1 with 16-bit outliers; NaN for a token that holds a NaN or an infinity, so
         that its results are NaN, not a silent clip.
       mask: bool (B, L, C), true at outliers.
@@ -89,12 +92,44 @@ class OutlierSplit:
       pow2: outlier_scale is inlier_scale times 2^j, j >= 0 (a static fact, for the integer products).
     """
 
-    inlier_q: Int8[Array, "B L C"]
-    outlier_q: Array
+    near: Int8[Array, "B L C"]
+    far: Array
     outlier_scale: Float32[Array, "B L"]
     mask: Bool[Array, "B L C"]
     inlier_scale: Float32[Array, " L"]
     pow2: bool
+
+    @classmethod
+    def from_levels(
+        cls,
+        inlier_q: Int8[Array, "B L C"],
+        outlier_q: Array,
+        outlier_scale: Float32[Array, "B L"],
+        mask: Bool[Array, "B L C"],
+        inlier_scale: Float32[Array, " L"],
+        *,
+        pow2: bool,
+    ) -> "OutlierSplit":
+        """From inliers and outliers, each zero at the other's places."""
+        if not pow2:
+            return cls(inlier_q, outlier_q, outlier_scale, mask, inlier_scale, pow2)
+        far = jnp.where(_is_shifted(outlier_scale, inlier_scale)[:, :, None], outlier_q, 0)
+        return cls(inlier_q + (outlier_q - far), far, outlier_scale, mask, inlier_scale, pow2)
+
+    @property
+    def inlier_q(self) -> Int8[Array, "B L C"]:
+        """int8 levels within the inlier bits, zero at outliers."""
+        return jnp.where(self.mask, 0, self.near) if self.pow2 else self.near
+
+    @property
+    def outlier_q(self) -> Array:
+        """int8 levels within the outlier bits, or floats with 16-bit outliers; zero at inliers."""
+        return jnp.where(self.mask, self.near + self.far, 0) if self.pow2 else self.far
+
+    @property
+    def has_float_outliers(self) -> bool:
+        """Whether outliers are kept as floats ("16 bits")."""
+        return self.far.dtype != jnp.int8
 
     @property
     def step_ratio(self) -> Float32[Array, "B L"]:
@@ -105,4 +140,8 @@ class OutlierSplit:
     @property
     def shifted(self) -> Bool[Array, "B L"]:
         """Tokens whose outliers have a step of their own: with pow2 scales j > 0 (or NaN)."""
-        return self.outlier_scale != self.inlier_scale[None]
+        return _is_shifted(self.outlier_scale, self.inlier_scale)
+
+
+def _is_shifted(outlier_scale: Float32[Array, "B L"], inlier_scale: Float32[Array, " L"]) -> Bool[Array, "B L"]:
+    return outlier_scale != inlier_scale[None]

@@ -101,7 +101,7 @@ def _xla(x, scale, config: OutlierConfig, *, theta, channels) -> OutlierSplit:
         outlier = ratio * shrink if pow2 else divide(x32, outlier_scale[:, :, None])
         outlier_q = jnp.where(mask, _levels(outlier, config.outlier_bits), 0.0).astype(jnp.int8)
     inlier_q = jnp.where(mask, 0.0, _levels(ratio, config.act_bits)).astype(jnp.int8)
-    return OutlierSplit(inlier_q, outlier_q, outlier_scale, mask, scale, pow2)
+    return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, mask, scale, pow2=pow2)
 
 
 def _kernel():
@@ -140,8 +140,7 @@ def merge(split: OutlierSplit) -> Float32[Array, "B L C"]:
     outlier_scale = split.outlier_scale[:, :, None]
     # A NaN outlier scale marks a token with non-finite values: it spoils the whole token.
     scale = jnp.where(split.mask | jnp.isnan(outlier_scale), outlier_scale, split.inlier_scale[None, :, None])
-    value = jnp.where(split.mask, split.outlier_q.astype(jnp.float32), split.inlier_q.astype(jnp.float32))
-    return scale * value
+    return scale * (split.near.astype(jnp.float32) + split.far.astype(jnp.float32))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -178,6 +177,5 @@ class OutlierStats(NamedTuple):
 
 def outlier_statistics(split: OutlierSplit) -> OutlierStats:
     """Outlier rate and share of tokens with j > 0 ("pow2"; always 0 for 16-bit outliers, which have no step)."""
-    integer = split.outlier_q.dtype == jnp.int8
     shifted = (split.outlier_scale > split.inlier_scale[None]) & jnp.any(split.mask, axis=-1)
-    return OutlierStats(jnp.mean(split.mask), jnp.mean(shifted) if integer else jnp.zeros(()))
+    return OutlierStats(jnp.mean(split.mask), jnp.zeros(()) if split.has_float_outliers else jnp.mean(shifted))

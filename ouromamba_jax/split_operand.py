@@ -47,12 +47,12 @@ class SplitOperand:
 
         float32 holds them all; int8 is for arrays that are `unshifted`.
         """
-        inlier = jnp.stack([split.inlier_q for split in self.splits], axis=2).astype(dtype)
-        outlier = jnp.stack([split.outlier_q for split in self.splits], axis=2).astype(dtype)
-        if dtype != jnp.int8:
-            ratio = jnp.stack([split.step_ratio for split in self.splits], axis=2)
-            inlier = inlier * ratio[..., None]
-        return (inlier + outlier).reshape(self.shape)
+        near = jnp.stack([split.near for split in self.splits], axis=2).astype(dtype)
+        if dtype == jnp.int8:
+            return near.reshape(self.shape)
+        far = jnp.stack([split.far for split in self.splits], axis=2).astype(dtype)
+        ratio = jnp.stack([split.step_ratio for split in self.splits], axis=2)
+        return (near * ratio[..., None] + far).reshape(self.shape)
 
     @property
     def steps(self) -> Float32[Array, "B L G"]:

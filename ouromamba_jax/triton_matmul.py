@@ -5,10 +5,11 @@ it shares.
 """
 
 import importlib.metadata
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float
 
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas import outlier_matmul as mosaic
@@ -20,14 +21,14 @@ VERSION = "0.3.1"
 """Of jax-triton. 0.4.1 fails on jax 0.12.0.1: its rule for dead code takes two arguments and is given three."""
 
 
-def supports(split: OutlierSplit, weight: QTensor) -> str | None:
+def supports(split: OutlierSplit, weight: QTensor, dtype: Any) -> str | None:
     """Why this call cannot run here, from shapes, dtypes, the device and what is installed; None if it can."""
-    return mosaic.supports(split, weight) or _too_large(split, weight) or _missing()
+    return mosaic.supports(split, weight, dtype) or _too_large(split, weight) or _missing()
 
 
 def _too_large(split: OutlierSplit, weight: QTensor) -> str | None:
-    B, L, K = split.inlier_q.shape
-    rows = B * L * (1 if split.outlier_q.dtype == jnp.int8 else 2)  # 16-bit outliers may take two planes of rows
+    B, L, K = split.near.shape
+    rows = B * L * (2 if split.has_float_outliers else 1)  # 16-bit outliers may take two planes of rows
     largest = max(rows, weight.shape[1]) * (K + -K % TILE_K), rows * weight.shape[1]
     if max(largest) <= mosaic.INT32_MAX:
         return None
@@ -44,7 +45,7 @@ def _missing() -> str | None:
     return f"it needs jax-triton {VERSION} and found {installed} (pip install 'ouromamba_jax[triton]')"
 
 
-def run(planes: mosaic.Planes, weight: QTensor) -> Float32[Array, "B L O"]:
+def run(planes: mosaic.Planes, weight: QTensor, *, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
     """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32."""
     import jax_triton  # here, because it is optional, and sets environment variables
 
@@ -57,7 +58,7 @@ def run(planes: mosaic.Planes, weight: QTensor) -> Float32[Array, "B L O"]:
     y = jax_triton.triton_call(
         *operands(planes, weight, tiles),
         kernel=matmul,
-        out_shape=jax.ShapeDtypeStruct((B * L, O), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((B * L, O), dtype),
         grid=(-(-B * L // tiles.tile_m), -(-O // tiles.tile_n)),
         compute_capability=int(capability),  # jax-triton would ask the driver, which a compiling machine may lack
         num_stages=tiles.stages,
@@ -78,16 +79,16 @@ def warps(tiles: MatmulTiles) -> int:
 
 
 def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles) -> tuple[Array, ...]:
-    """The kernel's inputs: planes of whole K-blocks, where the outliers are, rows, the weight with K last, columns."""
+    """The kernel's inputs: planes of whole K-blocks, tiles that hold a shift, rows, the weight with K last, columns."""
     near, far, shift, row_scale = planes
     far = near if far is None else far  # then not read
     M, K = near.shape[0] * near.shape[1], near.shape[2]
     near, far = (jnp.pad(x.reshape(M, K), [(0, 0), (0, -K % TILE_K)]) for x in (near, far))
     values = jnp.pad(weight.values.T, [(0, 0), (0, -K % TILE_K)])
+    shift, row_scale = shift.reshape(M), row_scale.reshape(M)
     # A last tile that is not full begins where it does in the kernel: at a multiple of the tile.
-    whole = jnp.pad(far, [(0, -M % tiles.tile_m), (0, 0)])
-    lists = (mosaic.no_far_lists if planes.far is None else mosaic.far_lists)(whole, tiles.tile_m)
-    return near, far, *lists, shift.reshape(M), row_scale.reshape(M), values, weight.scale[0]
+    apart = mosaic.shifted_tiles(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m)
+    return near, far, apart, shift, row_scale, values, weight.scale[0]
 
 
 def constants(rows: int, outputs: int, inputs: int, tiles: MatmulTiles) -> dict[str, int]:

@@ -132,10 +132,13 @@ class Layer:
         return f"({batch * self.tokens}, {self.K})" + (f" x ({self.K}, {self.O})" if self.O else "")
 
     def work(self, batch: int) -> Work:
-        """x in bfloat16, y in float32; levels of inliers and of outliers and, from a split, their mask: a byte each."""
+        """x and y in bfloat16; a byte for each level of near and far matrices and, from a split, for the mask.
+
+        A product reads the far matrix in tiles that hold a shift only: none here.
+        """
         rows = batch * self.tokens
-        entries = {"split": 5, "matmul": 2, "linear": 2}[self.operation]
-        out = self.K * self.O + 4 * rows * self.O
+        entries = {"split": 5, "matmul": 1, "linear": 2}[self.operation]
+        out = self.K * self.O + 2 * rows * self.O
         return Work(entries * rows * self.K + out, int8=2 * rows * self.K * self.O)
 
     def calls(self, batch: int) -> dict[str, tuple[Callable, tuple]]:
@@ -153,7 +156,7 @@ class Layer:
         weight = quantize_array(float_weight, 4)
 
         def matmul(name):
-            return lambda split, weight: outlier_matmul(split, weight, implementation=name)
+            return lambda split, weight: outlier_matmul(split, weight, dtype=jnp.bfloat16, implementation=name)
 
         def linear(name):
             return lambda x, scale, weight: matmul(name)(split(name)(x, scale), weight)

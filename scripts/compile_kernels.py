@@ -77,7 +77,9 @@ DEVICES = {
 }  # fmt: skip
 
 
-def matmul(inputs: int, outputs: int, bits: int, outlier: str = "int8") -> tuple[Callable, list]:
+def matmul(
+    inputs: int, outputs: int, bits: int, outlier: str = "int8", dtype: str = "float32"
+) -> tuple[Callable, list]:
     import jax
     import jax.numpy as jnp
 
@@ -85,9 +87,9 @@ def matmul(inputs: int, outputs: int, bits: int, outlier: str = "int8") -> tuple
     from ouromamba_jax.outlier_types import OutlierSplit
     from ouromamba_jax.qtensor import QTensor
 
-    def run(inlier, outlier, outlier_scale, mask, scale, values, columns):
-        split = OutlierSplit(inlier, outlier, outlier_scale, mask, scale, outlier.dtype == jnp.int8)
-        return outlier_matmul(split, QTensor(values, columns, bits), implementation="mosaic_gpu")
+    def run(near, far, outlier_scale, mask, scale, values, columns):
+        split = OutlierSplit(near, far, outlier_scale, mask, scale, far.dtype == jnp.int8)
+        return outlier_matmul(split, QTensor(values, columns, bits), dtype=dtype, implementation="mosaic_gpu")
 
     levels, f32 = (BATCH, TOKENS, inputs), jnp.float32
     shapes = [
@@ -174,7 +176,9 @@ def scan_levels(channels: int, states: int, groups: int, dtype: str = "float32")
 KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]] = {
     # Layers of Vim: every tile width, ragged rows (6304), padded inputs (192) and outputs (56), two planes for W8A8
     "matmul 768x3072 W4": (matmul, (768, 3072, 4)),
+    "matmul 768x3072 W4 bf16": (matmul, (768, 3072, 4, "int8", "bfloat16")),
     "matmul 1536x768 W8": (matmul, (1536, 768, 8)),
+    "matmul 1536x768 W8 bf16": (matmul, (1536, 768, 8, "int8", "bfloat16")),
     "matmul 768x384 W8 16-bit": (matmul, (768, 384, 8, "float32")),
     "matmul 192x384 W4": (matmul, (192, 384, 4)),
     "matmul 384x56 W4": (matmul, (384, 56, 4)),

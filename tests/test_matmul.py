@@ -49,7 +49,7 @@ def random_split(rng, kind, pow2):
     outlier_scale = scale[None] * power if pow2 else rng.uniform(0.1, 1, size=(B, L)).astype(np.float32)
     inlier = np.where(mask, 0, rng.integers(-7, 8, size=mask.shape)).astype(np.int8)
     outlier = np.where(mask, rng.choice([-127, 127, 3], size=mask.shape), 0).astype(np.int8)
-    return OutlierSplit(*map(jnp.asarray, (inlier, outlier, outlier_scale, mask, scale)), pow2)
+    return OutlierSplit.from_levels(*map(jnp.asarray, (inlier, outlier, outlier_scale, mask, scale)), pow2=pow2)
 
 
 def integer_products(split, tensor):
@@ -60,7 +60,7 @@ def integer_products(split, tensor):
         parts = jnp.split(levels, len(values), axis=-1)
         return jnp.stack([matmul._dot(part, value) for part, value in zip(parts, values, strict=True)])
 
-    return tuple(map(products, matmul._near_and_far(split)))
+    return tuple(map(products, (split.near, split.far)))
 
 
 def exact(split, tensor):
@@ -127,8 +127,8 @@ def test_a_huge_outlier_does_not_overflow():
 def test_no_accumulator_overflows_at_the_extremes():
     K = 4096
     ones = jnp.asarray(np.where(np.random.default_rng(3).random((1, 1, K)) < 0.999, 127, -127).astype(np.int8))
-    split = OutlierSplit(
-        jnp.zeros_like(ones), ones, jnp.full((1, 1), 2.0), jnp.ones(ones.shape, bool), jnp.ones((1,)), True
+    split = OutlierSplit.from_levels(
+        jnp.zeros_like(ones), ones, jnp.full((1, 1), 2.0), jnp.ones(ones.shape, bool), jnp.ones((1,)), pow2=True
     )
     tensor = quantize_array(jnp.asarray(np.random.default_rng(4).choice([-1.0, 1], size=(K, 1)).astype(np.float32)), 8)
     expected = np.asarray(ones[0, 0], np.int64) @ np.asarray(tensor.values[:, 0], np.int64)
@@ -154,13 +154,13 @@ def test_float_outliers_of_any_size(size):
     x = sample(rng, 5, K=K) * jnp.where(jnp.asarray(mask), jnp.float32(size), 1.0)
     scale = rng.uniform(0.02, 0.03, size=L).astype(np.float32)
     levels = np.clip(np.rint(np.asarray(x) / scale[None, :, None]), -127, 127)
-    split = OutlierSplit(
+    split = OutlierSplit.from_levels(
         jnp.asarray(np.where(mask, 0, levels).astype(np.int8)),
         jnp.where(jnp.asarray(mask), x, 0.0),
         jnp.ones((B, L)),
         jnp.asarray(mask),
         jnp.asarray(scale),
-        False,
+        pow2=False,
     )
     tensor = weight(rng, K=K)
     expected = np.asarray(merge(split), np.float64) @ np.asarray(tensor.dequantize(), np.float64)
@@ -207,6 +207,15 @@ def test_a_non_finite_token_is_nan_and_alone(name):
     np.testing.assert_array_equal(bad[0], fine[0])
 
 
+def test_the_result_is_rounded_once_to_the_dtype_asked_for():
+    rng = np.random.default_rng(11)
+    for name in CONFIGS:
+        split, tensor = split_of(name, sample(rng, 20)), weight(rng)
+        y = outlier_matmul(split, tensor, dtype=jnp.bfloat16)
+        assert y.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(y, outlier_matmul(split, tensor).astype(jnp.bfloat16))
+
+
 def test_errors_name_the_way_out():
     rng = np.random.default_rng(9)
     split = split_of("pow2", sample(rng, 20))
@@ -220,9 +229,7 @@ def test_dispatch_prefers_a_backend_that_supports_the_call(monkeypatch):
     rng = np.random.default_rng(10)
     split, tensor = split_of("pow2", sample(rng, 20)), weight(rng)
     y = outlier_matmul(split, tensor)
-    fussy = BACKENDS["xla"]._replace(
-        supports=lambda split, weight: "it wants more rows", run=lambda split, weight: None
-    )
+    fussy = BACKENDS["xla"]._replace(supports=lambda *call: "it wants more rows", run=lambda *call: None)
     monkeypatch.setitem(BACKENDS, "xla", fussy)
     with pytest.raises(ValueError, match="it wants more rows"):
         outlier_matmul(split, tensor, implementation="xla")

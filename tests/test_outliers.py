@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ouromamba_jax.outlier_calibration import calibrate_channels, calibrate_theta, search_token_scales
-from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.outliers import fake_quant, merge, outlier_statistics, split_outliers
 
 GOLDEN = Path(__file__).parent / "golden" / "quant"
@@ -179,6 +179,27 @@ def test_fake_quant_is_the_merged_split_and_reaches_every_scale(name):
     ratio = np.asarray(x) / np.asarray(scale)[None, :, None]
     inside = ~np.asarray(split.mask) & (np.abs(ratio) < q + 0.499)
     np.testing.assert_allclose(np.asarray(d_x)[inside], np.asarray(weights)[inside], rtol=tolerances.SCALE_ROUNDING)
+
+
+@pytest.mark.parametrize("pow2", [True, False])
+def test_near_holds_all_levels_of_tokens_that_are_not_shifted(pow2):
+    rng = np.random.default_rng(12)
+    shape = (2, 9, 20)
+    mask = rng.random(shape) < 0.3
+    inlier = np.where(mask, 0, rng.integers(-7, 8, size=shape)).astype(np.int8)
+    outlier = np.where(mask, rng.integers(-127, 128, size=shape), 0).astype(np.int8)
+    scale = rng.uniform(0.1, 1, size=9).astype(np.float32)
+    outlier_scale = scale * np.ldexp(np.float32(1), rng.integers(0, 2, size=shape[:2]))
+    outlier_scale[1, 3] = np.nan
+    arrays = map(jnp.asarray, (inlier, outlier, outlier_scale, mask, scale))
+    split = OutlierSplit.from_levels(*arrays, pow2=pow2)
+    np.testing.assert_array_equal(split.inlier_q, inlier)
+    np.testing.assert_array_equal(split.outlier_q, outlier)
+    together = (outlier_scale == scale)[:, :, None] & pow2
+    assert 0.2 < together.mean() < 0.8 or not pow2
+    np.testing.assert_array_equal(split.near, inlier + np.where(together, outlier, 0))
+    np.testing.assert_array_equal(split.far, np.where(together, 0, outlier))
+    assert split.near.dtype == split.far.dtype == jnp.int8
 
 
 def test_scale_gradient_is_the_lsq_formula():

@@ -66,7 +66,7 @@ def random_split(rng, kind):
     outlier_scale = np.ldexp(np.float32(1), power).astype(np.float32)
     scale = np.ones(L, np.float32)
     levels = rng.integers(-limit, limit + 1, size=(K, O)).astype(np.int8)
-    split = OutlierSplit(*map(jnp.asarray, (inlier, outlier, outlier_scale, mask, scale)), True)
+    split = OutlierSplit.from_levels(*map(jnp.asarray, (inlier, outlier, outlier_scale, mask, scale)), pow2=True)
     return split, QTensor(jnp.asarray(levels), jnp.ones((1, O), jnp.float32), bits)
 
 
@@ -105,6 +105,15 @@ def test_a_split_activation_gives_the_bits_of_xla(name):
     np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize("name", ["sm90", "sm90_packed", "sm80"])
+def test_bfloat16_outputs_are_the_float32_ones_rounded(name):
+    split, weight = random_split(np.random.default_rng(2), "small")
+    run = partial(matmul._mosaic_gpu, dtype=jnp.bfloat16, **options(name))
+    y = jax.jit(run)(split, weight)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, product("xla")(split, weight).astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("name", ["sm90", "sm89", "triton"])
 @pytest.mark.parametrize(("bits", "K"), [(4, 150), (8, 640)])
 def test_16_bit_outliers_give_the_bits_of_xla(name, bits, K):
@@ -130,7 +139,7 @@ def test_fixed_point_numbers_at_the_limit_of_an_accumulator(inputs):
     weight = QTensor(jnp.full((inputs, 1), 7, jnp.int8), jnp.ones((1, 1), jnp.float32), 4)
     launched = []
 
-    def launch(planes, weight):
+    def launch(planes, weight, *, dtype=jnp.float32):
         near, far, shift, row_scale = planes
         launched.append(near.shape[0])
         levels = np.asarray(near, np.int64)
@@ -185,7 +194,9 @@ def test_a_larger_shift_goes_to_xla():
     _, _, K, *_, bits = CASES["w8"]
     limit = kernel.largest_shift(K, bits)
     split, weight = random_split(np.random.default_rng(8), "w8")
-    split = replace(split, outlier_scale=split.outlier_scale.at[1, 3].set(2.0 ** (limit + 1)))
+    outlier_scale = split.outlier_scale.at[1, 3].set(2.0 ** (limit + 1))
+    levels = split.inlier_q, split.outlier_q, outlier_scale, split.mask, split.inlier_scale
+    split = OutlierSplit.from_levels(*levels, pow2=True)
     assert not bool(kernel.shifts(split, limit)[1])
     np.testing.assert_array_equal(product("sm80")(split, weight), product("xla")(split, weight))
 
@@ -208,27 +219,24 @@ def test_shifts_come_without_a_division():
     assert "stablehlo.divide" not in jax.jit(partial(kernel.shifts, limit=6)).lower(split).as_text()
 
 
-@pytest.mark.parametrize(("M", "tile_m"), [(256, 128), (200, 64), (64, 64)])
-def test_far_lists_name_the_blocks_in_use(M, tile_m):
-    rng = np.random.default_rng(5)
-    far = np.where(rng.random((M, 1)) < 0.02, rng.random((M, 5 * 128)) < 0.004, 0).astype(np.int8)
-    count, blocks = (np.asarray(a) for a in kernel.far_lists(jnp.asarray(far), tile_m))
-    blocks = blocks.reshape(len(count), 5)
-    starts = [min(i * tile_m, M - tile_m) for i in range(-(-M // tile_m))]
-    assert len(starts) == len(count)
-    for start, n, listed in zip(starts, count, blocks, strict=True):
-        rows = far[start : start + tile_m].reshape(tile_m, 5, 128)
-        np.testing.assert_array_equal(listed[:n], np.flatnonzero(rows.any((0, 2))))
+@pytest.mark.parametrize(
+    ("M", "tile_m", "expected"), [(384, 128, [1, 1, 0]), (270, 64, [1, 0, 0, 1, 1]), (64, 64, [1])]
+)
+def test_outliers_are_read_where_a_tile_holds_a_shift(M, tile_m, expected):
+    """At rows 63 and 213; the last tile of 270 rows starts at 206."""
+    shift = np.random.default_rng(5).integers(1, 7, size=M) * np.isin(np.arange(M), (63, 213))
+    assert kernel.shifted_tiles(jnp.asarray(shift, jnp.int32), tile_m).tolist() == expected
 
 
 def test_reasons_against_a_call():
     split, weight = random_split(np.random.default_rng(6), "small")
-    assert "NVIDIA" in kernel.supports(split, weight)
-    assert "two accumulators" in kernel.supports(replace(split, pow2=False), weight)
-    floats = replace(split, outlier_q=split.outlier_q.astype(jnp.float32), pow2=False)
-    assert "NVIDIA" in kernel.supports(floats, weight)
+    assert "NVIDIA" in kernel.supports(split, weight, jnp.bfloat16)
+    assert "not float16" in kernel.supports(split, weight, jnp.dtype(jnp.float16))
+    assert "two accumulators" in kernel.supports(replace(split, pow2=False), weight, jnp.float32)
+    floats = replace(split, far=split.far.astype(jnp.float32), pow2=False)
+    assert "NVIDIA" in kernel.supports(floats, weight, jnp.float32)
     grouped = QTensor(weight.values, jnp.ones((3, 20), jnp.float32), 4, 11)
-    assert "groups" in kernel.supports(split, grouped)
+    assert "groups" in kernel.supports(split, grouped, jnp.float32)
     with pytest.raises(ValueError, match="NVIDIA"):
         matmul.outlier_matmul(split, weight, implementation="mosaic_gpu")
     assert (target_of("9.0"), target_of("12.1")) == ("sm90", None)
@@ -253,5 +261,6 @@ def test_on_the_device(name, K, O, config, bits):
     x = jnp.asarray(x.astype(np.float32))
     split = split_outliers(x, search_token_scales(x, config), config)
     weight = quantize_array(jnp.asarray(rng.normal(size=(K, O)).astype(np.float32)), bits)
-    y = matmul.outlier_matmul(split, weight, implementation=name)
-    np.testing.assert_array_equal(y, matmul.outlier_matmul(split, weight, implementation="xla"))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        y, expected = (matmul.outlier_matmul(split, weight, dtype=dtype, implementation=n) for n in (name, "xla"))
+        np.testing.assert_array_equal(y, expected)

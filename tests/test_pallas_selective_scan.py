@@ -100,9 +100,8 @@ def split_scan(run, shift, steps, u, A):
         zero = jnp.int8(0)
         bits = shift if name == "delta" else jnp.zeros_like(shift)
         step = jnp.ldexp(steps[name][None], bits)
-        split = OutlierSplit(
-            jnp.where(outlier, zero, inlier), jnp.where(outlier, far, zero), step, outlier, steps[name], True
-        )
+        levels = jnp.where(outlier, zero, inlier), jnp.where(outlier, far, zero)
+        split = OutlierSplit.from_levels(*levels, step, outlier, steps[name], pow2=True)
         return SplitOperand((split,), shape, jnp.dtype("float32"))
 
     delta = operand("delta", channels)

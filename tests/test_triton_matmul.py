@@ -24,8 +24,7 @@ SHARED_MEMORY = {"sm80": 166912, "sm89": 101376, "sm90": 232448}
 POINTERS = {
     "near_ptr": "*i8",
     "far_ptr": "*i8",
-    "far_count_ptr": "*i32",
-    "far_blocks_ptr": "*i32",
+    "apart_ptr": "*i32",
     "shift_ptr": "*i32",
     "row_scale_ptr": "*fp32",
     "weight_ptr": "*i8",
@@ -55,12 +54,12 @@ def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
         return installed
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight: None)
-    call = split_of((2, 5, 8)), weight_of(8, 6)
+    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, dtype: None)
+    call = split_of((2, 5, 8)), weight_of(8, 6), jnp.float32
     reason = triton_matmul.supports(*call)
     assert (reason is None) == (installed == triton_matmul.VERSION)
     assert reason is None or (installed in reason and "ouromamba_jax[triton]" in reason)
-    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight: "no GPU")
+    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, dtype: "no GPU")
     assert triton_matmul.supports(*call) == "no GPU"
 
 
@@ -74,9 +73,9 @@ def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
     ],
 )
 def test_no_more_entries_than_its_indices_count(shape, outputs, dtype, fits, monkeypatch):
-    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight: None)
+    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, dtype: None)
     monkeypatch.setattr(triton_matmul, "_missing", lambda: None)
-    reason = triton_matmul.supports(split_of(shape, dtype), weight_of(shape[2], outputs))
+    reason = triton_matmul.supports(split_of(shape, dtype), weight_of(shape[2], outputs), jnp.float32)
     assert (reason is None) == fits
     assert fits or "indices are int32" in reason
 

@@ -45,14 +45,14 @@ class HostTensor:
     copy_ = set_
 
 
-def run(planes, weight):
+def run(planes, weight, *, dtype=jnp.float32):
     """As `triton_matmul.run`, inside jit as well."""
     B, L, K = planes.near.shape
     O = weight.shape[1]
     out = jax.ShapeDtypeStruct((B * L, O), jnp.float32)
     operands = triton_matmul.operands(planes, weight, TILES)
     y = jax.pure_callback(lambda *arrays: _launch(arrays, out, K), out, *operands)
-    return y.reshape(B, L, O)
+    return y.reshape(B, L, O).astype(dtype)
 
 
 def _launch(arrays, out, inputs):

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int8, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
@@ -27,8 +27,8 @@ class Planes(NamedTuple):
     """An activation as two planes of integers that one accumulator can add, row_scale * (2^shift * far + near).
 
     Attributes:
-      near, far: int8 levels in units of s_in and of s_in * 2^shift; far is None where there are none.
-      shift: so small, wherever `far` is not zero, that int32 holds the sum; up to `largest_shift` it always does.
+      near, far: int8 levels in units of s_in and of s_in * 2^shift; far is zero where shift is, and None for none.
+      shift: so small that int32 holds the sum; up to `largest_shift` it always does.
       row_scale: s_in, or NaN for a token with non-finite values.
     """
 
@@ -44,14 +44,16 @@ def largest_shift(inputs: int, weight_bits: int) -> int:
     return (INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= INT32_MAX else -1
 
 
-def supports(split: OutlierSplit, weight: QTensor) -> str | None:
+def supports(split: OutlierSplit, weight: QTensor, dtype: Any) -> str | None:
     """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
-    if not split.pow2 and split.outlier_q.dtype == jnp.int8:
+    if not split.pow2 and not split.has_float_outliers:
         return 'outlier_scale="free" needs two accumulators: split with outlier_scale="pow2"'
     if weight.scale.shape[0] != 1:
         return "the accumulator holds all inputs: quantise the weight without groups"
     if largest_shift(weight.shape[0], weight.bits) < 0:
         return f"{weight.shape[0]} inputs of {weight.bits}-bit weights could overflow int32"
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it writes float32 or bfloat16, not {dtype}"
     return device_reason()
 
 
@@ -62,22 +64,17 @@ def shifts(split: OutlierSplit, limit: int) -> tuple[Int32[Array, "B L"], Bool[A
     return jnp.where(fits, power, 0), jnp.all(fits)
 
 
-def far_lists(far: Int8[Array, "M K"], tile_m: int) -> tuple[Int32[Array, " tiles"], Int32[Array, " places"]]:
-    """For each tile of rows, how many K-blocks hold an outlier, and which, in ascending order (then the others)."""
-    M, K = far.shape
-    blocks = jnp.any(far.reshape(M, K // TILE_K, TILE_K) != 0, axis=-1)
+def shifted_tiles(shift: Int32[Array, " M"], tile_m: int) -> Int32[Array, " tiles"]:
+    """1 for each tile of rows that holds a shift, else 0: only there are outliers apart from inliers.
+
+    The last tile of a ragged M starts at M - tile_m.
+    """
+    M = shift.shape[0]
     whole = M // tile_m
-    used = jnp.any(blocks[: whole * tile_m].reshape(whole, tile_m, -1), axis=1)
+    used = jnp.max(shift[: whole * tile_m].reshape(whole, tile_m), axis=1) > 0
     if M % tile_m:
-        used = jnp.concatenate([used, jnp.any(blocks[M - tile_m :], axis=0, keepdims=True)])
-    order = jnp.argsort(~used, axis=1, stable=True)
-    return jnp.sum(used, axis=1, dtype=jnp.int32), order.astype(jnp.int32).reshape(-1)
-
-
-def no_far_lists(far: Int8[Array, "M K"], tile_m: int) -> tuple[Int32[Array, " tiles"], Int32[Array, " places"]]:
-    """`far_lists` of zeros in the shape of `far`."""
-    tiles, blocks = -(-far.shape[0] // tile_m), far.shape[1] // TILE_K
-    return jnp.zeros(tiles, jnp.int32), jnp.zeros(tiles * blocks, jnp.int32)
+        used = jnp.append(used, jnp.max(shift[M - tile_m :]) > 0)
+    return used.astype(jnp.int32)
 
 
 def pack_halves(weight: Int8[Array, "N K"]) -> Int8[Array, "N half"]:
@@ -95,13 +92,15 @@ def run(
     planes: Planes,
     weight: QTensor,
     *,
+    dtype: Any = jnp.float32,
     target: Target | None = None,
     tiles: MatmulTiles | None = None,
     interpret: Any = None,
-) -> Float32[Array, "B L O"]:
+) -> Float[Array, "B L O"]:
     """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32.
 
     Args:
+      dtype: of the result, float32 or bfloat16.
       target, tiles: the default device's kernel and its tiles, unless given.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
@@ -114,22 +113,24 @@ def run(
     # At least one tile of rows, then any number of them.
     height = (tiles.tile_m,) if tiles.tile_m > B * L else (1,)
     near, far = (_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far))
-    lists = (no_far_lists if planes.far is None else far_lists)(far, tiles.tile_m)
     rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
+    apart = shifted_tiles(rows[0], tiles.tile_m)
     values = _pad_to(weight.values.T, (tiles.tile_n, TILE_K))
     columns = _pad_to(weight.scale[0], (tiles.tile_n,))
     if tiles.packed:  # unpacked by masks, without a shift back
         values, columns = pack_halves(values), columns * 0.0625
-    y = _kernel(target, interpret)(near, far, *lists, *rows, values, columns, tiles=tiles, interpret=interpret)
+    launch = partial(_kernel(target, interpret), tiles=tiles, dtype=dtype, interpret=interpret)
+    y = launch(near, far, apart, *rows, values, columns)
     return y[: B * L, :O].reshape(B, L, O)
 
 
 def fixed_point(
-    launch: Callable[[Planes, QTensor], Array],
+    launch: Callable[..., Array],
     planes: Int8[Array, "2 B L K"],
     step: Float32[Array, "B L 1"],
     weight: QTensor,
-) -> Float32[Array, "B L O"]:
+    dtype: Any = jnp.float32,
+) -> Float[Array, "B L O"]:
     """step * (256 * high @ W + low @ W) * s_w for planes (high, low), to the bit as two products in float32 give it.
 
     Where int32 holds the sum there is one accumulator: then both products are below 2^24, and their sum in float32 is
@@ -142,12 +143,12 @@ def fixed_point(
     if weight.shape[0] * max_level(weight.bits) * LARGEST_FIXED_POINT <= INT32_MAX:
         shift = jnp.full(step.shape[:2], 8, jnp.int32)
         unpacked = replace(weight, bits=8)  # a byte each: packed levels count sixteenfold
-        return launch(Planes(low, high, shift, step[:, :, 0]), unpacked)
+        return launch(Planes(low, high, shift, step[:, :, 0]), unpacked, dtype=dtype)
     both = jnp.concatenate([high, low])
     none, ones = jnp.zeros(both.shape[:2], jnp.int32), jnp.ones(both.shape[:2], jnp.float32)
     products = launch(Planes(both, None, none, ones), replace(weight, scale=jnp.ones_like(weight.scale)))
     high_product, low_product = products.reshape(2, *step.shape[:2], -1)
-    return step * (high_product * 256.0 + low_product) * weight.scale[0][None, None]
+    return (step * (high_product * 256.0 + low_product) * weight.scale[0][None, None]).astype(dtype)
 
 
 def _kernel(target: Target, interpret: Any):

@@ -1,15 +1,17 @@
 """Ampere and Ada kernel of the outlier matmul: cp.async, int8 mma.sync, one int32 accumulator in registers.
 
-One warpgroup per output tile. As on Hopper the tile's outlier steps come first (`far`), then a shift of every row,
-then the dense steps (`near`), so that the integers are exact.
+One warpgroup per output tile. As on Hopper the tile's outlier steps come first (`far`, only if one of its rows
+holds a shift), then a shift of every row, then the steps that every tile has (`near`): the integers are exact.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax.pallas.store import store
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
@@ -18,16 +20,16 @@ from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 def matmul(
     near: Int8[Array, "M K"],
     far: Int8[Array, "M K"],
-    far_count: Int32[Array, " tiles"],
-    far_blocks: Int32[Array, " tiles*blocks"],
+    apart: Int32[Array, " tiles"],
     shift: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
     weight: Int8[Array, "N K"],
     column_scale: Float32[Array, " N"],
     *,
     tiles: MatmulTiles,
+    dtype: Any = jnp.float32,
     interpret=None,
-) -> Float32[Array, "M N"]:
+) -> Float[Array, "M N"]:
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m, K % 128 = 0 = N % tile_n.
 
     Arguments as in the Hopper kernel.
@@ -48,39 +50,35 @@ def matmul(
         rhs = plgpu.load(b.transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(jnp.int8), optimized=False)
         return plgpu.mma(acc, lhs, rhs)
 
-    def body(near, far, far_count, far_blocks, shift, row_scale, weight, column_scale, out):
+    def body(near, far, apart, shift, row_scale, weight, column_scale, out):
         row_tile = lax.axis_index("row_tile")
         # The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike.
         rows = pl.ds(jnp.minimum(row_tile * tile_m, M - tile_m), tile_m)
         columns = pl.ds(lax.axis_index("column_tile") * tile_n, tile_n)
 
-        def products(plane, steps, block, acc):
+        def products(plane, acc):
             def spec(height):
                 return plgpu.BlockSpec(
                     (height, TILE_K),
-                    lambda step: (0, block(step)),
+                    lambda step: (0, step),
                     transforms=(tiling, swizzle),
                     oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
                 )
 
             pipeline = plgpu.emit_pipeline(
                 multiply,
-                grid=(steps,),
+                grid=(k_tiles,),
                 in_specs=[spec(tile_m), spec(tile_n)],
                 max_concurrent_steps=tiles.stages,
                 init_carry=acc,
             )
             return pipeline(plane.at[rows], weight.at[columns])
 
-        def far_step(i, acc):  # one at a time: a pipeline of unknown length does not compile, and these are rare
-            block = far_blocks[row_tile * k_tiles + i]
-            return products(far, 1, lambda _: block, acc)
-
         acc = plgpu.layout_cast(jnp.zeros((tile_m, tile_n), jnp.int32), accumulator)
-        acc = lax.fori_loop(0, far_count[row_tile], far_step, acc)
+        acc = lax.fori_loop(0, apart[row_tile], lambda _, acc: products(far, acc), acc)
         power = plgpu.load(shift.at[rows], layout=accumulator.reduce(1), optimized=False)
         acc = lax.shift_left(acc, lax.broadcast_in_dim(power, acc.shape, [0]))
-        acc = products(near, k_tiles, lambda step: step, acc)
+        acc = products(near, acc)
         scale = plgpu.load(row_scale.at[rows], layout=accumulator.reduce(1), optimized=False)
         w = plgpu.load(column_scale.at[columns], layout=accumulator.reduce(0), optimized=False)
         y = acc.astype(jnp.float32) * lax.broadcast_in_dim(scale, acc.shape, [0])
@@ -89,8 +87,8 @@ def matmul(
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((M, N), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((M, N), dtype),
         grid=(pl.cdiv(M, tile_m), N // tile_n),
         grid_names=("row_tile", "column_tile"),
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, far_count, far_blocks, shift, row_scale, weight, column_scale)
+    )(near, far, apart, shift, row_scale, weight, column_scale)

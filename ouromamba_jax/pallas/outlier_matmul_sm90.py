@@ -1,19 +1,21 @@
 """Hopper kernel of the outlier matmul: TMA, int8 wgmma, one int32 accumulator for outliers and inliers.
 
 A program walks tiles of the output. One warpgroup copies K-steps into shared memory, two multiply, 64 rows each. A
-tile's outlier steps come first (`far`, only the K-steps that hold an outlier of the tile), then every row of the
-accumulator is shifted left by its own power, then the dense steps follow (`near`). The integers are exact.
+tile's outlier steps come first (`far`, only if one of its rows holds a shift), then every row of the accumulator is
+shifted left by its own power, then the steps follow that every tile has (`near`). The integers are exact.
 
 4-bit weights may travel packed. wgmma wants int8 in shared memory, so the copying warpgroup also unpacks each step,
 one behind its copies: a byte's high nibble is 16 times its level already, the low one is after a shift.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 
@@ -36,8 +38,7 @@ def _shared(shape: tuple[int, ...], dtype, swizzle_bytes: int = 128) -> plgpu.SM
 def matmul(
     near: Int8[Array, "M K"],
     far: Int8[Array, "M K"],
-    far_count: Int32[Array, " tiles"],
-    far_blocks: Int32[Array, " tiles*blocks"],
+    apart: Int32[Array, " tiles"],
     shift: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
     weight: Int8[Array, "N columns"],
@@ -45,14 +46,15 @@ def matmul(
     *,
     tiles: MatmulTiles,
     programs: int,
+    dtype: Any = jnp.float32,
     interpret=None,
-) -> Float32[Array, "M N"]:
+) -> Float[Array, "M N"]:
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m, K % 128 = 0 = N % tile_n.
 
     Args:
-      far_count: for each tile of rows, how many K-blocks of `far` are not zero; no others are read.
-      far_blocks: their indices, K // 128 places per tile.
+      apart: 1 for each tile of rows that holds a shift, else 0: `far` is not read there.
       weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; its levels then count sixteenfold.
+      dtype: of the result.
       programs: how many run, one per multiprocessor.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
@@ -66,7 +68,7 @@ def matmul(
     parts = tile_n // EPILOGUE_COLUMNS  # of an output tile, 1 or even; they take turns at the slots that they leave by
     slots = min(2, parts)
 
-    def body(near, far, far_count, far_blocks, shift, row_scale, weight, column_scale, out, *scratch):
+    def body(near, far, apart, shift, row_scale, weight, column_scale, out, *scratch):
         a, b, c, full, empty, *unpacking = scratch
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
@@ -119,11 +121,7 @@ def matmul(
 
             def tile(index, step):
                 (m, n), row = corner(index), index // n_tiles
-
-                def fetch_far(i, step):
-                    return fetch(far, m, n, far_blocks[row * k_tiles + i], step)
-
-                step = lax.fori_loop(0, far_count[row], fetch_far, step)
+                step = lax.fori_loop(0, apart[row] * k_tiles, lambda i, step: fetch(far, m, n, i, step), step)
                 return lax.fori_loop(0, k_tiles, lambda i, step: fetch(near, m, n, i, step), step)
 
             def drain(step, _):
@@ -166,7 +164,7 @@ def matmul(
 
             def tile(index, step):
                 m, n = corner(index)
-                m, count = m + warpgroup * rows, far_count[index // n_tiles]
+                m, count = m + warpgroup * rows, apart[index // n_tiles] * k_tiles
                 per_row = plgpu.Layout.WGMMA.reduce(1)
                 power = plgpu.load(shift.at[pl.ds(m, rows)], layout=per_row, optimized=False)
                 power = lax.broadcast_in_dim(power, (rows, tile_n), [0])
@@ -196,7 +194,7 @@ def matmul(
                 y = y * lax.broadcast_in_dim(scale, shape, [0]) * lax.broadcast_in_dim(w, shape, [1])
                 staged = c.at[warpgroup, i % slots]
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                staged[...] = y
+                staged[...] = y.astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(m, rows), columns])
 
@@ -210,7 +208,7 @@ def matmul(
     ]
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((M, N), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((M, N), dtype),
         grid=(programs,),
         grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 1,
@@ -218,10 +216,10 @@ def matmul(
         scratch_types=[
             _shared((stages, tile_m, TILE_K), jnp.int8, width),
             _shared((PAIRS, 2, tile_n, HALF) if tiles.packed else (stages, tile_n, TILE_K), jnp.int8, width),
-            _shared((COMPUTE_WARPGROUPS, slots, rows, EPILOGUE_COLUMNS), jnp.float32),
+            _shared((COMPUTE_WARPGROUPS, slots, rows, EPILOGUE_COLUMNS), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + tiles.packed, num_barriers=stages),
             *(unpacking_scratch if tiles.packed else []),
         ],
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, far_count, far_blocks, shift, row_scale, weight, column_scale)
+    )(near, far, apart, shift, row_scale, weight, column_scale)

@@ -69,7 +69,7 @@ def split(
             source, target, n = target, source, half
         return source[0]
 
-    def body(x, scale, limits, inlier, outlier, outlier_scale, mask, first, second):
+    def body(x, scale, limits, near, far, outlier_scale, mask, first, second):
         sample, start = lax.axis_index("sample"), lax.axis_index("window") * window
         buffers = (first, second)
         present = _iota(width) < C
@@ -95,12 +95,14 @@ def split(
             largest = jnp.max(jnp.where(is_outlier, magnitude, 0.0))
             finite = jnp.max(jnp.where(magnitude <= _FLOAT32_MAX, 0.0, 1.0)) == 0
             if config.outlier_scale == "free":
-                own = divide(jnp.maximum(largest, MIN_SCALE), q_out)
+                own, is_far = divide(jnp.maximum(largest, MIN_SCALE), q_out), is_outlier
             else:
-                own = step * _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
+                power = _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
+                own, is_far = step * power, is_outlier & ((power > 1) | ~finite)
             own = jnp.where(finite, own, jnp.nan)
-            inlier[sample, t] = jnp.where(is_outlier, 0.0, _levels(divide(row, step), q_in)).astype(jnp.int8)
-            outlier[sample, t] = jnp.where(is_outlier, _levels(divide(row, own), q_out), 0.0).astype(jnp.int8)
+            levels = jnp.where(is_outlier, _levels(divide(row, own), q_out), _levels(divide(row, step), q_in))
+            near[sample, t] = jnp.where(is_far, 0.0, levels).astype(jnp.int8)
+            far[sample, t] = jnp.where(is_far, levels, 0.0).astype(jnp.int8)
             mask[sample, t] = listed.astype(jnp.int8)
             outlier_scale[sample, t] = own
             return listed
@@ -122,9 +124,9 @@ def split(
         **({"interpret": interpret} if interpret is not None else {}),
     )
     padded = jnp.pad(x, ((0, 0), (0, 0), (0, width - C)))
-    inlier, outlier, outlier_scale, mask = kernel(padded, scale, limits)
+    near, far, outlier_scale, mask = kernel(padded, scale, limits)
     return OutlierSplit(
-        inlier[..., :C], outlier[..., :C], outlier_scale, mask[..., :C] != 0, scale, config.outlier_scale == "pow2"
+        near[..., :C], far[..., :C], outlier_scale, mask[..., :C] != 0, scale, config.outlier_scale == "pow2"
     )
 
 

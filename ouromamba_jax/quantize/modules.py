@@ -117,8 +117,11 @@ class QuantLinear(nnx.Module):
         return QTensor(self.levels[...], self.weight_scale[...], bits=config.weight_bits, group=config.weight_group)
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
-        y = outlier_matmul(self.act.split(as_tokens(x)), self.weight)
-        if self.bias is not None:
+        split = self.act.split(as_tokens(x))
+        if self.bias is None:
+            y = outlier_matmul(split, self.weight, dtype=self.dtype)
+        else:
+            y = outlier_matmul(split, self.weight)
             y = y + self.bias[...].astype(y.dtype)[None, None]
         return y.reshape(*x.shape[:-1], -1).astype(self.dtype)
 
