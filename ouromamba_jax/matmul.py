@@ -182,7 +182,7 @@ def outlier_matmul(
     Args:
       split: from `split_outliers`.
       weight: levels (C, O), with or without groups along C.
-      dtype: of the result, to which its float32 value is rounded; a GPU kernel then writes no more than that.
+      dtype: a float type, to which the float32 result is rounded once; the GPU kernels write float32 or bfloat16 only.
       implementation: a backend's name; None takes the first that supports the call.
 
     Raises:

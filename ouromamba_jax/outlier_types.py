@@ -79,8 +79,9 @@ class OutlierConfig:
 class OutlierSplit:
     """An activation as inlier levels plus outliers, kept as the two matrices that a product reads.
 
-    With pow2 scales most tokens have one step for everything (j = 0), and all their levels are in `near`; otherwise
-    `near` holds inliers and `far` outliers, each zero at the other's places.
+    With pow2 scales a token at j = 0 has one step for everything, and all its levels are in `near`: its `far` is zero
+    and need not be read. Every other token (j > 0, or a NaN scale), and every token of other scales, has its inliers in
+    `near` and its outliers in `far`, each zero at the other's places. `from_levels` makes it so.
 
     Attributes:
       near: int8 (B, L, C), levels in units of inlier_scale.
@@ -89,7 +90,7 @@ class OutlierSplit:
         that its results are NaN, not a silent clip.
       mask: bool (B, L, C), true at outliers.
       inlier_scale: float32 (L,).
-      pow2: outlier_scale is inlier_scale times 2^j, j >= 0 (a static fact, for the integer products).
+      pow2: outlier_scale is inlier_scale times 2^j, j >= 0 (a static fact).
     """
 
     near: Int8[Array, "B L C"]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from ouromamba_jax.scan_types import ScanOutput
 from ouromamba_jax.split_operand import floats
 
-# Steps between two saved states, one loop body: with 4 states take twice the memory and the scan no less time, 16 take
-# almost twice as long to compile.
+# Steps between two saved states, one loop body. Chunks of 4 would save twice as many states and be no faster, chunks of
+# 16 take almost twice as long to compile.
 MAX_CHUNK = 8
 
 # Inside, arrays are time-major, in scan order and cut in chunks: d = delta and du = delta * u are (chunks, K, B, G, P)
@@ -77,6 +77,11 @@ def _step(A, h, x):
     return _decay(A, d) * h + du[:, :, None] * b[..., None]
 
 
+def _once(h):
+    """`h`: without a barrier XLA's CPU backend computes each state twice, for the readout and for the next step."""
+    return jax.lax.platform_dependent(h, cpu=jax.lax.optimization_barrier, default=lambda h: h)
+
+
 @jax.custom_vjp
 def _readout(h, c):
     """<C, h>, one state index after the other.
@@ -126,8 +131,7 @@ def _scan(A, d, du, b, c, h0):
 
 def _scan_fwd(A, d, du, b, c, h0):
     def step(h, x):
-        # Without the barrier XLA's CPU backend computes each state twice, for the readout and for the next step.
-        h = jax.lax.optimization_barrier(_step(A, h, x))
+        h = _once(_step(A, h, x))
         return h, _readout(h, x[3])
 
     def chunk(h, x):

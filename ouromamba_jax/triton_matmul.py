@@ -81,14 +81,14 @@ def warps(tiles: MatmulTiles) -> int:
 def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles) -> tuple[Array, ...]:
     """The kernel's inputs: planes of whole K-blocks, tiles that hold a shift, rows, the weight with K last, columns."""
     near, far, shift, row_scale = planes
-    far = near if far is None else far  # then not read
+    far = near if far is None else far  # not read: every shift is 0
     M, K = near.shape[0] * near.shape[1], near.shape[2]
     near, far = (jnp.pad(x.reshape(M, K), [(0, 0), (0, -K % TILE_K)]) for x in (near, far))
     values = jnp.pad(weight.values.T, [(0, 0), (0, -K % TILE_K)])
     shift, row_scale = shift.reshape(M), row_scale.reshape(M)
     # A last tile that is not full begins where it does in the kernel: at a multiple of the tile.
-    apart = mosaic.shifted_tiles(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m)
-    return near, far, apart, shift, row_scale, values, weight.scale[0]
+    shifted = mosaic.shifted_tiles(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m)
+    return near, far, shifted, shift, row_scale, values, weight.scale[0]
 
 
 def constants(rows: int, outputs: int, inputs: int, tiles: MatmulTiles) -> dict[str, int]:

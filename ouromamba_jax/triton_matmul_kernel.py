@@ -8,7 +8,7 @@ import triton.language as tl
 def matmul(
     near_ptr,
     far_ptr,
-    apart_ptr,
+    shifted_ptr,
     shift_ptr,
     row_scale_ptr,
     weight_ptr,
@@ -23,9 +23,9 @@ def matmul(
 ):
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for W (N, K) and K a multiple of TILE_K.
 
-    As in the Mosaic kernels a tile that holds a shift takes its outlier blocks first, then a shift of every row; the
-    blocks that every tile has (`near`) follow, so that the integers are exact. Rows and columns beyond M and N are read
-    as the last ones and not written.
+    As in the Mosaic kernels the outlier blocks come first, only in a tile that holds a shift; then every row is
+    shifted, then come the blocks of `near`, which every tile has: the integers are exact. Rows and columns beyond M and
+    N are read as the last ones and not written.
     """
     row_tile = tl.program_id(0)
     rows = row_tile * TILE_M + tl.arange(0, TILE_M)
@@ -37,7 +37,7 @@ def matmul(
     weights = weight_ptr + read_columns[None, :] * K + inner[:, None]
 
     accumulator = tl.full((TILE_M, TILE_N), 0, tl.int32)
-    for step in range(tl.load(apart_ptr + row_tile) * (K // TILE_K)):
+    for step in range(tl.load(shifted_ptr + row_tile) * (K // TILE_K)):
         block = step * TILE_K
         accumulator = tl.dot(
             tl.load(far_ptr + planes + block), tl.load(weights + block), accumulator, out_dtype=tl.int32

@@ -174,14 +174,16 @@ def scan_levels(channels: int, states: int, groups: int, dtype: str = "float32")
 
 
 KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]] = {
-    # Layers of Vim: every tile width, ragged rows (6304), padded inputs (192) and outputs (56), two planes for W8A8
+    # Layers of Vim: every tile width, packed and not, ragged rows (6304), padded inputs (192) and outputs (56, 80), two
+    # planes for 16-bit outliers of 8-bit weights and one accumulator of both for 4-bit ones
     "matmul 768x3072 W4": (matmul, (768, 3072, 4)),
     "matmul 768x3072 W4 bf16": (matmul, (768, 3072, 4, "int8", "bfloat16")),
-    "matmul 1536x768 W8": (matmul, (1536, 768, 8)),
     "matmul 1536x768 W8 bf16": (matmul, (1536, 768, 8, "int8", "bfloat16")),
+    "matmul 192x384 W4 bf16": (matmul, (192, 384, 4, "int8", "bfloat16")),
+    "matmul 192x384 W4 16-bit": (matmul, (192, 384, 4, "float32")),
     "matmul 768x384 W8 16-bit": (matmul, (768, 384, 8, "float32")),
-    "matmul 192x384 W4": (matmul, (192, 384, 4)),
     "matmul 384x56 W4": (matmul, (384, 56, 4)),
+    "matmul 1536x80 W8 bf16": (matmul, (1536, 80, 8, "int8", "bfloat16")),
     "split 768 pow2": (split, (768, "pow2")),
     "split 3072 pow2 bf16": (split, (3072, "pow2", "bfloat16")),
     "split 192 free": (split, (192, "free")),
@@ -191,6 +193,7 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     "scan 384x1 in 4 bf16": (scan, (384, 1, 4, "bfloat16", 3136)),
     "scan 384x16 int8": (scan_levels, (384, 16, 1)),
     "scan 160x8 int8, bf16": (scan_levels, (160, 8, 1, "bfloat16")),
+    "scan 384x1 in 4 int8": (scan_levels, (384, 1, 4)),
     "scan gradient 384x16": (scan_gradient, (384, 16, 1, "float32", False)),
     "scan gradient 1536x16": (scan_gradient, (1536, 16, 1, "bfloat16", True)),
     "scan gradient 160x8": (scan_gradient, (160, 8, 1, "bfloat16", False)),

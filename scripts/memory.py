@@ -1,6 +1,6 @@
 """Bytes on disk of a quantised model against FP16 (two bytes per parameter).
 
-    python scripts/memory.py [--models vim_small vim_base] [--bits w4a4]
+    python scripts/memory.py [--models vim_small vim_base] [--bits w4a4] [--json scripts/results/memory.json]
 
 Takes two minutes on two CPU cores and 1.6 GB. Expected at W4A4: raw 3.54x (vim_small) and 3.76x (vim_base); on disk
 4.10x (12.57 MB) and 4.36x (44.82 MB). The files are smaller than the tensors because Orbax compresses them: Gaussian
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import ouromamba_jax as oj
-from ouromamba_jax.bench import random_images
+from ouromamba_jax.bench import random_images, write_results
 from ouromamba_jax.tables import print_table
 
 HEADERS = ("model", "parameters, M", "FP16, MB", "raw, MB", "raw, times", "on disk, MB", "on disk, times")
@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(BARS), choices=oj.list_models(), metavar="NAME")
     parser.add_argument("--bits", default="w4a4", help="a preset of QuantConfig (default: w4a4)")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
@@ -80,6 +81,8 @@ def main() -> None:
         bar = f"; the paper: {BARS[name]}x" if arguments.bits == "w4a4" and name in BARS else ""
         print(f"{name}, raw: {memory}{bar} ({time.perf_counter() - start:.0f} s)", flush=True)
     print_table(rows, HEADERS, title=arguments.bits)
+    if arguments.json:
+        write_results(arguments.json, dict(bits=arguments.bits, headers=HEADERS, rows=rows))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python scripts/study.py --model vim_micro_cifar10 --data "cifar10_{split}.npz" --out outputs/cifar10
     python scripts/study.py --model vim_tiny/ --data tfds:imagenet2012 --test-split validation --out outputs/imagenet
 
-With `--iterations 100 --batch-size 64`, one core makes 128 images of vim_micro_cifar10 in three minutes (in one without
-the contrastive loss); then a run of ours takes a quarter of a minute and a rival's up to 75 seconds. Per seed,
+With `--batch-size 64`, one core makes 128 images of vim_micro_cifar10 in three minutes (in one without the contrastive
+loss); then a run of ours takes a quarter of a minute and a rival's up to 75 seconds. Per seed,
 `methods calibration detection tuning` took half an hour and `losses` twenty minutes. A published model on ImageNet
 wants a GPU; nobody has timed it yet.
 

@@ -104,7 +104,10 @@ def tables(images: int, **common: Any) -> dict[str, list[Run]]:
         # Tables 1 and 2 of the paper: rivals with real images, ours with none.
         "methods": [*vary(bits=BITS), *vary(bits=BITS, source="real"), *rivals],
         # Table 4: where the calibration images come from.
-        "calibration": [run for source in ("synthetic", "real", "noise") for run in vary(bits=BITS, source=source)],
+        "calibration": [
+            *(run for source in ("synthetic", "real", "noise") for run in vary(bits=BITS, source=source)),
+            *(run for source in ("synthetic", "real") for run in vary(method="ptq4vm", source=source)),
+        ],
         # Table 5: how outliers are found.
         "detection": [
             *ours(detection="none"),
@@ -183,20 +186,24 @@ def finished(run: Run, done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarise(every: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> Iterator[tuple[str, list[list[Any]]]]:
-    """(table, rows under HEADERS): means over the seeds that are finished. A table of one row compares nothing."""
+    """(table, rows under HEADERS): means over the seeds that are finished.
+
+    A table is left out if one method, source and setting is all it has, or if it adds no run to those before.
+    """
+    shown: set[str] = set()
     for table, runs in every.items():
         rows = []
         for run in dict.fromkeys(runs):
-            if found := finished(run, done):
-                average = {name: mean(e[name] for e in found) for name in SCORES}
-                spread = {name: pstdev(e[name] for e in found) if len(found) > 1 else None for name in SCORES}
+            if entries := finished(run, done):
+                average = {name: mean(e[name] for e in entries) for name in SCORES}
+                spread = {name: pstdev(e[name] for e in entries) if len(entries) > 1 else None for name in SCORES}
                 rows.append(
                     [
                         run.title,
                         f"{run.images} {run.source}",
                         run.bits.upper(),
                         run.setting,
-                        len(found),
+                        len(entries),
                         _rounded(average["top1"], 100),
                         _rounded(spread["top1"], 100),
                         _rounded(average["agreement"], 100),
@@ -205,8 +212,10 @@ def summarise(every: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> I
                         _rounded(average["outlier_rate"], 100),
                     ]
                 )
-        if len({(method, source, setting) for method, source, _, setting, *_ in rows}) > 1:
+        found = {run.key(0) for run in runs if finished(run, done)}
+        if len({(title, images, setting) for title, images, _, setting, *_ in rows}) > 1 and not found <= shown:
             yield table, rows
+            shown |= found
 
 
 def _rounded(value: float | None, unit: int = 1) -> float | None:

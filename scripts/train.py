@@ -14,7 +14,8 @@ in 1832 seconds on a CPU; it reached 100 % on the 130 validation images and 98.6
 in 553 and 866 seconds. They reached 98.5 % and 100 % on the validation images, 99.2 % and 98.4 % on the test images.
 MambaVision is trained as it runs, its convolutions without the BatchNorm of the published form.
 
-`vim_micro_cifar10` was made on CIFAR-10, an .npz of JPEG bytes per split (see `ouromamba_jax.data.load_images`), by
+`vim_micro_cifar10` was made on CIFAR-10, an .npz of JPEG bytes per split (see `ouromamba_jax.data.load_images`; with
+TFDS it is `--data cifar10`), by
 
     python scripts/train.py --data "cifar10_{split}.npz" --set embed_dim=64 depth=4 d_state=8 patch_size=8 \\
         --epochs 12 --batch-size 64 --weight-decay 0.05 --label-smoothing 0.05 --ema 0.998 --validation 0.05 \\
@@ -46,6 +47,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ouromamba_jax.bench import provenance
 from ouromamba_jax.checkpoint import save
 from ouromamba_jax.data import Dataset, load_images
+from ouromamba_jax.data.sources import SHORT_NAMES
 from ouromamba_jax.evaluate import predict
 from ouromamba_jax.files import write_json
 from ouromamba_jax.metrics import top1
@@ -54,6 +56,11 @@ from ouromamba_jax.sharding import data_mesh, replicate, split_samples
 
 VALIDATE_EVERY = 5  # epochs
 CHOICES = {"dtype": ("float32", "bfloat16"), "fill": ("black", "mirror")}
+
+
+def default_dtype() -> str:
+    """bfloat16 on a GPU or TPU, which have units for it; parameters, scan and loss stay in float32."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +97,7 @@ class TrainConfig:
     validation: float = 0.1
     limit: int | None = None
     seed: int = 0
-    dtype: str = "float32"
+    dtype: str = dataclasses.field(default_factory=default_dtype)
     overrides: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
     augmentation: Augmentation = Augmentation()
 
@@ -191,7 +198,8 @@ def split_validation(data: Dataset, fraction: float, seed: int) -> tuple[Dataset
 
 def read_split(config: TrainConfig, model: Any, split: str) -> Dataset:
     """One split of the data as the model takes it, with labels that it can have."""
-    if config.data != "digits" and not config.data.startswith("tfds:") and "{split}" not in config.data:
+    named = config.data in ("digits", *SHORT_NAMES) or config.data.startswith("tfds:")
+    if not named and "{split}" not in config.data:
         raise ValueError(f'--data {config.data} has one split only; write {{split}} where "train" or "test" belongs.')
     data = load_images(
         config.data, split, model.config.img_size, model.config.preprocessing, limit=config.limit, labelled=True

@@ -59,7 +59,7 @@ def test_the_pipeline_from_images_to_scores(folder, capsys):
     made, low = folder / "made.npz", folder / "low"
     status, text, _ = run(
         capsys, "generate", folder / "tiny", made, "--num-images", 3, "--batch-size", 3, "--iterations", 2,
-        "--figure", folder / "made.png",
+        "--contrastive", 0, "--figure", folder / "made.png",
     )  # fmt: skip
     assert status == 0
     assert "3 images" in text

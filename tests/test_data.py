@@ -306,6 +306,8 @@ def test_tfds(monkeypatch, rng):
     np.testing.assert_array_equal(to_pixels(data.images, HALF)[..., :1], pixels)
     np.testing.assert_array_equal(data.labels, np.arange(4))
     assert len(load_images("tfds:mnist:test", "train", 8, HALF).images) == 2
+    with pytest.raises(ValueError, match="TFDS cannot open 'cifar10'"):  # which the stand-in lacks
+        load_images("cifar10", "train", 8, HALF)
     with pytest.raises(ValueError, match=r"TFDS cannot open 'nist', split 'train' .*array_record") as caught:
         load_images("tfds:nist", "train", 8, HALF)
     assert "long advice" not in str(caught.value)

@@ -36,17 +36,18 @@ def options(name, **interpreter):
 
 
 @cache
-def product(name, detect_races=False):
+def product(name, detect_races=False, dtype="float32"):
     """A backend's product, compiled once for all inputs of the same shapes."""
     if name == "xla":
-        return jax.jit(matmul.BACKENDS["xla"].run)
+        return jax.jit(partial(matmul.BACKENDS["xla"].run, dtype=jnp.dtype(dtype)))
     if name == "triton":
-        return jax.jit(partial(matmul._one_launch, triton_interpreter.run))
-    return jax.jit(partial(matmul._mosaic_gpu, **options(name, detect_races=detect_races)))
+        return jax.jit(partial(matmul._one_launch, triton_interpreter.run, dtype=jnp.dtype(dtype)))
+    return jax.jit(partial(matmul._mosaic_gpu, dtype=jnp.dtype(dtype), **options(name, detect_races=detect_races)))
 
 
 CASES = {
-    # kind: (B, L, K, O, outlier share, largest j, weight bits)
+    # kind: (B, L, K, O, outlier share, largest j, weight bits). "outliers": every column is one, and every tile holds
+    # shifts. There is no capacity that this exceeds: `far` is as large as `near`.
     "mixed": (3, 67, 150, 70, 0.02, 4, 4),
     "inliers": (3, 67, 150, 70, 0.0, 0, 4),
     "outliers": (1, 128, 256, 64, 1.0, 2, 4),
@@ -96,8 +97,8 @@ def test_a_split_activation_gives_the_bits_of_xla(name):
     B, L, K, O = CASES["mixed"][:4]
     x = rng.normal(size=(B, L, K)) * np.where(rng.random((B, L, K)) < 0.01, 300, 1)
     x = jnp.asarray(x.astype(np.float32))
-    split = split_outliers(x, search_token_scales(x, OutlierConfig()), OutlierConfig())
-    split = replace(split, outlier_scale=split.outlier_scale.at[1, 4].set(jnp.nan))
+    scale = search_token_scales(x, OutlierConfig())
+    split = split_outliers(x.at[1, 4, 9].set(jnp.nan), scale, OutlierConfig())
     weight = quantize_array(jnp.asarray(rng.normal(size=(K, O)).astype(np.float32)), 4)
     assert 0.1 < float(jnp.mean(split.shifted)) < 0.9
     y, expected = (np.asarray(product(n)(split, weight)) for n in (name, "xla"))
@@ -105,18 +106,43 @@ def test_a_split_activation_gives_the_bits_of_xla(name):
     np.testing.assert_array_equal(y, expected)
 
 
-@pytest.mark.parametrize("name", ["sm90", "sm90_packed", "sm80"])
-def test_bfloat16_outputs_are_the_float32_ones_rounded(name):
-    split, weight = random_split(np.random.default_rng(2), "small")
-    run = partial(matmul._mosaic_gpu, dtype=jnp.bfloat16, **options(name))
-    y = jax.jit(run)(split, weight)
+@pytest.mark.parametrize("name", [*TILES, "triton"])
+def test_only_some_tiles_hold_a_shift(name):
+    """Row 150 of 201, which for tiles of 128 rows is in the last one, and two or more tiles of columns."""
+    rng = np.random.default_rng(12)
+    B, L, K, O = CASES["mixed"][:4]
+    inlier, outlier = (rng.integers(-q, q + 1, size=(B, L, K)) for q in (7, 127))
+    mask = rng.random((B, L, K)) < 0.1
+    power = np.zeros((B, L), int)
+    power[2, 150 - 2 * L] = 3
+    weight = rng.integers(-7, 8, size=(K, 2 * O))
+    expected = (np.where(mask, outlier << power[:, :, None], inlier)) @ weight
+    levels = (jnp.asarray(np.where(m, x, 0), jnp.int8) for m, x in ((~mask, inlier), (mask, outlier)))
+    scales = jnp.ldexp(jnp.ones((B, L)), power), jnp.asarray(mask), jnp.ones(L)
+    split = OutlierSplit.from_levels(*levels, *scales, pow2=True)
+    tile = 128 if name == "triton" else TILES[name].tile_m
+    assert 0 < kernel.shifted_tiles(jnp.asarray(power.reshape(-1)), tile).mean() < 1
+    y = product(name)(split, QTensor(jnp.asarray(weight, jnp.int8), jnp.ones((1, 2 * O)), 4))
+    np.testing.assert_array_equal(np.asarray(y).astype(np.int64), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "tile_n"), [("sm90", 64), ("sm90", 128), ("sm90_packed", 64), ("sm80", 64), ("sm89", 64)]
+)
+def test_bfloat16_outputs_are_the_float32_ones_rounded(name, tile_n):
+    split, weight = random_split(np.random.default_rng(2), "mixed")
+    launch = options(name) | {"tiles": replace(TILES[name], tile_n=tile_n)}
+    y = jax.jit(partial(matmul._mosaic_gpu, dtype=jnp.bfloat16, **launch))(split, weight)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, product("xla")(split, weight).astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("name", ["sm90", "sm89", "triton"])
-@pytest.mark.parametrize(("bits", "K"), [(4, 150), (8, 640)])
-def test_16_bit_outliers_give_the_bits_of_xla(name, bits, K):
+@pytest.mark.parametrize(
+    ("name", "bits", "K", "dtype"),
+    [(n, b, K, "float32") for n in ("sm90", "sm89", "triton") for b, K in ((4, 150), (8, 640))]
+    + [("sm89", b, K, "bfloat16") for b, K in ((4, 150), (8, 640))],
+)
+def test_16_bit_outliers_give_the_bits_of_xla(name, bits, K, dtype):
     """W4A8, whose planes one accumulator holds, and W8A8 with too many inputs for that; one token takes floats."""
     rng = np.random.default_rng(10)
     B, L, O = 2, 40, 30
@@ -130,7 +156,9 @@ def test_16_bit_outliers_give_the_bits_of_xla(name, bits, K):
         x[1, 3, 5] = largest
         split = split_outliers(jnp.asarray(x.astype(np.float32)), scale, config)
         assert split.outlier_q.dtype == jnp.float32
-        np.testing.assert_array_equal(product(name)(split, weight), product("xla")(split, weight))
+        y, expected = (product(n, dtype=dtype)(split, weight) for n in (name, "xla"))
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.parametrize("inputs", [9399, 9400])

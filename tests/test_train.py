@@ -87,7 +87,8 @@ SMALL = {
 """One block of every kind of each family."""
 
 
-@pytest.mark.parametrize("name", ["vmamba_micro", pytest.param("mambavision_micro", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vmamba_micro", "mambavision_micro"])
 def test_other_families_learn_with_all_their_parameters(name, script, striped):
     config = tiny(
         script, striped, model=name, overrides=SMALL[name], limit=20, batch_size=9, epochs=1, weight_decay=0.0,

@@ -24,7 +24,7 @@ SHARED_MEMORY = {"sm80": 166912, "sm89": 101376, "sm90": 232448}
 POINTERS = {
     "near_ptr": "*i8",
     "far_ptr": "*i8",
-    "apart_ptr": "*i32",
+    "shifted_ptr": "*i32",
     "shift_ptr": "*i32",
     "row_scale_ptr": "*fp32",
     "weight_ptr": "*i8",
@@ -81,14 +81,17 @@ def test_no_more_entries_than_its_indices_count(shape, outputs, dtype, fits, mon
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)
-@pytest.mark.parametrize(("outputs", "inputs"), [(3072, 768), (768, 1536), (384, 192), (56, 384)])
-def test_it_compiles_without_a_gpu(target, outputs, inputs, tmp_path):
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "out"),
+    [(3072, 768, "*bf16"), (768, 1536, "*fp32"), (384, 192, "*fp32"), (56, 384, "*bf16")],
+)
+def test_it_compiles_without_a_gpu(target, outputs, inputs, out, tmp_path):
     """At the layers of Vim: int8 tensor cores, no spill, no call, no more shared memory than there is."""
     tiles = matmul_tiles(target, outputs, 8)
     constants = triton_matmul.constants(6304, outputs, inputs, tiles)
     source = ASTSource(
         matmul,
-        signature=POINTERS | dict.fromkeys(constants, "constexpr"),
+        signature=POINTERS | {"out_ptr": out} | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(POINTERS))},
     )

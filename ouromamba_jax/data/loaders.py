@@ -39,7 +39,7 @@ def load_images(
         an image folder, one subfolder per class or flat and then without labels;
         an .npz with `images` and optionally `labels`, `classes`, or with JPEG files end to end in `jpeg` and
         their boundaries in `offsets`. uint8 images are pixels; float images are model input already;
-        "tfds:NAME" or "tfds:NAME:SPLIT", a data set that TFDS has prepared.
+        "tfds:NAME" or "tfds:NAME:SPLIT", a data set that TFDS has prepared; "cifar10" is short for "tfds:cifar10".
         A "{split}" in a path is replaced by `split`.
       split: e.g. "train" or "test"; paths without "{split}" have only one.
       img_size: input side of the model, or (height, width).

@@ -14,6 +14,7 @@ from ouromamba_jax.files import read_npz
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 DIGITS_TEST_PER_CLASS = 50
+SHORT_NAMES = {"cifar10": "tfds:cifar10"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def open_source(source: str, split: str) -> Source:
     """
     if source == "digits":
         return _open_digits(split)
+    source = SHORT_NAMES.get(source, source)
     if source.startswith("tfds:"):
         return _open_tfds(source, split)
     path = Path(source.replace("{split}", split)).expanduser()

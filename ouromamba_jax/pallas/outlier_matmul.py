@@ -27,7 +27,8 @@ class Planes(NamedTuple):
     """An activation as two planes of integers that one accumulator can add, row_scale * (2^shift * far + near).
 
     Attributes:
-      near, far: int8 levels in units of s_in and of s_in * 2^shift; far is zero where shift is, and None for none.
+      near, far: int8 levels in units of s_in and of s_in * 2^shift. far is zero where shift is (or row_scale NaN), and
+        None if every shift is 0.
       shift: so small that int32 holds the sum; up to `largest_shift` it always does.
       row_scale: s_in, or NaN for a token with non-finite values.
     """
@@ -65,7 +66,7 @@ def shifts(split: OutlierSplit, limit: int) -> tuple[Int32[Array, "B L"], Bool[A
 
 
 def shifted_tiles(shift: Int32[Array, " M"], tile_m: int) -> Int32[Array, " tiles"]:
-    """1 for each tile of rows that holds a shift, else 0: only there are outliers apart from inliers.
+    """1 for each tile of rows that holds a shift, else 0: elsewhere `far` is zero, or the result NaN whatever is read.
 
     The last tile of a ragged M starts at M - tile_m.
     """
@@ -105,7 +106,7 @@ def run(
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
     near, far, shift, row_scale = planes
-    far = near if far is None else far  # then not read
+    far = near if far is None else far  # not read: every shift is 0
     B, L, K = near.shape
     O = weight.shape[1]
     target = target or device_target()
@@ -114,13 +115,13 @@ def run(
     height = (tiles.tile_m,) if tiles.tile_m > B * L else (1,)
     near, far = (_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far))
     rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
-    apart = shifted_tiles(rows[0], tiles.tile_m)
+    shifted = shifted_tiles(rows[0], tiles.tile_m)
     values = _pad_to(weight.values.T, (tiles.tile_n, TILE_K))
     columns = _pad_to(weight.scale[0], (tiles.tile_n,))
     if tiles.packed:  # unpacked by masks, without a shift back
         values, columns = pack_halves(values), columns * 0.0625
     launch = partial(_kernel(target, interpret), tiles=tiles, dtype=dtype, interpret=interpret)
-    y = launch(near, far, apart, *rows, values, columns)
+    y = launch(near, far, shifted, *rows, values, columns)
     return y[: B * L, :O].reshape(B, L, O)
 
 
@@ -134,9 +135,11 @@ def fixed_point(
     """step * (256 * high @ W + low @ W) * s_w for planes (high, low), to the bit as two products in float32 give it.
 
     Where int32 holds the sum there is one accumulator: then both products are below 2^24, and their sum in float32 is
-    rounded once, as the accumulator is. Otherwise the planes are the rows of one product of twice the height.
+    rounded once, as the accumulator is. Otherwise the planes are the rows of one product of twice the height. Then the
+    result is rounded to `dtype`.
 
     Args:
+      launch: `run` of a backend, with what it needs beside planes, weight and dtype.
       planes: no high level is -128, so that with its low one a number is at most `LARGEST_FIXED_POINT`.
     """
     high, low = planes

@@ -1,7 +1,7 @@
 """Ampere and Ada kernel of the outlier matmul: cp.async, int8 mma.sync, one int32 accumulator in registers.
 
 One warpgroup per output tile. As on Hopper the tile's outlier steps come first (`far`, only if one of its rows
-holds a shift), then a shift of every row, then the steps that every tile has (`near`): the integers are exact.
+holds a shift), then a shift of every row, then the steps of `near`, which every tile has: the integers are exact.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 def matmul(
     near: Int8[Array, "M K"],
     far: Int8[Array, "M K"],
-    apart: Int32[Array, " tiles"],
+    shifted: Int32[Array, " tiles"],
     shift: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
     weight: Int8[Array, "N K"],
@@ -50,7 +50,7 @@ def matmul(
         rhs = plgpu.load(b.transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(jnp.int8), optimized=False)
         return plgpu.mma(acc, lhs, rhs)
 
-    def body(near, far, apart, shift, row_scale, weight, column_scale, out):
+    def body(near, far, shifted, shift, row_scale, weight, column_scale, out):
         row_tile = lax.axis_index("row_tile")
         # The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike.
         rows = pl.ds(jnp.minimum(row_tile * tile_m, M - tile_m), tile_m)
@@ -75,7 +75,7 @@ def matmul(
             return pipeline(plane.at[rows], weight.at[columns])
 
         acc = plgpu.layout_cast(jnp.zeros((tile_m, tile_n), jnp.int32), accumulator)
-        acc = lax.fori_loop(0, apart[row_tile], lambda _, acc: products(far, acc), acc)
+        acc = lax.fori_loop(0, shifted[row_tile], lambda _, acc: products(far, acc), acc)
         power = plgpu.load(shift.at[rows], layout=accumulator.reduce(1), optimized=False)
         acc = lax.shift_left(acc, lax.broadcast_in_dim(power, acc.shape, [0]))
         acc = products(near, acc)
@@ -91,4 +91,4 @@ def matmul(
         grid=(pl.cdiv(M, tile_m), N // tile_n),
         grid_names=("row_tile", "column_tile"),
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, apart, shift, row_scale, weight, column_scale)
+    )(near, far, shifted, shift, row_scale, weight, column_scale)

@@ -2,7 +2,7 @@
 
 A program walks tiles of the output. One warpgroup copies K-steps into shared memory, two multiply, 64 rows each. A
 tile's outlier steps come first (`far`, only if one of its rows holds a shift), then every row of the accumulator is
-shifted left by its own power, then the steps follow that every tile has (`near`). The integers are exact.
+shifted left by its own power, then come the steps of `near`, which every tile has. The integers are exact.
 
 4-bit weights may travel packed. wgmma wants int8 in shared memory, so the copying warpgroup also unpacks each step,
 one behind its copies: a byte's high nibble is 16 times its level already, the low one is after a shift.
@@ -38,7 +38,7 @@ def _shared(shape: tuple[int, ...], dtype, swizzle_bytes: int = 128) -> plgpu.SM
 def matmul(
     near: Int8[Array, "M K"],
     far: Int8[Array, "M K"],
-    apart: Int32[Array, " tiles"],
+    shifted: Int32[Array, " tiles"],
     shift: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
     weight: Int8[Array, "N columns"],
@@ -52,7 +52,7 @@ def matmul(
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m, K % 128 = 0 = N % tile_n.
 
     Args:
-      apart: 1 for each tile of rows that holds a shift, else 0: `far` is not read there.
+      shifted: 1 for each tile of rows that holds a shift, else 0: `far` is not read there.
       weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; its levels then count sixteenfold.
       dtype: of the result.
       programs: how many run, one per multiprocessor.
@@ -68,7 +68,7 @@ def matmul(
     parts = tile_n // EPILOGUE_COLUMNS  # of an output tile, 1 or even; they take turns at the slots that they leave by
     slots = min(2, parts)
 
-    def body(near, far, apart, shift, row_scale, weight, column_scale, out, *scratch):
+    def body(near, far, shifted, shift, row_scale, weight, column_scale, out, *scratch):
         a, b, c, full, empty, *unpacking = scratch
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
@@ -121,7 +121,7 @@ def matmul(
 
             def tile(index, step):
                 (m, n), row = corner(index), index // n_tiles
-                step = lax.fori_loop(0, apart[row] * k_tiles, lambda i, step: fetch(far, m, n, i, step), step)
+                step = lax.fori_loop(0, shifted[row] * k_tiles, lambda i, step: fetch(far, m, n, i, step), step)
                 return lax.fori_loop(0, k_tiles, lambda i, step: fetch(near, m, n, i, step), step)
 
             def drain(step, _):
@@ -164,7 +164,7 @@ def matmul(
 
             def tile(index, step):
                 m, n = corner(index)
-                m, count = m + warpgroup * rows, apart[index // n_tiles] * k_tiles
+                m, count = m + warpgroup * rows, shifted[index // n_tiles] * k_tiles
                 per_row = plgpu.Layout.WGMMA.reduce(1)
                 power = plgpu.load(shift.at[pl.ds(m, rows)], layout=per_row, optimized=False)
                 power = lax.broadcast_in_dim(power, (rows, tile_n), [0])
@@ -222,4 +222,4 @@ def matmul(
             *(unpacking_scratch if tiles.packed else []),
         ],
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, apart, shift, row_scale, weight, column_scale)
+    )(near, far, shifted, shift, row_scale, weight, column_scale)

@@ -120,7 +120,7 @@ class QuantLinear(nnx.Module):
         split = self.act.split(as_tokens(x))
         if self.bias is None:
             y = outlier_matmul(split, self.weight, dtype=self.dtype)
-        else:
+        else:  # which is added in float32
             y = outlier_matmul(split, self.weight)
             y = y + self.bias[...].astype(y.dtype)[None, None]
         return y.reshape(*x.shape[:-1], -1).astype(self.dtype)
