@@ -1,13 +1,13 @@
 """Every comparison of the paper on one model: method x bits x calibration source x seed.
 
     python scripts/study.py --model vim_micro --data digits --out outputs/digits --images 64 --seeds 1
-    python scripts/study.py --model vim_micro_cifar10 --data "cifar10_{split}.npz" --out outputs/cifar10
+    python scripts/study.py --model vim_micro_cifar10 --data "cifar10_{split}.npz" --out outputs/cifar10 --batch-size 64
     python scripts/study.py --model vim_tiny/ --data tfds:imagenet2012 --test-split validation --out outputs/imagenet
 
-With `--batch-size 64`, one core makes 128 images of vim_micro_cifar10 in three minutes (in one without the contrastive
-loss); then a run of ours takes a quarter of a minute and a rival's up to 75 seconds. Per seed,
-`methods calibration detection tuning` took half an hour and `losses` twenty minutes. A published model on ImageNet
-wants a GPU; nobody has timed it yet.
+The second takes one core two and a half hours per seed: half an hour for `methods calibration detection tuning`, 20
+minutes for `losses`, 25 each for `prior`, `iterations` and `contrast`, 20 for `rules refresh images`. 128 images take
+three minutes (one without the contrastive loss), a run of ours a quarter of a minute and a rival's up to 75 seconds. A
+published model on ImageNet wants a GPU; nobody has timed it yet.
 
 Every finished run is one line of OUT/runs.jsonl: started again, the study goes on where it stopped. At the end, or with
 `--summarise` at any time, the runs become OUT/study.json, OUT/study.md and charts; the figures of images and
