@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from study_runs import BITS, Run, finished
+from study_runs import BITS, OURS, Run, finished
 
 from ouromamba_jax.charts import dot_chart, line_chart, line_panels
 from ouromamba_jax.data import load_images, to_pixels
@@ -78,7 +78,7 @@ def draw_activations(study: Any, calibration: list[Run]) -> None:
     The legend says by which factor the scales of all layers differ from those of real images (median over layers and
     tokens); another draw of real images is the yardstick.
     """
-    by_source = {run.source: run for run in calibration if run.bits == "w4a4"}
+    by_source = {run.source: run for run in calibration if (run.method, run.bits) == (OURS, "w4a4")}
     drawn = {name: (by_source[name], 0) for name in ("real", "synthetic", "noise")} | {
         "real, another draw": (by_source["real"], 1)
     }
