@@ -277,26 +277,22 @@ def test_quantising_is_deterministic_and_leaves_the_model_alone():
     assert bits_of(other) != bits_of(low)
 
 
-@pytest.mark.parametrize(
-    "bits", [("w8a8", "w4a4"), pytest.param(("w8a8", "w6a6", "w4a4"), marks=pytest.mark.slow)], ids=len
-)
+FEWER_BITS = [("w8a8", "w4a4"), pytest.param(("w8a8", "w6a6", "w4a4"), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("bits", FEWER_BITS, ids=len)
 def test_more_bits_less_noise(bits):
     """Site by site in the mean, and for the logits, by 5 dB at least."""
-    x = images()
-    exact = float_model()(x)
-    results = [quantised(b, tune_epochs=2 if b == "w4a4" else 0) for b in bits]
-    sites = [np.mean([s.sqnr_db for s in report.sites if s.path.startswith("blocks")]) for _, report in results]
-    logits = []
-    for low, _ in results:
+    sites, logits, x = [], [], images()
+    for preset in bits:
+        low, report = quantised(preset, tune_epochs=2 if preset == "w4a4" else 0)
+        sites.append(np.mean([s.sqnr_db for s in report.sites if s.path.startswith("blocks")]))
         fn, state = pure(low)
-        logits.append(sqnr_db(exact, jax.jit(fn)(state, x)))
-    for better, worse in itertools.pairwise(range(len(bits))):
-        assert sites[better] > sites[worse] + 5
-        assert logits[better] > logits[worse] + 5
-        assert results[better][1].mean_sqnr_db > results[worse][1].mean_sqnr_db
-    assert sites[0] > sites[-1] + 10
-    assert logits[0] > 28
-    assert logits[0] > logits[-1] + 10 > 15, logits
+        logits.append(sqnr_db(float_model()(x), jax.jit(fn)(state, x)))
+    for values in (sites, logits):
+        assert all(better > worse + 5 for better, worse in itertools.pairwise(values)), values
+        assert values[0] > values[-1] + 10
+    assert min(logits[0] - 28, logits[-1] - 5) > 0
 
 
 def test_a_real_quantised_model_survives_saving(tmp_path):
