@@ -183,6 +183,7 @@ def test_the_demo_of_every_family(name, tmp_path, capsys, monkeypatch):
     assert all((tmp_path / f"{figure}.png").stat().st_size > 1000 for figure in ("attention", "outliers"))
 
 
+@pytest.mark.slow
 def test_attention_of_windows_is_drawn_where_they_lie():
     """Windows of 2 x 2 tokens on a 3 x 3 map, padded to 4 x 4."""
     sizes = dict(img_size=24, dim=8, in_dim=4, depths=(1, 2), window_size=(8, 2), num_heads=(1, 2))
