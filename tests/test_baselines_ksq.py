@@ -195,12 +195,8 @@ def low(family: str, **fields) -> nnx.Module:
     return quantize_baseline(float_model(family), x, "ksq_vmm", weight_bits=4, act_bits=4, **fields)[0]
 
 
-each_family = pytest.mark.parametrize(
-    "family", [f if f == "vim" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
-
-
-@each_family
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_weights_of_patch_convolutions_take_their_range(family):
     """A search never ends at the range itself, which is none of its candidates."""
     modules, by_range = modules_of(low(family)), set()
@@ -215,7 +211,8 @@ def test_only_the_weights_of_patch_convolutions_take_their_range(family):
     assert by_range == PATCHES[family]
 
 
-@each_family
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_norms_and_convolutions_of_stem_and_head_have_8_bits(family):
     """As their linear layers have. What is rounded there needs more levels than 4 bits have."""
     model = low(family)
