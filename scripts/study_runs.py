@@ -192,9 +192,10 @@ def summarise(every: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> I
     """
     shown: set[str] = set()
     for table, runs in every.items():
-        rows = []
+        rows, found = [], set()
         for run in dict.fromkeys(runs):
             if entries := finished(run, done):
+                found.add(run.key(0))
                 average = {name: mean(e[name] for e in entries) for name in SCORES}
                 spread = {name: pstdev(e[name] for e in entries) if len(entries) > 1 else None for name in SCORES}
                 rows.append(
@@ -212,7 +213,6 @@ def summarise(every: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> I
                         _rounded(average["outlier_rate"], 100),
                     ]
                 )
-        found = {run.key(0) for run in runs if finished(run, done)}
         if len({(title, images, setting) for title, images, _, setting, *_ in rows}) > 1 and not found <= shown:
             yield table, rows
             shown |= found
