@@ -5,13 +5,14 @@ not fit its static scale adds the channels above a threshold, and a listed chann
 A sample's result has the same bits in any batch and in any surrounding program (see `token_windows`).
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int8
 
 from ouromamba_jax.outlier_detection import find_outliers
 from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
@@ -21,8 +22,10 @@ from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level, power_of_two_rat
 
 def _outlier_scale(x, scale, mask, config: OutlierConfig) -> Float32[Array, "B L"]:
     """Scale of each token's outliers; differentiable in x ("free") and scale ("pow2")."""
-    finite = jnp.all(jnp.isfinite(x), axis=-1)  # not by the maximum: XLA's CPU backend may drop a NaN from one
-    largest = jnp.max(jnp.where(mask, jnp.abs(x), 0.0), axis=-1)
+    # Infinity stands for NaN too: XLA's CPU backend may drop a NaN from a maximum.
+    magnitude = jnp.where(jnp.isfinite(x), jnp.where(mask, jnp.abs(x), 0.0), jnp.inf)
+    largest = jnp.max(magnitude, axis=-1)
+    finite = largest < jnp.inf
     if config.outlier_bits == 16:
         own = jnp.ones(largest.shape, jnp.float32)
     elif config.outlier_scale == "free":
@@ -93,15 +96,26 @@ def _xla(x, scale, config: OutlierConfig, *, theta, channels) -> OutlierSplit:
     outlier_scale = _outlier_scale(x32, scale, mask, config)
     pow2 = config.outlier_bits != 16 and config.outlier_scale == "pow2"
     ratio = divide(x32, scale[None, :, None])
+    q = float(max_level(config.act_bits))
     if config.outlier_bits == 16:
-        outlier_q = jnp.where(mask, x, jnp.zeros((), x.dtype))
-    else:
-        # A product with 2^-j has the quotient's bits, and costs less than a second division per entry.
-        shrink = power_of_two_ratio(scale[None], outlier_scale)[:, :, None]
-        outlier = ratio * shrink if pow2 else divide(x32, outlier_scale[:, :, None])
-        outlier_q = jnp.where(mask, _levels(outlier, config.outlier_bits), 0.0).astype(jnp.int8)
-    inlier_q = jnp.where(mask, 0.0, _levels(ratio, config.act_bits)).astype(jnp.int8)
-    return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, mask, scale, pow2=pow2)
+        near = _round_to_int8(jnp.where(mask, 0.0, jnp.clip(ratio, -q, q)))
+        return OutlierSplit(near, jnp.where(mask, x, jnp.zeros((), x.dtype)), outlier_scale, mask, scale, pow2)
+    # A product with 2^-j has the quotient's bits, and costs less than a second division per entry.
+    shrink = power_of_two_ratio(scale[None], outlier_scale)[:, :, None]
+    ratio = jnp.where(mask, ratio * shrink if pow2 else divide(x32, outlier_scale[:, :, None]), ratio)
+    limit = jnp.where(mask, float(max_level(config.outlier_bits)), q)
+    levels = lax.optimization_barrier(_round_to_int8(jnp.clip(ratio, -limit, limit)))  # once, not for near and for far
+    split = OutlierSplit(levels, levels, outlier_scale, mask, scale, pow2)
+    apart = mask & split.shifted[:, :, None] if pow2 else mask
+    return dataclasses.replace(split, near=jnp.where(apart, 0, levels), far=jnp.where(apart, levels, 0))
+
+
+def _round_to_int8(ratio: Float32[Array, "..."]) -> Int8[Array, "..."]:
+    """Round half to even what lies in -128..127; NaN becomes 0.
+
+    Beside 1.5 * 2^23 a float's last bits count ones. XLA's conversion guards against overflow, at twice the cost.
+    """
+    return lax.bitcast_convert_type(ratio + 1.5 * 2**23, jnp.int32).astype(jnp.int8)
 
 
 def _kernel():
