@@ -11,8 +11,9 @@ published model on ImageNet wants a GPU; nobody has timed it yet.
 
 Every finished run is one line of OUT/runs.jsonl: started again, the study goes on where it stopped. At the end, or with
 `--summarise` at any time, the runs become OUT/study.json, OUT/study.md and charts; the figures of images and
-activations, which take the model, come at the end only. `--tables` names the comparisons wanted; the `attention`
-features, which cost as many times more as there are tokens, are left out unless named.
+activations, which take the model, come at the end only. `--tables` names the comparisons wanted. Two are left
+out unless named: `strengths` halves and doubles one default at a time (80 minutes per seed), and the features of
+`attention` cost as many times more as there are tokens.
 
 Calibration images are the model's own (synthetic), drawn from the training split (real), or noise; a seed draws them
 anew. All scores are on the test split, against the float model: top-1, agreement and the logits' signal to
@@ -195,7 +196,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test-split", default="test")
     parser.add_argument("--limit", type=int, help="test images, evenly spaced; all by default")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tables", nargs="+", choices=list(tables(1)), help="all but attention by default")
+    parser.add_argument("--tables", nargs="+", choices=list(tables(1)), help="all but the long ones by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=GenConfig.num_images, help="calibration images")
     parser.add_argument("--iterations", type=int, default=GenConfig.iterations, help="of the generation")

@@ -15,8 +15,8 @@ from ouromamba_jax.quantize import PRESETS
 
 OURS = "ouromamba"
 BITS = tuple(reversed(PRESETS))
-OPTIONAL = ("attention",)
-"""Tables that are made only where they are named: a run of theirs takes as many times longer as there are tokens."""
+OPTIONAL = ("strengths", "attention")
+"""Tables that are made only where they are named: they take an hour a seed, and days."""
 HEADERS = (
     "method",
     "calibration",
@@ -32,6 +32,8 @@ HEADERS = (
 )
 SCORES = ("top1", "agreement", "sqnr_db", "outlier_rate")
 PLAIN_PIXELS = dict(scales=1, chroma=1.0, jitter=0.0, total_variation=0.0)
+STRENGTHS = ("learning_rate", "temperature", "jitter", "total_variation", "chroma", "contrastive", "batch_size")
+CHOICES = (dict(smoothing=0.1), dict(output_loss="mae"), dict(flip=True), dict(targets="random"))
 Fields = tuple[tuple[str, Any], ...]
 
 
@@ -158,8 +160,26 @@ def tables(images: int, **common: Any) -> dict[str, list[Run]]:
             *vary(gen=dict(contrastive=1.0, weighting="uniform")),
             *vary(gen=dict(contrastive=1.0, negatives="neighbourhood")),
         ],
+        # Each default that is a number halved and doubled, and choices that no other table makes.
+        "strengths": [
+            *(
+                run
+                for gen in ({}, *_halved_and_doubled(base.gen_config, STRENGTHS), *CHOICES)
+                for run in vary(bits=("w4a4",), gen=gen)
+            ),
+            *(
+                run
+                for settings in _halved_and_doubled(QuantConfig(), ("tune_learning_rate", "tune_epochs"))
+                for run in vary(bits=("w4a4",), settings=settings)
+            ),
+        ],
         "attention": vary(gen=dict(contrastive=1.0, features="attention")),
     }
+
+
+def _halved_and_doubled(config: Any, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    values = {name: getattr(config, name) for name in names}
+    return [{name: type(value)(factor * value)} for name, value in values.items() for factor in (0.5, 2)]
 
 
 def read_runs(path: Path) -> dict[str, dict[str, Any]]:
