@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--model", default="vim_micro", help="checkpoint")
     parser.add_argument("--seeds", type=int, default=3, help="calibration sets per source")
     parser.add_argument("--images", type=int, default=64, help="calibration images")
-    parser.add_argument("--iterations", type=int, default=200, help="of the generation")
+    parser.add_argument("--iterations", type=int, default=GenConfig.iterations, help="of the generation")
     parser.add_argument("--sources", nargs="+", default=["real", "synthetic", "noise"])
     parser.add_argument("--bits", nargs="+", default=list(reversed(PRESETS)), choices=PRESETS)
     parser.add_argument("--tune-epochs", type=int, default=QuantConfig.tune_epochs)

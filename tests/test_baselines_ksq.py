@@ -226,6 +226,7 @@ def test_norms_and_convolutions_of_stem_and_head_have_8_bits(family):
     assert 8 < np.abs(levels).max() <= 128
 
 
+@pytest.mark.slow
 def test_rules_reach_what_is_no_site():
     rules = (
         QuantRule(r"^head\.", skip=True),

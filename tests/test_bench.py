@@ -123,7 +123,7 @@ def test_a_quantised_model_is_compared_with_its_float_model(quantised):
     assert not quantized_specs(timed["float"])
 
 
-@pytest.mark.parametrize("kind", ["float", "quantised"])
+@pytest.mark.parametrize("kind", ["float", pytest.param("quantised", marks=pytest.mark.slow)])
 def test_the_breakdown_names_every_part(kind, model, quantised):
     chosen = model if kind == "float" else quantised
     before = jax.tree.leaves(nnx.state(chosen))
