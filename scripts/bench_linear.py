@@ -3,10 +3,10 @@
     python scripts/bench_linear.py [--batch 4] [--repeats 15] [--json scripts/results/bench_linear_cpu.json]
 
 Takes half a minute on two CPU cores. Measured with AVX512-VNNI at batch 2: the linear layers of a block are together
-1.7x as fast as float32 at W4A4 with 8-bit outliers and 1.1x at W8A8 with 16-bit ones (processor time 2.0x and 1.2x).
+1.8x as fast as float32 at W4A4 with 8-bit outliers and 1.1x at W8A8 with 16-bit ones (processor time 2.0x and 1.1x).
 16-bit outliers cost a second int8 product. Two of the four kinds of layers are slower than float32 on their own: x_proj
-(0.45-0.55x), whose 80 outputs do not repay the splitting of 1536 inputs, and dt_proj at 8 bits (0.75x; 4 and 6 bits
-1.05-1.15x).
+(0.5-0.7x), whose 80 outputs do not repay the splitting of 1536 inputs, and dt_proj at 8 bits (0.9x; 4 and 6 bits
+1.2-1.3x).
 
 One jitted function per entry; the fastest of the interleaved repeats counts, so that all entries of a row saw the same
 machine. Activations are Gaussian with 1 % of heavy channels; scales come from `search_token_scales`.
