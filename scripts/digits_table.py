@@ -3,11 +3,10 @@
     python scripts/digits_table.py --json scripts/results/digits_table.json
 
 A seed draws the calibration images: which real digits, which noise, which synthetic images. All scores are on the
-held-out test split, against the float model. It took 45 minutes beside other work on two CPU cores, with three seeds;
-each setting prints its rows when it is done.
+held-out test split, against the float model. With three seeds it takes one CPU core half an hour; each setting prints
+its rows when it is done.
 
-Expected on `vim_micro`: see `scripts/results/digits_table.json`, which this command wrote before it had the row of the
-static list by largest values.
+Expected on `vim_micro`: `scripts/results/digits_table.json`.
 """
 
 import argparse
