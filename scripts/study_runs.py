@@ -16,7 +16,7 @@ from ouromamba_jax.quantize import PRESETS
 OURS = "ouromamba"
 BITS = tuple(reversed(PRESETS))
 OPTIONAL = ("strengths", "attention")
-"""Tables that are made only where they are named: they take an hour a seed, and days."""
+"""Tables that are made only where they are named, since they take an hour per seed, and days."""
 HEADERS = (
     "method",
     "calibration",
