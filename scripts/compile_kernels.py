@@ -10,14 +10,15 @@ shared memory, or multiplies without int8 tensor cores. It says nothing about sp
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -270,14 +271,9 @@ class Report:
         return found
 
 
-def check(kernel: str, target: str) -> bool:
-    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-        process = PROCESSES.Process(target=compile_one, args=(kernel, target, output.name))
-        process.start()
-        process.join()
-        printed = output.read()
-    if process.exitcode:
-        print(f"{target:5} {kernel:24} does not compile:\n{printed[-2000:]}", flush=True)
+def check(kernel: str, target: str, exitcode: int, printed: str) -> bool:
+    if exitcode:
+        print(f"{target:5} {kernel:24} does not compile, exit code {exitcode}:\n{printed[-2000:]}", flush=True)
         return False
     report = Report.read(printed)
     problems = report.problems(kernel, DEVICES[target])
@@ -287,6 +283,28 @@ def check(kernel: str, target: str) -> bool:
         flush=True,
     )
     return not problems
+
+
+def check_all(pairs: list[tuple[str, str]]) -> bool:
+    """Compiles as many at a time as there are CPUs.
+
+    One thread starts and joins all processes: `multiprocessing` looks after finished ones in every start, and when
+    another thread is joining them, an exit code is read by one and lost to the other, which then reports 255.
+    """
+    waiting, running, good = list(reversed(pairs)), {}, True
+    with contextlib.ExitStack() as files:
+        while waiting or running:
+            while waiting and len(running) < len(os.sched_getaffinity(0)):
+                kernel, target = waiting.pop()
+                output = files.enter_context(tempfile.NamedTemporaryFile("r", errors="replace"))
+                process = PROCESSES.Process(target=compile_one, args=(kernel, target, output.name))
+                process.start()
+                running[process.sentinel] = process, kernel, target, output
+            for sentinel in wait(list(running)):
+                process, kernel, target, output = running.pop(sentinel)
+                process.join()
+                good &= check(kernel, target, process.exitcode, output.read())
+    return good
 
 
 def main() -> int:
@@ -299,8 +317,7 @@ def main() -> int:
     targets = [args.target] if args.target else list(DEVICES)
     kernels = [args.only] if args.only else list(KERNELS)
     pairs = [(kernel, target) for target in targets for kernel in kernels]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return 0 if all(list(pool.map(check, *zip(*pairs, strict=True)))) else 1
+    return 0 if check_all(pairs) else 1
 
 
 if __name__ == "__main__":
