@@ -5,7 +5,6 @@ not fit its static scale adds the channels above a threshold, and a listed chann
 A sample's result has the same bits in any batch and in any surrounding program (see `token_windows`).
 """
 
-import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -98,16 +97,16 @@ def _xla(x, scale, config: OutlierConfig, *, theta, channels) -> OutlierSplit:
     ratio = divide(x32, scale[None, :, None])
     q = float(max_level(config.act_bits))
     if config.outlier_bits == 16:
-        near = _round_to_int8(jnp.where(mask, 0.0, jnp.clip(ratio, -q, q)))
-        return OutlierSplit(near, jnp.where(mask, x, jnp.zeros((), x.dtype)), outlier_scale, mask, scale, pow2)
+        inlier_q = _round_to_int8(jnp.where(mask, 0.0, jnp.clip(ratio, -q, q)))
+        outlier_q = jnp.where(mask, x, jnp.zeros((), x.dtype))
+        return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, mask, scale, pow2=pow2)
     # A product with 2^-j has the quotient's bits, and costs less than a second division per entry.
     shrink = power_of_two_ratio(scale[None], outlier_scale)[:, :, None]
     ratio = jnp.where(mask, ratio * shrink if pow2 else divide(x32, outlier_scale[:, :, None]), ratio)
     limit = jnp.where(mask, float(max_level(config.outlier_bits)), q)
     levels = lax.optimization_barrier(_round_to_int8(jnp.clip(ratio, -limit, limit)))  # once, not for near and for far
-    split = OutlierSplit(levels, levels, outlier_scale, mask, scale, pow2)
-    apart = mask & split.shifted[:, :, None] if pow2 else mask
-    return dataclasses.replace(split, near=jnp.where(apart, 0, levels), far=jnp.where(apart, levels, 0))
+    inlier_q, outlier_q = jnp.where(mask, 0, levels), jnp.where(mask, levels, 0)
+    return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, mask, scale, pow2=pow2)
 
 
 def _round_to_int8(ratio: Float32[Array, "..."]) -> Int8[Array, "..."]:

@@ -160,7 +160,7 @@ def tables(images: int, **common: Any) -> dict[str, list[Run]]:
             *vary(gen=dict(contrastive=1.0, weighting="uniform")),
             *vary(gen=dict(contrastive=1.0, negatives="neighbourhood")),
         ],
-        # Each default that is a number halved and doubled, and choices that no other table makes.
+        # Defaults of ours, which no paper gives, halved and doubled, and choices that no other table makes.
         "strengths": [
             *(
                 run
