@@ -1,4 +1,7 @@
-"""Spreading a batch over all devices, of one host or many: a mesh with the one axis "data"."""
+"""Spreading a batch over all devices, of one host or many: a mesh with the one axis "data".
+
+On a mesh of one device arrays stay where JAX puts them, so that they share compiled programs with those never spread.
+"""
 
 import math
 from functools import partial
@@ -20,14 +23,18 @@ def split_samples(mesh: Mesh, tree: Any) -> Any:
     """Arrays cut along their first axis, a part per device; scalars everywhere."""
 
     def place(x: Any) -> Array:
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data") if np.ndim(x) else PartitionSpec()))
+        return jax.device_put(x, _sharding(mesh, PartitionSpec("data") if np.ndim(x) else PartitionSpec()))
 
     return jax.tree.map(place, tree)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """A whole copy of every array on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, _sharding(mesh, PartitionSpec()))
+
+
+def _sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding | None:
+    return NamedSharding(mesh, spec) if mesh.size > 1 else None
 
 
 @partial(jax.jit, static_argnums=0)
@@ -37,4 +44,4 @@ def _gather(mesh: Mesh, x: Array) -> Array:
 
 def to_host(mesh: Mesh, x: Array) -> np.ndarray:
     """All parts of x as one NumPy array, on every host."""
-    return np.asarray(_gather(mesh, x))
+    return np.asarray(_gather(mesh, x) if mesh.size > 1 else x)

@@ -108,6 +108,8 @@ class QuantConfig(OutlierConfig):
     @property
     def splitting(self) -> OutlierConfig:
         """Only what the splitting of activations depends on: two configs that agree in it share its compilations."""
+        if self.detection == "none":  # there are no outliers, whatever their bits: the plainest products do
+            return OutlierConfig(act_bits=self.act_bits, detection="none")
         return OutlierConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(OutlierConfig)})
 
     def resolve(self, path: str) -> "QuantConfig | None":
