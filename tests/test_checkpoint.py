@@ -260,7 +260,7 @@ def test_a_quantised_description_of_another_model(tmp_path):
     refused(with_sites({**sites, "blocks.3.mixer.out_proj": sites[out_proj]}), "has no site 'blocks.3.mixer.out_proj'")
     refused(with_sites({k: v for k, v in sites.items() if k != out_proj}), f"{out_proj}.kernel is missing")
     refused(with_sites({}), "is missing")
-    refused(with_spec(out_proj, dict(weight_bits=8)), f"{out_proj}.levels is uint8[20, 20], not int8[40, 20]")
+    refused(with_spec(out_proj, dict(weight_bits=8)), f"{out_proj}.levels is uint8[10, 40], not int8[20, 40]")
     refused(with_spec(out_proj, dict(weight_bits=9)), "weight_bits must be 2 to 8")
     refused(with_spec(out_proj, dict(weight_group=4)), f"{out_proj}.weight_scale is float32[1, 20]")
     refused(with_spec(out_proj, dict(bits=4)), "bits")
