@@ -210,7 +210,7 @@ def compute(study: Study, wanted: list[tuple[Run, int]], done: dict[str, dict[st
     failed = 0
     missing = {run.key(seed): (run, seed) for run, seed in wanted if run.key(seed) not in done}
     for count, (key, (run, seed)) in enumerate(track(missing.items(), description="runs")):
-        if count % 50 == 49:
+        if count % 20 == 19:
             jax.clear_caches()  # compiled code piles up until the process may map no more memory
         try:
             done[key] = study.measure(run, seed)
