@@ -2,19 +2,27 @@
 
 One warpgroup per output tile. As on Hopper the tile's outlier steps come first (`far`, only if one of its rows
 holds a shift), then a shift of every row, then the steps of `near`, which every tile has: the integers are exact.
+
+4-bit weights may travel packed and are unpacked in registers. A stage in flight is then a quarter to a third smaller,
+so that two programs share a multiprocessor and one can load while the other multiplies.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax.pallas.store import store
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
+
+HALF = TILE_K // 2
 
 
 def matmul(
@@ -23,7 +31,7 @@ def matmul(
     shifted: Int32[Array, " tiles"],
     shift: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
-    weight: Int8[Array, "N K"],
+    weight: Int8[Array, "N columns"],
     column_scale: Float32[Array, " N"],
     *,
     tiles: MatmulTiles,
@@ -39,16 +47,26 @@ def matmul(
     k_tiles = K // TILE_K
     emulated = interpret is not None
     accumulator = plgpu.Layout.MMA_ACC(jnp.int8)
-    tiling = plgpu.TilingTransform((8, TILE_K))  # type: ignore[abstract]
-    swizzle = plgpu.SwizzleTransform(TILE_K)  # type: ignore[abstract]
+    width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step, and the swizzle that suits them
+    tiling = plgpu.TilingTransform((8, width))  # type: ignore[abstract]
+    swizzle = plgpu.SwizzleTransform(width)  # type: ignore[abstract]
 
     def multiply(_, a, b, acc):
+        if emulated:
+            rhs = b[...].T
+        else:
+            rhs = plgpu.load(b.transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(jnp.int8), optimized=False)
+        if not tiles.packed:
+            return accumulate(acc, a, rhs)
+        for half in range(2):
+            levels = _nibbles(rhs, high=half == 1, emulated=emulated)
+            acc = accumulate(acc, a.at[:, pl.ds(half * HALF, HALF)], levels)
+        return acc
+
+    def accumulate(acc, a, rhs):
         if emulated:  # the interpreter has no mma
-            contraction = (((1,), (1,)), ((), ()))
-            return acc + lax.dot_general(a[...], b[...], contraction, preferred_element_type=jnp.int32)
-        lhs = plgpu.load(a, layout=plgpu.Layout.MMA_LHS(jnp.int8), optimized=False)
-        rhs = plgpu.load(b.transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(jnp.int8), optimized=False)
-        return plgpu.mma(acc, lhs, rhs)
+            return acc + jnp.matmul(a[...], rhs, preferred_element_type=jnp.int32)
+        return plgpu.mma(acc, plgpu.load(a, layout=plgpu.Layout.MMA_LHS(jnp.int8), optimized=False), rhs)
 
     def body(near, far, shifted, shift, row_scale, weight, column_scale, out):
         row_tile = lax.axis_index("row_tile")
@@ -57,9 +75,9 @@ def matmul(
         columns = pl.ds(lax.axis_index("column_tile") * tile_n, tile_n)
 
         def products(plane, acc):
-            def spec(height):
+            def spec(height, columns):
                 return plgpu.BlockSpec(
-                    (height, TILE_K),
+                    (height, columns),
                     lambda step: (0, step),
                     transforms=(tiling, swizzle),
                     oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
@@ -68,7 +86,7 @@ def matmul(
             pipeline = plgpu.emit_pipeline(
                 multiply,
                 grid=(k_tiles,),
-                in_specs=[spec(tile_m), spec(tile_n)],
+                in_specs=[spec(tile_m, TILE_K), spec(tile_n, width)],
                 max_concurrent_steps=tiles.stages,
                 init_carry=acc,
             )
@@ -92,3 +110,29 @@ def matmul(
         grid_names=("row_tile", "column_tile"),
         **({"interpret": interpret} if emulated else {}),
     )(near, far, shifted, shift, row_scale, weight, column_scale)
+
+
+def _nibbles(both: Int8[Array, "half N"], *, high: bool, emulated: bool) -> Int8[Array, "half N"]:
+    """16 times the levels in the high or low nibbles. Four to a word, since there is no 8-bit shift."""
+    if emulated:
+        return both & jnp.int8(-16) if high else lax.shift_left(both, jnp.int8(4))
+    layout = plgpu.Layout.MMA_RHS(jnp.int8)
+    result = plgpu.ShapeDtypeStruct(both.shape, both.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    def unpack(_, both):
+        word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+
+        def constant(value):
+            splat = ir.DenseElementsAttr.get_splat(word, ir.IntegerAttr.get(word.element_type, value))
+            return arith.constant(word, splat)  # type: ignore[arg-type]
+
+        four, mask = constant(4), constant(0xF0F0F0F0 - 2**32)
+        registers = np.empty_like(both.registers)
+        for index, register in np.ndenumerate(both.registers):
+            value = vector.bitcast(word, register)
+            value = arith.andi(value if high else arith.shli(value, four), mask)
+            registers[index] = vector.bitcast(register.type, value)
+        return type(both)(_registers=registers, _layout=both.layout, _is_signed=True)
+
+    return unpack(both)

@@ -13,7 +13,7 @@ TILE_K = 128
 class MatmulTiles:
     """One program computes tile_m x tile_n outputs with `stages` steps of TILE_K in flight.
 
-    With `packed`, two 4-bit weight levels travel in a byte and are unpacked in shared memory (sm90).
+    With `packed`, two 4-bit weight levels travel in a byte and are unpacked in shared memory (sm90) or registers.
     """
 
     tile_m: int
@@ -26,12 +26,12 @@ def matmul_tiles(target: Target, outputs: int, weight_bits: int) -> MatmulTiles:
     """Tiles for a product with `outputs` columns; the widest that divides them, or 64 of a padded matrix.
 
     int32 accumulators decide: 64 x 256 for each of two warpgroups on sm90 (128 registers per thread), 128 x 128 for
-    the one of sm80, 64 x 128 on sm89, whose shared memory holds 99 KiB. On sm90 a step reads a third less of the second
-    cache when 4-bit weights stay packed; below, the operands of mma are registers, and there is no 8-bit shift.
+    the one of sm80, 64 x 128 on sm89, whose shared memory holds 99 KiB. 4-bit weights stay packed: a step reads a
+    quarter to a third less of the second cache, and below sm90 two programs fit on a multiprocessor.
     """
     widths = (256, 128, 64) if target == "sm90" else (128, 64)
     tile_n = next((n for n in widths if outputs % n == 0), 64)
-    return MatmulTiles(64 if target == "sm89" else 128, tile_n, 3, target == "sm90" and weight_bits <= 4)
+    return MatmulTiles(64 if target == "sm89" else 128, tile_n, 3, weight_bits <= 4)
 
 
 SCAN_CHANNELS = 128
