@@ -13,10 +13,8 @@ from tiny_models import TINY, TOKENS
 from tolerances import FAKE_AGAINST_INTEGER, FAKE_AGAINST_INTEGER_16
 
 from ouromamba_jax.checkpoint import load, save
-from ouromamba_jax.evaluate import predict
 from ouromamba_jax.metrics import sqnr_db
 from ouromamba_jax.models import create_model, pure
-from ouromamba_jax.models.base import apply_stage
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.qtensor import max_level
 from ouromamba_jax.quantize import OPERANDS, QuantConfig, QuantLinear, QuantRule, QuantSelectiveScan, quantize
@@ -278,16 +276,6 @@ def test_quantising_is_deterministic_and_leaves_the_model_alone():
     assert nnx.graphdef(model) == graph
     other = quantize(model, images(3), QuantConfig.preset("w4a4", tune_epochs=2))[0]
     assert bits_of(other) != bits_of(low)
-
-
-def test_prediction_takes_the_programs_of_quantisation():
-    x, config = images(), QuantConfig.preset("w4a4", tune_epochs=0, batch_size=IMAGES)
-    low, _ = quantize(float_model(), x, config)
-    programs = apply_stage._cache_size()
-    predict(low, x, batch_size=IMAGES)
-    assert apply_stage._cache_size() == programs
-    predict(low, x, batch_size=IMAGES // 2)
-    assert apply_stage._cache_size() > programs
 
 
 @pytest.mark.slow

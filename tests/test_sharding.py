@@ -11,8 +11,9 @@ import pytest
 import tolerances
 from flax import nnx
 
-from ouromamba_jax import GenConfig, create_model, generate_images
+from ouromamba_jax import GenConfig, QuantConfig, create_model, generate_images, quantize
 from ouromamba_jax.evaluate import evaluate, predict
+from ouromamba_jax.models.base import apply_stage
 from ouromamba_jax.sharding import data_mesh
 
 TINY = dict(img_size=16, embed_dim=16, depth=2, d_state=4)
@@ -32,6 +33,18 @@ def everything() -> dict[str, np.ndarray]:
         accuracy=np.asarray([accuracy.top1, accuracy.top5, accuracy.images]),
         images=np.asarray(generated.images),
     )
+
+
+def test_prediction_takes_the_programs_of_quantisation():
+    """What is spread over one device is where the rest is, or all would compile twice."""
+    model = create_model("vim_micro", rngs=nnx.Rngs(1), **TINY)
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    low, _ = quantize(model, images, QuantConfig.preset("w4a4", tune_epochs=0, batch_size=4))
+    programs = apply_stage._cache_size()
+    predict(low, images, batch_size=4)
+    assert apply_stage._cache_size() == programs
+    predict(low, images, batch_size=2)
+    assert apply_stage._cache_size() > programs
 
 
 @pytest.mark.slow
