@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -16,18 +17,20 @@ from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 class _Runner:
     """A model ready for batches of one size: its stages on every device, the samples of a batch spread over them.
 
-    Stage by stage, what compiles is one block, however deep the model.
+    Stage by stage, what compiles is one block, however deep the model. On a single device all stays where it is: arrays
+    that were placed are others to `jax.jit`, which would compile the stages that `quantize` has run once more.
     """
 
     def __init__(self, model: VisionModel, batch_size: int):
         self.size, self.mesh = batch_size, data_mesh(batch_size)
-        parts = [nnx.split(stage) for _, stage in model.stages]
-        self.stages = [(graphdef, replicate(self.mesh, state)) for graphdef, state in parts]
+        self.stages = [nnx.split(stage) for _, stage in model.stages]
+        if self.mesh.size > 1:
+            self.stages = [(graphdef, replicate(self.mesh, state)) for graphdef, state in self.stages]
 
     def __call__(self, images: np.ndarray) -> Float[np.ndarray, "N classes"]:
         """Logits. A short batch is filled up with its first image, so that nothing is retraced."""
-        x = np.concatenate([images, np.repeat(images[:1], self.size - len(images), axis=0)])
-        x = split_samples(self.mesh, x)
+        batch = np.concatenate([images, np.repeat(images[:1], self.size - len(images), axis=0)])
+        x = split_samples(self.mesh, batch) if self.mesh.size > 1 else jnp.asarray(batch)
         for graphdef, state in self.stages:
             x = apply_stage(graphdef, state, x)
         return to_host(self.mesh, x)[: len(images)]

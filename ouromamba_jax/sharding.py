@@ -1,7 +1,4 @@
-"""Spreading a batch over all devices, of one host or many: a mesh with the one axis "data".
-
-On a mesh of one device arrays stay where JAX puts them, so that they share compiled programs with those never spread.
-"""
+"""Spreading a batch over all devices, of one host or many: a mesh with the one axis "data"."""
 
 import math
 from functools import partial
@@ -23,18 +20,14 @@ def split_samples(mesh: Mesh, tree: Any) -> Any:
     """Arrays cut along their first axis, a part per device; scalars everywhere."""
 
     def place(x: Any) -> Array:
-        return jax.device_put(x, _sharding(mesh, PartitionSpec("data") if np.ndim(x) else PartitionSpec()))
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data") if np.ndim(x) else PartitionSpec()))
 
     return jax.tree.map(place, tree)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """A whole copy of every array on every device."""
-    return jax.device_put(tree, _sharding(mesh, PartitionSpec()))
-
-
-def _sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding | None:
-    return NamedSharding(mesh, spec) if mesh.size > 1 else None
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -44,4 +37,4 @@ def _gather(mesh: Mesh, x: Array) -> Array:
 
 def to_host(mesh: Mesh, x: Array) -> np.ndarray:
     """All parts of x as one NumPy array, on every host."""
-    return np.asarray(_gather(mesh, x) if mesh.size > 1 else x)
+    return np.asarray(_gather(mesh, x))
