@@ -25,7 +25,7 @@ from ouromamba_jax.quantize import PRESETS, MemoryReport, QuantConfig, QuantLine
 BITS = tuple(PRESETS)
 HEADERS = ("images", "bits", "top-1", "agree", "SQNR", "sites", "outl.", "MB", "FP16/")
 """The table's columns, narrow enough for 80 characters; shares in %, SQNR of the logits and mean of the sites in dB."""
-ITERATIONS = 50
+ITERATIONS = 40
 UNTUNED = dict(tune_epochs=0)
 ROUND_TO_NEAREST = dict(detection="none", scale_search="max", **UNTUNED)
 
