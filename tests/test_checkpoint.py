@@ -183,12 +183,12 @@ def test_a_missing_checkpoint(tmp_path):
     ("text", "what"),
     [
         ("", "damaged"),
-        ('{"format": 2, "family"', "damaged"),
+        ('{"format": 3, "family"', "damaged"),
         ("\x00\x01", "damaged"),
         ("[1, 2]", "format None"),
         ("{}", "format None"),
-        ('{"format": 1}', "format 1; this version reads format 2, so save the model again"),
-        ('{"format": 2}', "does not describe a model"),
+        ('{"format": 1}', "format 1; this version reads format 3, so save the model again"),
+        ('{"format": 3}', "does not describe a model"),
     ],
 )
 def test_a_damaged_description(copy, text, what):
