@@ -75,7 +75,7 @@ def test_the_pipeline_from_images_to_scores(folder, capsys):
     assert "blocks.0.mixer.in_proj" in text
     assert "smaller than FP16" in text
 
-    status, text, _ = run(capsys, "evaluate", low, "--data", folder / "images.npz", "--batch-size", 4)
+    status, text, _ = run(capsys, "evaluate", low, "--data", folder / "images.npz", "--batch-size", 3)
     assert status == 0
     assert "top-5" in text
     status, text, _ = run(capsys, "inspect", low)
