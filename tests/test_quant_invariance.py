@@ -38,8 +38,7 @@ def case(family: str, sizes: tuple[int, ...], name: str, *, slow: bool = False, 
 CASES = [
     case("vim", (1, 3), "w4a4"),
     case("vim", (5,), "w8a8"),
-    case("vmamba", (), "w4a4"),
-    case("mambavision", (3,), "w4a4"),
+    *(case(family, (), "w4a4") for family in OTHERS),
     *(case("vim", (1, 2, 3, 5), name, slow=True, **fields) for name, fields in VARIANTS),
     *(case(family, (1, 2, 3, 5), name, slow=True, **fields) for family in OTHERS for name, fields in VARIANTS),
 ]
