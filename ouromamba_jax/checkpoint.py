@@ -31,7 +31,7 @@ from ouromamba_jax.qtensor import pack_int4, unpack_int4
 from ouromamba_jax.quantize.modules import Levels
 from ouromamba_jax.quantize.specs import apply_specs, quantized_specs, spec_from_json, spec_to_json
 
-_FORMAT = 3
+_FORMAT = 2
 
 
 class CheckpointError(ValueError):

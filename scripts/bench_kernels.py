@@ -21,7 +21,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -155,23 +155,18 @@ class Layer:
             return {name: (split(name), (x, scale)) for name in (OURS, XLA)}
         float_weight = jnp.asarray(rng.normal(size=(self.K, self.O)), jnp.float32)
         weight = quantize_array(float_weight, 4)
-        rows = weight.values.T  # as models keep them
 
         def matmul(name):
-            def product(split, rows):
-                levels = replace(weight, values=rows.T)
-                return outlier_matmul(split, levels, dtype=jnp.bfloat16, implementation=name)
-
-            return product
+            return lambda split, weight: outlier_matmul(split, weight, dtype=jnp.bfloat16, implementation=name)
 
         def linear(name):
-            return lambda x, scale, rows: matmul(name)(split(name)(x, scale), rows)
+            return lambda x, scale, weight: matmul(name)(split(name)(x, scale), weight)
 
         if self.operation == "matmul":
             levels = split(XLA)(x, scale)
-            calls = {name: (matmul(name), (levels, rows)) for name in (OURS, XLA)}
+            calls = {name: (matmul(name), (levels, weight)) for name in (OURS, XLA)}
         else:
-            calls = {name: (linear(name), (x, scale, rows)) for name in (OURS, XLA)}
+            calls = {name: (linear(name), (x, scale, weight)) for name in (OURS, XLA)}
         return {**calls, CUBLAS: (jnp.matmul, (x.reshape(-1, self.K), float_weight.astype(jnp.bfloat16)))}
 
 

@@ -183,12 +183,12 @@ def test_a_missing_checkpoint(tmp_path):
     ("text", "what"),
     [
         ("", "damaged"),
-        ('{"format": 3, "family"', "damaged"),
+        ('{"format": 2, "family"', "damaged"),
         ("\x00\x01", "damaged"),
         ("[1, 2]", "format None"),
         ("{}", "format None"),
-        ('{"format": 1}', "format 1; this version reads format 3, so save the model again"),
-        ('{"format": 3}', "does not describe a model"),
+        ('{"format": 1}', "format 1; this version reads format 2, so save the model again"),
+        ('{"format": 2}', "does not describe a model"),
     ],
 )
 def test_a_damaged_description(copy, text, what):
@@ -260,7 +260,7 @@ def test_a_quantised_description_of_another_model(tmp_path):
     refused(with_sites({**sites, "blocks.3.mixer.out_proj": sites[out_proj]}), "has no site 'blocks.3.mixer.out_proj'")
     refused(with_sites({k: v for k, v in sites.items() if k != out_proj}), f"{out_proj}.kernel is missing")
     refused(with_sites({}), "is missing")
-    refused(with_spec(out_proj, dict(weight_bits=8)), f"{out_proj}.levels is uint8[10, 40], not int8[20, 40]")
+    refused(with_spec(out_proj, dict(weight_bits=8)), f"{out_proj}.levels is uint8[20, 20], not int8[40, 20]")
     refused(with_spec(out_proj, dict(weight_bits=9)), "weight_bits must be 2 to 8")
     refused(with_spec(out_proj, dict(weight_group=4)), f"{out_proj}.weight_scale is float32[1, 20]")
     refused(with_spec(out_proj, dict(bits=4)), "bits")

@@ -106,8 +106,7 @@ class QuantLinear(nnx.Module):
     ):
         self.spec = spec
         self.dtype = dtype
-        # Rows are outputs: GPU kernels read runs of inputs, and the CPU's product takes either at the same speed.
-        self.levels = Levels(weight.values.T, bits=weight.bits)
+        self.levels = Levels(weight.values, bits=weight.bits)
         self.weight_scale = Scale(weight.scale)
         self.bias = None if bias is None else nnx.Param(bias)
         self.act = ActQuantizer(scales, spec.config)
@@ -115,7 +114,7 @@ class QuantLinear(nnx.Module):
     @property
     def weight(self) -> QTensor:
         config = self.spec.config
-        return QTensor(self.levels[...].T, self.weight_scale[...], bits=config.weight_bits, group=config.weight_group)
+        return QTensor(self.levels[...], self.weight_scale[...], bits=config.weight_bits, group=config.weight_group)
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
         split = self.act.split(as_tokens(x))
