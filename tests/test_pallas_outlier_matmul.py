@@ -284,11 +284,13 @@ def test_the_widest_tile_that_divides_the_outputs(outputs, width):
 @pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("config", [OutlierConfig(), OutlierConfig(act_bits=8, outlier_bits=16)], ids=["8", "16"])
-@pytest.mark.parametrize(("K", "O"), [(768, 3072), (1536, 768), (192, 384), (384, 56)])
-def test_on_the_device(name, K, O, config, bits):
+@pytest.mark.parametrize(
+    ("B", "K", "O"), [(32, 768, 3072), (32, 1536, 768), (32, 192, 384), (1, 384, 768), (7, 384, 56)]
+)
+def test_on_the_device(name, B, K, O, config, bits):
     """The compiled kernel itself, at the layers of Vim."""
     rng = np.random.default_rng(7)
-    x = rng.normal(size=(32, 197, K)) * np.where(rng.random((32, 197, K)) < 0.001, 100, 1)
+    x = rng.normal(size=(B, 197, K)) * np.where(rng.random((B, 197, K)) < 0.001, 100, 1)
     x = jnp.asarray(x.astype(np.float32))
     split = split_outliers(x, search_token_scales(x, config), config)
     weight = quantize_array(jnp.asarray(rng.normal(size=(K, O)).astype(np.float32)), bits)

@@ -111,8 +111,8 @@ def run(
     O = weight.shape[1]
     target = target or device_target()
     tiles = tiles or matmul_tiles(target, O, weight.bits)
-    # At least one tile of rows, then any number of them.
-    height = (tiles.tile_m,) if tiles.tile_m > B * L else (1,)
+    # At least one tile of rows, then whole eights of them: Mosaic copies no tile that starts between two.
+    height = (tiles.tile_m if tiles.tile_m > B * L else 8,)
     near, far = (_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far))
     rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
     shifted = shifted_tiles(rows[0], tiles.tile_m)

@@ -49,7 +49,7 @@ def matmul(
     dtype: Any = jnp.float32,
     interpret=None,
 ) -> Float[Array, "M N"]:
-    """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m, K % 128 = 0 = N % tile_n.
+    """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m; 8, 128, tile_n divide M, K, N.
 
     Args:
       shifted: 1 for each tile of rows that holds a shift, else 0: `far` is not read there.
