@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
@@ -220,19 +220,27 @@ IMPORTED = (
 DUMPS = ("MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS")
 
 
+@contextlib.contextmanager
+def compiling_for(target: str) -> Iterator[Any]:
+    """A sharding of arrays on this device, which is the default one meanwhile; this machine need not have it."""
+    import jax
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=DEVICES[target].topology())
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    with jax.default_device(topology.devices[0]):  # this sets the capability that Mosaic compiles for
+        yield jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
 def compile_one(kernel: str, target: str, output: str) -> None:
     """Compiles, with all that is printed in the file `output`."""
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import jax
-    from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=DEVICES[target].topology())
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     build, arguments = KERNELS[kernel]
-    with jax.default_device(topology.devices[0]):  # this sets the capability that Mosaic compiles for
+    with compiling_for(target) as sharding:
         run, shapes = build(*arguments)
         specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
         jax.jit(run).lower(*specs).compile()

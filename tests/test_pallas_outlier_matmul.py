@@ -1,7 +1,8 @@
 """The outlier matmul's kernels in interpret mode: every backend gives the reference's bits, without races.
 
 Tests marked gpu, here and in the other files, run the compiled kernels on one GPU, in one process (of two, each would
-reserve most of its memory): JAX_PLATFORMS=cuda python -m pytest -m gpu -n 0.
+reserve most of its memory): JAX_PLATFORMS=cuda python -m pytest -m gpu -n 0. With --emulate sm80, sm89 or sm90 they run
+what was compiled for that architecture on a CPU (tests/ptx).
 """
 
 from dataclasses import replace
@@ -287,9 +288,10 @@ def test_the_widest_tile_that_divides_the_outputs(outputs, width):
 @pytest.mark.parametrize(
     ("B", "K", "O"), [(32, 768, 3072), (32, 1536, 768), (32, 192, 384), (1, 384, 768), (7, 384, 56)]
 )
-def test_on_the_device(name, B, K, O, config, bits):
-    """The compiled kernel itself, at the layers of Vim."""
+def test_on_the_device(name, B, K, O, config, bits, request):
+    """The compiled kernel itself, at the layers of Vim; of one image where it is emulated."""
     rng = np.random.default_rng(7)
+    B = 1 if request.config.getoption("emulate") else B
     x = rng.normal(size=(B, 197, K)) * np.where(rng.random((B, 197, K)) < 0.001, 100, 1)
     x = jnp.asarray(x.astype(np.float32))
     split = split_outliers(x, search_token_scales(x, config), config)

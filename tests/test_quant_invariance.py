@@ -11,9 +11,11 @@ from tiny_models import FAMILIES, quantised
 
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.models.layers import DotProductAttention, LayerNorm, RMSNorm
-from ouromamba_jax.quantize import OPERANDS, QuantConfig, modules
+from ouromamba_jax.quantize import OPERANDS, QuantConfig, QuantRule, modules
 
 BATCH = 8
+IN_THREES = (QuantRule(r"^(stem|patch_embed)\.", weight_group=3),)
+"""Groups that divide the inputs of a convolution of three colours: 27 of a stem."""
 VARIANTS = (
     ("w4a4", {}),
     ("w4a8", {}),
@@ -23,15 +25,16 @@ VARIANTS = (
     ("w4a4", dict(threshold="offline", sigma=2.0)),
     ("w4a4", dict(detection="static")),
     ("w4a4", dict(operands=OPERANDS, rules=())),
-    ("w4a4", dict(weight_group=2, rules=())),
-    ("w4a8", dict(weight_group=2, rules=())),
+    ("w4a4", dict(weight_group=2, rules=IN_THREES)),
+    ("w4a8", dict(weight_group=2, rules=IN_THREES)),
 )
 OTHERS = ("vmamba", "mambavision")
 
 
 def case(family: str, sizes: tuple[int, ...], name: str, *, slow: bool = False, **fields):
     config = dataclasses.replace(QuantConfig.preset(name), **fields)
-    words = [family, name, *map(str, fields.items()), *(["in every split"] if slow else [])]
+    shown = [str(item) for item in fields.items() if item != ("rules", IN_THREES)]
+    words = [family, name, *shown, *(["in every split"] if slow else [])]
     return pytest.param(family, config, sizes, id=" ".join(words), marks=[pytest.mark.slow] if slow else [])
 
 
