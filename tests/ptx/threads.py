@@ -65,7 +65,8 @@ class Threads:
         self.count = int(np.prod(launch.grid)) * program.threads
         self.number = np.arange(self.count)
         self.thread, self.block = self.number % program.threads, self.number // program.threads
-        self.warps = [np.flatnonzero(self.thread // 32 == w) for w in range(program.threads // 32)]
+        warps = [np.flatnonzero(self.thread // 32 == w) for w in range(program.threads // 32)]
+        self.warpgroups = [warps[n : n + 4] for n in range(0, len(warps), 4)]
         self.registers: dict[str, np.ndarray] = {}
         self.at = np.zeros(self.count, np.int64)
         self.done, self.blocked = np.zeros(self.count, bool), np.zeros(self.count, bool)
@@ -106,12 +107,8 @@ class Threads:
         """
         with np.errstate(all="ignore"):
             while not self.done.all():
-                self.progress = False
-                for warp in self.random.permutation(len(self.warps)):
-                    self.blocked[self.warps[warp]] = False
-                    while self._advance(self.warps[warp]):
-                        pass
-                if not (self._release() or self.progress):
+                started = [self._exhaust(self.warpgroups[n]) for n in self.random.permutation(len(self.warpgroups))]
+                if not any(started):
                     if not self.events:
                         waiting = {self.program.instructions[at].text for at in self.at[~self.done]}
                         raise Fault(f"threads wait for ever: {sorted(waiting)}")
@@ -121,6 +118,19 @@ class Threads:
             raise Fault("the kernel ended before its copies or products")
         placed = list(zip(self.starts, self.arrays, strict=True))[self.arguments :]
         return [self.memory[start:][: array.nbytes].view(array.dtype).reshape(array.shape) for start, array in placed]
+
+    def _exhaust(self, warps: list[np.ndarray]) -> bool:
+        """Runs a warpgroup's warps until all of them wait for others; whether one of them moved."""
+        moved = False
+        while True:
+            self.progress = False
+            for warp in self.random.permutation(len(warps)):
+                self.blocked[warps[warp]] = False
+                while self._advance(warps[warp]):
+                    pass
+            if not (self._release() or self.progress):
+                return moved
+            moved = True
 
     def _advance(self, warp: np.ndarray) -> bool:
         """Runs those threads of a warp that are furthest behind, up to a jump, a wait or a place where others join."""
