@@ -54,6 +54,7 @@ INTEGERS = {
     "shr.u32 %r3, %r2, 5;": lambda x: x >> np.uint32(5),
     "shr.s32 %r3, %r2, 40;": lambda x: (x.view(np.int32) >> 31).view(np.uint32),
     "shl.b32 %r3, %r2, 32;": lambda x: 0 * x,
+    "bfe.u32 %r3, %r2, 3, 9;": lambda x: x >> np.uint32(3) & np.uint32(511),
     "prmt.b32 %r3, %r2, 0, 0x3210U;": lambda x: x,
     "prmt.b32 %r3, %r2, 0, 0xbbb3U;": lambda x: (x & 0xFF000000) >> 24 | np.where(x >> 31, np.uint32(0xFFFFFF00), 0),
     "cvt.s8.s32 %rs1, %r2; cvt.s32.s16 %r3, %rs1;": lambda x: x.astype(np.int8).astype(np.int32).view(np.uint32),

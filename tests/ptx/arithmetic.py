@@ -96,6 +96,15 @@ def shift(threads, i):
     return step
 
 
+@operation("bfe")
+def bfe(threads, i):
+    """`length` bits from bit `start` on, fewer than all; unsigned."""
+    if i.op[1] not in ("u32", "u64"):
+        raise NotImplementedError(i.text)
+    one = register_type(i).type(1)
+    return elementwise(threads, i, register_type(i), lambda x, start, length: x >> start & ((one << length) - one))
+
+
 COMPARISONS = {
     **{name: getattr(operator, name) for name in ("eq", "lt", "le", "gt", "ge")},
     "ne": lambda a, b: (a < b) | (a > b),

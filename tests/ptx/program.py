@@ -120,18 +120,18 @@ class Launch:
 
 def parse_host(text: str) -> Launch:
     """The launch that a Mosaic kernel's host code (LLVM, one straight line) prepares."""
-    (body,) = re.findall(r"define void @\w+\(ptr %0, ptr %1\) \{\n(.*?)\n\}", text, re.DOTALL)[:1]
-    return _Host().run(body)
+    arguments, body = re.search(r"^define \w+ @\w+\((.*?)\) \{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE).groups()
+    return _Host([argument.split()[-1] for argument in split_list(arguments)]).run(body)
 
 
 SIZES = {"ptr": 8, "i64": 8, "i32": 4, "i8": 1}
 
 
 class _Host:
-    """Pointers are (object, offset in bytes); an array's pointer, loaded from those in %1, is its number."""
+    """Pointers are (object, offset in bytes); an array's pointer, loaded through the last argument, is its number."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {"%0": ("spec", 0), "%1": ("arrays", 0)}
+    def __init__(self, arguments: list[str]) -> None:
+        self.values: dict[str, Any] = {**{name: (name, 0) for name in arguments}, arguments[-1]: ("arrays", 0)}
         self.memory: dict[tuple, Any] = {}
         self.maps: dict[tuple, TensorMap] = {}
 
@@ -148,7 +148,7 @@ class _Host:
             if op == "call":
                 function, arguments = re.search(r"@(\w+)\((.*)\)", rest).groups()
                 arguments = [self.value(x) for x in split_list(arguments)]
-                if function == "mosaic_gpu_build_kernel_spec":
+                if function in ("mosaic_gpu_build_kernel_spec", "mosaic_gpu_launch_kernel"):  # of jax 0.12, 0.11
                     return self.launch(*arguments)
                 self.tensor_map(*arguments)
             else:
@@ -159,10 +159,9 @@ class _Host:
         if op == "store":
             self.memory[self.value(args[1])] = self.value(args[0])
         elif op == "load":
-            kind, offset = self.value(args[1])
-            return (
-                offset // 8 if kind == "arrays" else self.memory.get((kind, offset))
-            )  # None: the maps as bytes, unused
+            kind, offset = where = self.value(args[1])
+            # Where there is nothing, these are the bytes of tensor maps, which are known by where they lie.
+            return offset // 8 if kind == "arrays" else self.memory.get(where, where)
         elif op == "alloca":
             return name, 0
         elif op == "getelementptr":
@@ -189,11 +188,11 @@ class _Host:
         )
         self.maps[where] = TensorMap(array, sizes, strides, window, swizzle)
 
-    def launch(self, _spec, x, y, z, *rest) -> Launch:
-        *_, shared_bytes, _, count, (pointers, _), _ = rest
+    def launch(self, *arguments) -> Launch:
+        grid, shared_bytes, (pointers, _) = arguments[1:4], arguments[10], arguments[13]
         parameters = []
-        for k in range(count):
-            where = self.memory[pointers, 8 * k]
-            maps = [m for (base, _), m in sorted(self.maps.items(), key=lambda x: x[0][1]) if base == where[0]]
-            parameters.append(maps or self.memory[where])
-        return Launch((x, y, z), shared_bytes, parameters)
+        while where := self.memory.get((pointers, 8 * len(parameters))):
+            value = self.memory.get(where, where)
+            maps = {offset: m for (base, offset), m in self.maps.items() if (base, 0) == value}
+            parameters.append([maps[offset] for offset in sorted(maps)] or value)
+        return Launch(grid, shared_bytes, parameters)
