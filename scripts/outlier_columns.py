@@ -61,11 +61,12 @@ def rows_of(name: str, bits: str) -> list[list]:
         split: load_images("digits", split, model.config.img_size, model.config.preprocessing, limit=IMAGES).images
         for split in ("train", "test")
     }
-    quantised, _ = oj.quantize(model, images["train"], oj.QuantConfig.preset(bits, tune_epochs=0))
+    config = oj.QuantConfig.preset(bits, tune_epochs=0)
+    quantised, _ = oj.quantize(model, images["train"], config)
     kinds = {
         id(module.act): path.rsplit(".", 1)[-1]
         for path, module in named_modules(quantised)
-        if isinstance(module, QuantLinear) and module.spec.config.act_bits <= 4
+        if isinstance(module, QuantLinear) and module.spec.config.act_bits == config.act_bits  # no stem, no head
     }
     found = defaultdict(list)
     split = ActQuantizer.split
@@ -78,12 +79,11 @@ def rows_of(name: str, bits: str) -> list[list]:
 
     with mock.patch.object(ActQuantizer, "split", recording):
         quantised(images["test"])
-    return [
-        [f"{name} {kind}", int(inputs), *(100 * shares), time]
-        for kind, sites in found.items()
-        for inputs, *shares, time in [np.mean(sites, axis=0)]
-        for shares in [np.array(shares)]
-    ]
+    rows = []
+    for kind, sites in found.items():
+        inputs, *shares, time = np.mean(sites, axis=0)
+        rows.append([f"{name} {kind}", int(inputs), *(100 * share for share in shares), time])
+    return rows
 
 
 def main() -> None:
