@@ -205,9 +205,9 @@ def speed_rows(timings: Mapping[str, Timing], batch_size: int) -> list[list[str 
     ]
 
 
-def quantize_untuned(model: VisionModel, preset: str, **overrides: Any) -> VisionModel:
+def quantize_untuned(model: VisionModel, preset: str) -> VisionModel:
     """`model` at a preset's bits, calibrated on one Gaussian image: fit to be timed, not to be used."""
-    config = QuantConfig.preset(preset, tune_epochs=0, scale_search="max", **overrides)
+    config = QuantConfig.preset(preset, tune_epochs=0, scale_search="max")
     return quantize(model, random_images(model, 1, seed=1), config)[0]
 
 

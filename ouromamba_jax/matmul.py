@@ -18,10 +18,9 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 from ouromamba_jax import triton_matmul
 from ouromamba_jax.fixed_order import guard_product
 from ouromamba_jax.outlier_types import OutlierSplit
-from ouromamba_jax.outliers import merge
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
-from ouromamba_jax.qtensor import QTensor, divide
+from ouromamba_jax.qtensor import QTensor, divide, power_of_two_shift
 
 FRACTION_BITS = 12
 """16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""
@@ -91,41 +90,28 @@ def _fixed_point_outliers(
 ) -> Float[Array, "B L O"]:
     """16-bit outliers: inliers and outliers of a token as one 16-bit fixed-point row, multiplied as two int8 planes.
 
-    The row's step is S * 2^(j-12) with the smallest j >= 0 at which its largest entry fits. Inliers are exact, since
-    j <= 12; an outlier is off by half a step, 2^-15 of the largest entry. A token with an outlier beyond 32639 S takes
-    a float product instead.
+    The row's step is S * 2^k with the smallest k >= -12 at which its largest entry fits. An outlier is off by half a
+    step, 2^-15 of the largest entry. So is an inlier beside an outlier beyond 32639 S, where k > 0; others are exact.
     """
-    S = jnp.broadcast_to(split.inlier_scale[None, :, None], (*split.outlier_scale.shape, 1))
-    largest = jnp.maximum(divide(_largest(split.far.astype(jnp.float32)), S), _largest(split.near).astype(jnp.float32))
-    _, exponent = jnp.frexp(largest / kernel.LARGEST_FIXED_POINT)  # largest <= limit * 2^exponent
-    shift = jnp.clip(-exponent, 0, FRACTION_BITS)  # 12 - j
-    fits = largest <= kernel.LARGEST_FIXED_POINT  # false for NaN and infinity
-    step = jnp.ldexp(S, -shift)
-    shift, step, fits = lax.optimization_barrier((shift, step, fits))  # once per row, not again for every entry
-    outliers = jnp.round(divide(split.far.astype(jnp.float32), step))
-    fixed = jnp.where(fits, outliers, 0.0).astype(jnp.int16)
-    value = lax.optimization_barrier(jnp.left_shift(split.near.astype(jnp.int16), shift.astype(jnp.int16)) + fixed)
+    S, far = split.inlier_scale[None, :, None], split.far.astype(jnp.float32)
+    largest = jnp.frexp(jnp.maximum(_largest(far), _largest(split.near).astype(jnp.float32) * S))
+    limit = jnp.frexp(S * (kernel.LARGEST_FIXED_POINT / 2**15))
+    k = largest[1] - limit[1] - 15 + (largest[0] > limit[0]).astype(jnp.int32)  # largest <= 32639 S 2^k
+    finite = jnp.isfinite(split.outlier_scale)[:, :, None]
+    step = jnp.ldexp(jnp.broadcast_to(S, k.shape), jnp.maximum(k, -FRACTION_BITS))
+    left, right = jnp.clip(-k, 0, FRACTION_BITS).astype(jnp.int16), jnp.clip(k, 0, 14).astype(jnp.int16)
+    left, right, step, finite = lax.optimization_barrier((left, right, step, finite))  # not again for every entry
+    half = jnp.right_shift(jnp.left_shift(jnp.ones_like(right), right), 1)
+    inliers = jnp.right_shift(jnp.left_shift(split.near.astype(jnp.int16), left) + half, right)
+    outliers = jnp.where(finite, jnp.round(divide(far, step)), 0.0).astype(jnp.int16)
+    value = lax.optimization_barrier(inliers + outliers)
     planes = jnp.stack([jnp.right_shift(value + 128, 8), value]).astype(jnp.int8)  # the low one wraps to -128..127
-
-    def fixed_point():
-        return multiply(planes, step, weight)
-
-    def some_in_floats():
-        y = fixed_point()
-        return jnp.where(fits, y, _float_product(merge(split), weight.dequantize()).astype(y.dtype))
-
-    fits = fits & jnp.isfinite(split.outlier_scale)[:, :, None]
-    return lax.cond(jnp.all(fits), fixed_point, some_in_floats)
+    return multiply(planes, jnp.where(finite, step, jnp.nan), weight)
 
 
 def _largest(x: Array) -> Array:
     """Largest magnitude over the last axis, kept as 1; two reductions take less time than writing |x| for one."""
     return jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -jnp.min(x, axis=-1, keepdims=True))
-
-
-def _float_product(x: Float32[Array, "B L K"], weight: Float32[Array, "K O"]) -> Float32[Array, "B L O"]:
-    """Sample by sample, since the bits of a float product may depend on the number of rows."""
-    return lax.map(lambda rows: jnp.matmul(rows, weight, precision=lax.Precision.HIGHEST), x)
 
 
 def _xla(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
@@ -141,19 +127,13 @@ def _xla(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32) -> Floa
 def _one_launch(
     launch: Callable[..., Array], split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32
 ) -> Float[Array, "B L O"]:
-    """One kernel with one accumulator; a token whose shift could overflow it sends the call to XLA.
-
-    16-bit outliers take it, or two, for their planes, and XLA for tokens beyond fixed point.
-    """
+    """One kernel; 16-bit outliers take it once or twice, for their planes."""
     if split.has_float_outliers:
         return _fixed_point_outliers(split, weight, partial(kernel.fixed_point, launch, dtype=dtype))
-    shift, fits = kernel.shifts(split, kernel.largest_shift(weight.shape[0], weight.bits))
-
-    def accumulate():
-        rows = jnp.where(jnp.isnan(split.outlier_scale), split.outlier_scale, split.inlier_scale[None])
-        return launch(kernel.Planes(split.near, split.far, shift, rows), weight, dtype=dtype)
-
-    return lax.cond(fits, accumulate, lambda: _xla(split, weight, dtype))
+    outlier_scale, inlier_scale = split.outlier_scale, split.inlier_scale[None]
+    shift = power_of_two_shift(outlier_scale, inlier_scale)
+    rows = jnp.where(jnp.isfinite(outlier_scale), inlier_scale, outlier_scale)
+    return launch(kernel.Planes(split.near, split.far, shift, rows), weight, dtype=dtype)
 
 
 def _mosaic_gpu(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32, **options) -> Float[Array, "B L O"]:
@@ -164,11 +144,10 @@ def _triton(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32) -> F
     return _one_launch(triton_matmul.run, split, weight, dtype)
 
 
-# In order of preference. "xla" is the reference and supports everything; the others compile for GPUs but have not run
-# on one yet: only their names choose them.
+# In order of preference. "xla" is the reference and supports everything, so that only its name chooses what follows it.
 BACKENDS: dict[str, Backend] = {
-    "xla": Backend(lambda split, weight, dtype: None, _xla),
     "mosaic_gpu": Backend(kernel.supports, _mosaic_gpu),
+    "xla": Backend(lambda split, weight, dtype: None, _xla),
     "triton": Backend(triton_matmul.supports, _triton),
 }
 

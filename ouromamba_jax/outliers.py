@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int8
 
 from ouromamba_jax.outlier_detection import find_outliers
 from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
+from ouromamba_jax.pallas import outlier_split as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level, power_of_two_ratio
 
@@ -117,19 +118,10 @@ def _round_to_int8(ratio: Float32[Array, "..."]) -> Int8[Array, "..."]:
     return lax.bitcast_convert_type(ratio + 1.5 * 2**23, jnp.int32).astype(jnp.int8)
 
 
-def _kernel():
-    from ouromamba_jax.pallas import outlier_split  # here, since Mosaic, which it needs, takes a while to import
-
-    return outlier_split
-
-
-# In order of preference: "xla" supports every call. "mosaic_gpu" compiles for GPUs but has not run on one yet: only its
-# name chooses it.
+# In order of preference. "xla" is the reference and supports every call.
 BACKENDS: dict[str, Backend] = {
+    "mosaic_gpu": Backend(kernel.supports, kernel.split),
     "xla": Backend(lambda x, config: None, _xla),
-    "mosaic_gpu": Backend(
-        lambda *call: _kernel().supports(*call), lambda *call, **rest: _kernel().split(*call, **rest)
-    ),
 }
 
 

@@ -102,9 +102,8 @@ def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
             raise ValueError(f"{name} must be split in {groups} groups, as many as B has, not in {len(array.splits)}.")
 
 
-# In order of preference; B and C come grouped. "xla" supports every call. "mosaic_gpu" compiles for GPUs but has not
-# run on one yet: only its name chooses it.
+# In order of preference; B and C come grouped. "xla" is the reference and supports every call.
 BACKENDS: dict[str, Backend] = {
-    "xla": Backend(supports=lambda **call: None, run=scan_xla.run),
     "mosaic_gpu": Backend(kernel.supports, scan_mosaic.run),
+    "xla": Backend(supports=lambda **call: None, run=scan_xla.run),
 }

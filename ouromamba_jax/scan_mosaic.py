@@ -15,28 +15,21 @@ def run(
 ) -> ScanOutput:
     """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA.
 
-    Levels are int8 unless a token has shifted outliers. Then the kernel takes all of them in float32: the arithmetic is
-    the same, so a sample's result does not depend on its batch mates.
+    u and delta are read as levels if they have them. B and C are merged first: they are few bytes, but every thread
+    would convert all of a token's, 32 for its 16 exponentials.
     """
-    u, delta, B, C = (x if isinstance(x, SplitOperand) and x.has_levels else floats(x) for x in (u, delta, B, C))
-    split = [x for x in (u, delta, B, C) if isinstance(x, SplitOperand)]
+    B, C = floats(B), floats(C)
+    u, delta = (x if isinstance(x, SplitOperand) and x.has_levels else floats(x) for x in (u, delta))
 
-    def launch(dtype):
-        def levels(x):
-            return x.levels(dtype) if isinstance(x, SplitOperand) else x
+    def step(x):
+        return kernel.Step(x.steps, x.far, x.ratio) if isinstance(x, SplitOperand) else None
 
-        scales = kernel.Scales(*(x.steps if isinstance(x, SplitOperand) else None for x in (u, delta, B, C)))
-        return kernel.run(
-            levels(u), levels(delta), A, levels(B), levels(C), D, z=z, delta_bias=delta_bias,
-            delta_softplus=delta_softplus, h0=h0, reverse=reverse, with_starts=collect is not None, scales=scales,
-            **options,
-        )  # fmt: skip
-
-    if split:
-        unshifted = jnp.all(jnp.stack([x.unshifted() for x in split]))
-        y, h_last, starts = jax.lax.cond(unshifted, lambda: launch(jnp.int8), lambda: launch(jnp.float32))
-    else:
-        y, h_last, starts = launch(None)
+    levels = kernel.Steps(u=step(u), delta=step(delta))
+    near = (x.near if isinstance(x, SplitOperand) else x for x in (u, delta))
+    y, h_last, starts = kernel.run(
+        *near, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0, reverse=reverse,
+        with_starts=collect is not None, levels=levels, **options,
+    )  # fmt: skip
     y = y.astype(u.dtype)
     if starts is None:
         return ScanOutput(y, h_last, None)

@@ -1,4 +1,4 @@
-"""A rounded operand of the selective scan as integers: what its GPU kernel reads instead of floats."""
+"""A rounded operand of the selective scan as integers, which its GPU kernel can read instead of floats."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Float32, Int8
 
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.outliers import merge
@@ -39,29 +39,31 @@ class SplitOperand:
 
     @property
     def has_levels(self) -> bool:
-        """Whether `levels` exist: outliers that are floats ("16 bits") or on a step of their own ("free") have none."""
+        """Whether outliers are levels, too, on a multiple of the inliers' step: not "free", nor floats ("16 bits")."""
         return all(split.pow2 for split in self.splits)
 
-    def levels(self, dtype: Any) -> Array:
-        """The array in units of `steps`: whole numbers, but for inliers that share a token with shifted outliers.
+    @property
+    def near(self) -> Int8[Array, "B L *axes"]:
+        """Levels on the inliers' step: all of a token's, unless its outliers are shifted."""
+        return self._stack("near").reshape(self.shape)
 
-        float32 holds them all; int8 is for arrays that are `unshifted`.
-        """
-        near = jnp.stack([split.near for split in self.splits], axis=2).astype(dtype)
-        if dtype == jnp.int8:
-            return near.reshape(self.shape)
-        far = jnp.stack([split.far for split in self.splits], axis=2).astype(dtype)
-        ratio = jnp.stack([split.step_ratio for split in self.splits], axis=2)
-        return (near * ratio[..., None] + far).reshape(self.shape)
+    @property
+    def far(self) -> Int8[Array, "B L *axes"]:
+        """Levels of shifted outliers, on `steps`."""
+        return self._stack("far").reshape(self.shape)
 
     @property
     def steps(self) -> Float32[Array, "B L G"]:
         """Step of each token's outliers, which is the inliers' too unless they are shifted."""
-        return jnp.stack([split.outlier_scale for split in self.splits], axis=2)
+        return self._stack("outlier_scale")
 
-    def unshifted(self) -> Bool[Array, ""]:
-        """Whether inliers and outliers share a step in every token."""
-        return ~jnp.any(jnp.stack([split.shifted for split in self.splits]))
+    @property
+    def ratio(self) -> Float32[Array, "B L G"]:
+        """Inliers' step over `steps`."""
+        return self._stack("step_ratio")
+
+    def _stack(self, name: str) -> Array:
+        return jnp.stack([getattr(split, name) for split in self.splits], axis=2)
 
 
 def floats(x: Array | SplitOperand) -> Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ouromamba_jax.outlier_types import OutlierSplit
+from ouromamba_jax.pallas import accumulators
 from ouromamba_jax.pallas import outlier_matmul as mosaic
 from ouromamba_jax.pallas.device import default_device, device_target
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, matmul_tiles
@@ -45,8 +46,10 @@ def _missing() -> str | None:
     return f"it needs jax-triton {VERSION} and found {installed} (pip install 'ouromamba_jax[triton]')"
 
 
-def run(planes: mosaic.Planes, weight: QTensor, *, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
-    """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32."""
+def run(
+    planes: mosaic.Planes, weight: QTensor, *, dtype: Any = jnp.float32, limit: int | None = None
+) -> Float[Array, "B L O"]:
+    """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32; `limit` as in the Mosaic `run`."""
     import jax_triton  # here, because it is optional, and sets environment variables
 
     from ouromamba_jax.triton_matmul_kernel import matmul
@@ -54,16 +57,17 @@ def run(planes: mosaic.Planes, weight: QTensor, *, dtype: Any = jnp.float32) -> 
     B, L, K = planes.near.shape
     O = weight.shape[1]
     tiles = launch_tiles(O)
+    limit = mosaic.largest_shift(K, 8) if limit is None else limit
     capability = default_device().compute_capability.replace(".", "")
     y = jax_triton.triton_call(
-        *operands(planes, weight, tiles),
+        *operands(planes, weight, tiles, limit),
         kernel=matmul,
         out_shape=jax.ShapeDtypeStruct((B * L, O), dtype),
         grid=(-(-B * L // tiles.tile_m), -(-O // tiles.tile_n)),
         compute_capability=int(capability),  # jax-triton would ask the driver, which a compiling machine may lack
         num_stages=tiles.stages,
         num_warps=warps(tiles),
-        **constants(B * L, O, K, tiles),
+        **constants(B * L, O, K, tiles, limit),
     )
     return y.reshape(B, L, O)
 
@@ -78,7 +82,7 @@ def warps(tiles: MatmulTiles) -> int:
     return 8 if tiles.tile_m * tiles.tile_n >= 128 * 128 else 4
 
 
-def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles) -> tuple[Array, ...]:
+def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles, limit: int) -> tuple[Array, ...]:
     """The kernel's inputs: planes of whole K-blocks, tiles that hold a shift, rows, the weight with K last, columns."""
     near, far, shift, row_scale = planes
     far = near if far is None else far  # not read: every shift is 0
@@ -87,11 +91,11 @@ def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles) -> tupl
     values = jnp.pad(weight.values.T, [(0, 0), (0, -K % TILE_K)])
     shift, row_scale = shift.reshape(M), row_scale.reshape(M)
     # A last tile that is not full begins where it does in the kernel: at a multiple of the tile.
-    shifted = mosaic.shifted_tiles(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m)
+    shifted = mosaic.shifted_tiles(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m, limit)
     return near, far, shifted, shift, row_scale, values, weight.scale[0]
 
 
-def constants(rows: int, outputs: int, inputs: int, tiles: MatmulTiles) -> dict[str, int]:
+def constants(rows: int, outputs: int, inputs: int, tiles: MatmulTiles, limit: int) -> dict[str, int]:
     """What the kernel is compiled for."""
-    shape = {"M": rows, "N": outputs, "K": inputs + -inputs % TILE_K}
-    return shape | {"TILE_M": tiles.tile_m, "TILE_N": tiles.tile_n, "TILE_K": TILE_K}
+    shape = {"M": rows, "N": outputs, "K": inputs + -inputs % TILE_K, "LIMIT": limit}
+    return shape | {"TILE_M": tiles.tile_m, "TILE_N": tiles.tile_n, "TILE_K": TILE_K, "PART": accumulators.COLUMNS}

@@ -1,4 +1,4 @@
-"""The Triton kernel of the outlier matmul: one launch, one int32 accumulator. Importing it imports Triton."""
+"""The Triton kernel of the outlier matmul: one launch, in most tiles one accumulator. Importing it imports Triton."""
 
 import triton
 import triton.language as tl
@@ -17,39 +17,67 @@ def matmul(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    LIMIT: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
+    PART: tl.constexpr,
 ):
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for W (N, K) and K a multiple of TILE_K.
 
     As in the Mosaic kernels the outlier blocks come first, only in a tile that holds a shift; then every row is
-    shifted, then come the blocks of `near`, which every tile has: the integers are exact. Rows and columns beyond M and
-    N are read as the last ones and not written.
+    shifted, then come the blocks of `near`, which every tile has: the integers are exact. A tile with a shift beyond
+    LIMIT takes two accumulators, PART columns at a time. Rows and columns beyond M and N are read as the last ones and
+    not written.
     """
     row_tile = tl.program_id(0)
     rows = row_tile * TILE_M + tl.arange(0, TILE_M)
-    columns = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    first_column = tl.program_id(1) * TILE_N
     read_rows = tl.minimum(rows, M - 1)
-    read_columns = tl.minimum(columns, N - 1)
     inner = tl.arange(0, TILE_K)
     planes = read_rows[:, None] * K + inner[None, :]
-    weights = weight_ptr + read_columns[None, :] * K + inner[:, None]
+    power = tl.load(shift_ptr + read_rows)
+    row_scale = tl.load(row_scale_ptr + read_rows)
+    shifted = tl.load(shifted_ptr + row_tile)
 
-    accumulator = tl.full((TILE_M, TILE_N), 0, tl.int32)
-    for step in range(tl.load(shifted_ptr + row_tile) * (K // TILE_K)):
-        block = step * TILE_K
-        accumulator = tl.dot(
-            tl.load(far_ptr + planes + block), tl.load(weights + block), accumulator, out_dtype=tl.int32
-        )
-    accumulator = accumulator << tl.load(shift_ptr + read_rows)[:, None]
-    for step in range(K // TILE_K):
-        block = step * TILE_K
-        accumulator = tl.dot(
-            tl.load(near_ptr + planes + block), tl.load(weights + block), accumulator, out_dtype=tl.int32
-        )
-
-    y = accumulator.to(tl.float32) * tl.load(row_scale_ptr + read_rows)[:, None]
-    y = y * tl.load(column_scale_ptr + read_columns)[None, :]
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    tl.store(out_ptr + rows[:, None] * N + columns[None, :], y, mask=inside)
+    if shifted < 2:
+        columns = first_column + tl.arange(0, TILE_N)
+        read_columns = tl.minimum(columns, N - 1)
+        weights = weight_ptr + read_columns[None, :] * K + inner[:, None]
+        accumulator = tl.full((TILE_M, TILE_N), 0, tl.int32)
+        for step in range(shifted * (K // TILE_K)):
+            block = step * TILE_K
+            accumulator = tl.dot(
+                tl.load(far_ptr + planes + block), tl.load(weights + block), accumulator, out_dtype=tl.int32
+            )
+        accumulator = accumulator << power[:, None]
+        for step in range(K // TILE_K):
+            block = step * TILE_K
+            accumulator = tl.dot(
+                tl.load(near_ptr + planes + block), tl.load(weights + block), accumulator, out_dtype=tl.int32
+            )
+        y = accumulator.to(tl.float32) * row_scale[:, None] * tl.load(column_scale_ptr + read_columns)[None, :]
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        tl.store(out_ptr + rows[:, None] * N + columns[None, :], y, mask=inside)
+    else:
+        beyond = power > LIMIT
+        up = ((127 + power) << 23).to(tl.float32, bitcast=True)
+        down = ((127 - power) << 23).to(tl.float32, bitcast=True)
+        scale = tl.where(beyond, row_scale * up, row_scale)
+        for part in range(TILE_N // PART):
+            columns = first_column + part * PART + tl.arange(0, PART)
+            read_columns = tl.minimum(columns, N - 1)
+            weights = weight_ptr + read_columns[None, :] * K + inner[:, None]
+            outliers = tl.full((TILE_M, PART), 0, tl.int32)
+            inliers = tl.full((TILE_M, PART), 0, tl.int32)
+            for step in range(K // TILE_K):
+                block = step * TILE_K
+                levels = tl.load(weights + block)
+                outliers = tl.dot(tl.load(far_ptr + planes + block), levels, outliers, out_dtype=tl.int32)
+                inliers = tl.dot(tl.load(near_ptr + planes + block), levels, inliers, out_dtype=tl.int32)
+            exact = (outliers << tl.where(beyond, 0, power)[:, None]) + inliers
+            rounded = outliers.to(tl.float32) + inliers.to(tl.float32) * down[:, None]
+            y = tl.where(beyond[:, None], rounded, exact.to(tl.float32)) * scale[:, None]
+            y = y * tl.load(column_scale_ptr + read_columns)[None, :]
+            inside = (rows < M)[:, None] & (columns < N)[None, :]
+            tl.store(out_ptr + rows[:, None] * N + columns[None, :], y, mask=inside)

@@ -18,8 +18,7 @@ outliers take a second int8 product). Trained models have other outliers.
 (`bench.preferring`), then says what share of the time on the kernels goes into finding and splitting outliers, into
 products, into scans and into the rest. A model that fails is recorded with its error, and the next one starts.
 
-W8A8 has 8-bit outliers there, since no kernel splits 16-bit ones; the first and last layer keep those, which XLA
-splits and a kernel multiplies. What a kernel refuses runs on XLA: "kernels" counts its calls in the compiled program.
+What a kernel refuses runs on XLA: "kernels" counts the kernels' calls in the compiled program.
 Not run on a GPU yet: no time and no number is known.
 """
 
@@ -117,9 +116,9 @@ def bench_quantised(
 
 
 def gpu_models(name: str, bits: list[str], **overrides: Any) -> dict[str, nnx.Module]:
-    """A bfloat16 model and its quantised versions, with outliers that the kernels take."""
+    """A bfloat16 model and its quantised versions."""
     model = create_model(name, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, **overrides)
-    return {FLOAT: model, **{preset: quantize_untuned(model, preset, outlier_bits=8) for preset in bits}}
+    return {FLOAT: model, **{preset: quantize_untuned(model, preset) for preset in bits}}
 
 
 def bench_gpu(models: dict[str, nnx.Module], batch: int, repeats: int) -> tuple[list[list], list[list]]:

@@ -101,13 +101,15 @@ def matmul(
     return run, [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
 
-def split(channels: int, scale: str, dtype: str = "float32") -> tuple[Callable, list]:
+def split(
+    channels: int, scale: str, dtype: str = "float32", act_bits: int = 4, outlier_bits: int = 8
+) -> tuple[Callable, list]:
     import jax
 
     from ouromamba_jax.outlier_types import OutlierConfig
     from ouromamba_jax.outliers import split_outliers
 
-    config = OutlierConfig(outlier_scale=scale)  # type: ignore[arg-type]
+    config = OutlierConfig(act_bits, outlier_bits, outlier_scale=scale)  # type: ignore[arg-type]
     shapes = [((BATCH, TOKENS, channels), dtype), ((TOKENS,), "float32")]
     return (
         lambda x, scale: split_outliers(x, scale, config, implementation="mosaic_gpu"),
@@ -154,7 +156,7 @@ def scan_gradient(channels: int, states: int, groups: int, dtype: str, collect: 
 
 
 def scan_levels(channels: int, states: int, groups: int, dtype: str = "float32") -> tuple[Callable, list]:
-    """As quantised models call it: u in floats; delta, B and C in levels, int8 or, with shifted outliers, float32."""
+    """As quantised models call it: u in floats; delta, B and C in levels, of which delta's enter the kernel."""
     import jax
 
     from ouromamba_jax.outlier_types import OutlierSplit
@@ -190,6 +192,7 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     "split 768 pow2": (split, (768, "pow2")),
     "split 3072 pow2 bf16": (split, (3072, "pow2", "bfloat16")),
     "split 192 free": (split, (192, "free")),
+    "split 768 A8 16-bit bf16": (split, (768, "pow2", "bfloat16", 8, 16)),
     # Directions of Vim, MambaVision and VMamba: groups of 96 channels are padded, the 3136 tokens of stage 1 cut in 4
     "scan 1536x16 bf16": (scan, (1536, 16, 1, "bfloat16")),
     "scan 160x8": (scan, (160, 8, 1)),

@@ -21,6 +21,7 @@ CASES = {
     "free": (7, 256, OutlierConfig(outlier_scale="free")),
     "w6": (12, 33, OutlierConfig(act_bits=6, n_refresh=4, sigma=2.0)),
     "offline": (11, 70, OutlierConfig(threshold="offline")),
+    "floats": (12, 130, OutlierConfig(act_bits=8, outlier_bits=16, n_refresh=5)),
     "single": (3, 5, OutlierConfig(n_refresh=1, outlier_bits=5, sigma=1.0)),
 }
 
@@ -61,8 +62,9 @@ def test_the_kernel_gives_the_reference(name, implementation):
         assert 0 < float(jnp.mean(expected.mask.astype(jnp.float32))) < 0.5
 
 
-def test_bfloat16_activations(implementation):
-    L, C, config = CASES["pow2"]
+@pytest.mark.parametrize("name", ["pow2", "floats"])
+def test_bfloat16_activations(name, implementation):
+    L, C, config = CASES[name]
     x = activations(np.random.default_rng(4), L, C, 30)
     assert assert_same(implementation, x.astype(jnp.bfloat16), search_token_scales(x, config), config).mask.any()
 
@@ -94,8 +96,6 @@ def test_reasons_against_a_call():
     scale = jnp.ones(4)
     with pytest.raises(ValueError, match="'mosaic_gpu' cannot run this call: it is Algorithm 2 itself"):
         split_outliers(x, scale, OutlierConfig(detection="none"), implementation="mosaic_gpu")
-    with pytest.raises(ValueError, match="16-bit outliers stay floats"):
-        split_outliers(x, scale, OutlierConfig(outlier_bits=16), implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="10000 channels do not fit"):
         split_outliers(jnp.zeros((1, 4, 10000)), scale, OutlierConfig(), implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="it needs an NVIDIA GPU"):

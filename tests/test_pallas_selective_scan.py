@@ -15,7 +15,7 @@ from ouromamba_jax import scan, scan_mosaic
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.dispatch import Backend
-from ouromamba_jax.pallas.selective_scan import Scales
+from ouromamba_jax.pallas.selective_scan import Step, Steps
 from ouromamba_jax.pallas.selective_scan_forward import forward
 from ouromamba_jax.pallas.tiles import ScanTiles
 from ouromamba_jax.quantize import QuantConfig
@@ -30,26 +30,41 @@ def assert_near(value, expected, tolerance=tolerances.SCAN_VALUE["float32"]):
     assert error <= tolerance * np.abs(np.asarray(expected)).max()
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["all", "u_and_C"])
-def test_levels_count_in_steps_of_their_token_and_group(whole):
-    """(B, L, G) scales; with `whole` all four inputs are levels, otherwise two of them."""
+def random_levels(rng, shape, groups, *, far=False):
+    """Levels, what they stand for, and the floats that those are; with `far`, with outliers on larger steps."""
+    batch, length = shape[:2]
+    level, outlier = (rng.integers(-127, 128, size=shape) for _ in range(2))
+    size = rng.uniform(0.002, 0.02, size=(batch, length, groups))
+    ratio = 2.0 ** -rng.integers(0, 4, size=size.shape) if far else np.ones(size.shape)
+    is_far = rng.random(shape) < (0.2 if far else 0)
+    level, outlier = np.where(is_far, 0, level), np.where(is_far, outlier, 0)
+
+    def by_group(x):
+        return x.reshape(batch, length, groups, -1)
+
+    floats = (by_group(level) * ratio[..., None] + by_group(outlier)) * size[..., None]
+    step = Step(jnp.asarray(size, jnp.float32))
+    if far:
+        step = step._replace(far=jnp.asarray(outlier, jnp.int8), ratio=jnp.asarray(ratio, jnp.float32))
+    return jnp.asarray(level, jnp.int8), step, jnp.asarray(floats.reshape(shape), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("names", "far"), [(("u", "delta", "B", "C"), ("u", "delta")), (("u", "C"), ())], ids=["all", "u_and_C"]
+)
+def test_levels_count_in_steps_of_their_token_and_group(names, far):
     rng = np.random.default_rng(0)
     batch, length, D, N, groups = 2, 5, 256, 8, 2
-    names = ("u", "delta", "B", "C") if whole else ("u", "C")
-    shapes = {"u": (D,), "delta": (D,), "B": (groups, N), "C": (groups, N)}
-    levels, scales, floats = {}, {}, {}
-    for name, shape in shapes.items():
-        level = rng.integers(-127, 128, size=(batch, length, *shape)).astype(np.int8)
-        scale = rng.uniform(0.002, 0.02, size=(batch, length, groups)).astype(np.float32)
-        per_group = level.reshape(batch, length, groups, -1).astype(np.float32) * scale[..., None]
-        floats[name] = jnp.asarray(per_group.reshape(level.shape))
-        levels[name] = jnp.asarray(level) if name in names else floats[name]
-        scales[name] = jnp.asarray(scale) if name in names else None
+    inputs, steps, floats = {}, {}, {}
+    for name, shape in {"u": (D,), "delta": (D,), "B": (groups, N), "C": (groups, N)}.items():
+        level, step, floats[name] = random_levels(rng, (batch, length, *shape), groups, far=name in far)
+        inputs[name] = level if name in names else floats[name]
+        steps |= {name: step} if name in names else {}
     A = -jnp.exp(jnp.asarray(rng.normal(size=(D, N)).astype(np.float32)))
     skip = jnp.asarray(rng.normal(size=D).astype(np.float32))
     y, h_last, starts = forward(
-        levels["u"], levels["delta"], A, levels["B"], levels["C"], skip,
-        delta_softplus=True, scales=Scales(**scales), interpret=INTERPRET,
+        inputs["u"], inputs["delta"], A, inputs["B"], inputs["C"], skip,
+        delta_softplus=True, levels=Steps(**steps), interpret=INTERPRET,
     )  # fmt: skip
     expected = selective_scan(
         floats["u"], floats["delta"], A, floats["B"], floats["C"], skip, delta_softplus=True, implementation="xla"
@@ -63,7 +78,7 @@ def test_levels_count_in_steps_of_their_token_and_group(whole):
 @pytest.mark.parametrize("levels", [False, True], ids=["floats", "levels"])
 @pytest.mark.parametrize(("states", "dtype"), [(8, "float32"), (8, "bfloat16"), (1, "bfloat16")])
 def test_the_forward_pass_alone(states, dtype, levels):
-    """No state is saved for a gradient; with `levels`, floats u beside the others in int8, as quantised models call."""
+    """No state is saved for a gradient; with `levels`, floats u beside delta in int8, as quantised models call."""
     rng = np.random.default_rng(4)
     batch, length, D = 2, 5, 20
 
@@ -72,15 +87,12 @@ def test_the_forward_pass_alone(states, dtype, levels):
 
     x = {"u": normal(batch, length, D), "delta": normal(batch, length, D)}
     x |= {name: normal(batch, length, 1, states) for name in "BC"}
-    floats, scales = dict(x), Scales()
+    floats, steps = dict(x), Steps()
     if levels:
-        steps = {name: jnp.asarray(rng.uniform(0.01, 0.02, (batch, length, 1)), "float32") for name in ("delta", *"BC")}
-        x |= {name: jnp.asarray(rng.integers(-127, 128, size=x[name].shape), jnp.int8) for name in steps}
-        wide = {name: s.reshape(batch, length, *[1] * (x[name].ndim - 2)) for name, s in steps.items()}
-        floats |= {name: x[name].astype("float32") * wide[name] for name in steps}
-        scales = Scales(**steps)
+        x["delta"], step, floats["delta"] = random_levels(rng, (batch, length, D), 1, far=True)
+        steps = Steps(delta=step)
     A = -jnp.exp(jnp.asarray(rng.normal(size=(D, states)), "float32"))
-    y, h_last, starts = kernel.run(**x, A=A, delta_softplus=True, scales=scales, interpret=INTERPRET)
+    y, h_last, starts = kernel.run(**x, A=A, delta_softplus=True, levels=steps, interpret=INTERPRET)
     expected = selective_scan(**floats, A=A, delta_softplus=True, implementation="xla")
     assert starts is None
     assert y.dtype == jnp.dtype(dtype)
@@ -117,7 +129,6 @@ INTERPRETED = partial(scan_mosaic.run, tiles=ScanTiles(piece=1, chunk=2, segment
 
 
 def test_a_sample_in_levels_keeps_its_bits_beside_one_with_shifted_outliers():
-    """The batch then takes the kernel with levels in float32; without it, that with int8."""
     u, A = jax.random.normal(jax.random.key(0), (2, 6, 20)), -jnp.linspace(0.5, 2.0, 20)[:, None]
     run = jax.jit(partial(split_scan, INTERPRETED))
     alike = run(jnp.zeros((2, 6), jnp.int32), STEPS, u, A)

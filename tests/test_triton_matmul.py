@@ -88,7 +88,7 @@ def test_no_more_entries_than_its_indices_count(shape, outputs, dtype, fits, mon
 def test_it_compiles_without_a_gpu(target, outputs, inputs, out, tmp_path):
     """At the layers of Vim: int8 tensor cores, no spill, no call, no more shared memory than there is."""
     tiles = matmul_tiles(target, outputs, 8)
-    constants = triton_matmul.constants(6304, outputs, inputs, tiles)
+    constants = triton_matmul.constants(6304, outputs, inputs, tiles, limit=5)
     source = ASTSource(
         matmul,
         signature=POINTERS | {"out_ptr": out} | dict.fromkeys(constants, "constexpr"),

@@ -34,6 +34,11 @@ SCAN_VALUE_GPU = {"float32": 1e-4, "bfloat16": 8e-3}
 and at most once in all decays. The roundings above come on top: 7e-5 in all. bfloat16 hides that."""
 SCAN_GRADIENT_GPU = {"float32": 2e-4, "bfloat16": 8e-3}
 """As above, over at most 50 tokens 3e-5 in the states and in the adjoint, in sums of a third of their terms' size."""
+LOGITS_GPU = {"float": 1e-4, "quantised": 0.015}
+"""Of models whose scans run on a GPU's kernels, relative to the largest logit. Behind a quantiser the difference of a
+scan vanishes, or moves an entry across the edge between two levels: one of 15 in a row of 20 entries."""
+SITE_SQNR_GPU = 0.1
+"""Decibels at a site of some hundred entries: one on the edge between two levels may take either."""
 
 # models (test_models), on values of size about 1
 REORDERED = 5e-6

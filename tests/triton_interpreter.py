@@ -6,6 +6,7 @@ import numpy as np
 from triton.runtime import interpreter
 
 from ouromamba_jax import triton_matmul
+from ouromamba_jax.pallas import outlier_matmul
 from ouromamba_jax.pallas.tiles import MatmulTiles
 from ouromamba_jax.triton_matmul_kernel import matmul
 
@@ -45,17 +46,18 @@ class HostTensor:
     copy_ = set_
 
 
-def run(planes, weight, *, dtype=jnp.float32):
+def run(planes, weight, *, dtype=jnp.float32, limit=None):
     """As `triton_matmul.run`, inside jit as well."""
     B, L, K = planes.near.shape
     O = weight.shape[1]
     out = jax.ShapeDtypeStruct((B * L, O), jnp.float32)
-    operands = triton_matmul.operands(planes, weight, TILES)
-    y = jax.pure_callback(lambda *arrays: _launch(arrays, out, K), out, *operands)
+    limit = outlier_matmul.largest_shift(K, 8) if limit is None else limit
+    operands = triton_matmul.operands(planes, weight, TILES, limit)
+    y = jax.pure_callback(lambda *arrays: _launch(arrays, out, K, limit), out, *operands)
     return y.reshape(B, L, O).astype(dtype)
 
 
-def _launch(arrays, out, inputs):
+def _launch(arrays, out, inputs, limit):
     y = np.full(out.shape, np.nan, np.float32)
     tensors = [HostTensor(np.array(x)) for x in (*arrays, y)]
     grid = (-(-y.shape[0] // TILES.tile_m), -(-y.shape[1] // TILES.tile_n))
@@ -68,7 +70,7 @@ def _launch(arrays, out, inputs):
     interpreter._patch_lang_tensor = patch_with_index
     try:
         kernel = interpreter.InterpretedFunction(matmul.fn)
-        kernel[grid](*tensors, **triton_matmul.constants(*y.shape, inputs, TILES))
+        kernel[grid](*tensors, **triton_matmul.constants(*y.shape, inputs, TILES, limit))
     finally:
         interpreter._patch_lang_tensor = patch
     return tensors[-1].array

@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
-from ouromamba_jax.qtensor import QTensor, max_level, power_of_two_shift
+from ouromamba_jax.qtensor import QTensor, max_level
 
 INT32_MAX = 2**31 - 1
 LARGEST_FIXED_POINT = 127 * 256 + 127
@@ -29,7 +29,7 @@ class Planes(NamedTuple):
     Attributes:
       near, far: int8 levels in units of s_in and of s_in * 2^shift. far is zero where shift is (or row_scale NaN), and
         None if every shift is 0.
-      shift: so small that int32 holds the sum; up to `largest_shift` it always does.
+      shift: j, at most 126.
       row_scale: s_in, or NaN for a token with non-finite values.
     """
 
@@ -58,24 +58,15 @@ def supports(split: OutlierSplit, weight: QTensor, dtype: Any) -> str | None:
     return device_reason()
 
 
-def shifts(split: OutlierSplit, limit: int) -> tuple[Int32[Array, "B L"], Bool[Array, ""]]:
-    """j of every token, s_out = s_in * 2^j, and whether all are at most `limit`. Tokens with a NaN scale have j = 0."""
-    power = power_of_two_shift(split.outlier_scale, split.inlier_scale[None])
-    fits = (power <= limit) & ~jnp.isinf(split.outlier_scale)
-    return jnp.where(fits, power, 0), jnp.all(fits)
+def shifted_tiles(shift: Int32[Array, " M"], tile_m: int, limit: int) -> Int32[Array, " tiles"]:
+    """Of each tile of rows 0 if it holds no shift, 1 if it does, 2 if one is larger than `limit`.
 
-
-def shifted_tiles(shift: Int32[Array, " M"], tile_m: int) -> Int32[Array, " tiles"]:
-    """1 for each tile of rows that holds a shift, else 0: elsewhere `far` is zero, or the result NaN whatever is read.
-
-    The last tile of a ragged M starts at M - tile_m.
+    Where it is 0, `far` is zero, or the result NaN whatever is read. The last tile of a ragged M starts at M - tile_m.
     """
-    M = shift.shape[0]
-    whole = M // tile_m
-    used = jnp.max(shift[: whole * tile_m].reshape(whole, tile_m), axis=1) > 0
-    if M % tile_m:
-        used = jnp.append(used, jnp.max(shift[M - tile_m :]) > 0)
-    return used.astype(jnp.int32)
+    largest = jnp.max(_pad_to(shift, (tile_m,)).reshape(-1, tile_m), axis=1)
+    if shift.shape[0] % tile_m:  # the last one shares rows with the one before
+        largest = jnp.maximum(largest, jnp.pad(largest[-2:-1], (largest.shape[0] - 1, 0)))
+    return (largest > 0).astype(jnp.int32) + (largest > limit).astype(jnp.int32)
 
 
 def pack_halves(weight: Int8[Array, "N K"]) -> Int8[Array, "N half"]:
@@ -94,6 +85,7 @@ def run(
     weight: QTensor,
     *,
     dtype: Any = jnp.float32,
+    limit: int | None = None,
     target: Target | None = None,
     tiles: MatmulTiles | None = None,
     interpret: Any = None,
@@ -102,6 +94,7 @@ def run(
 
     Args:
       dtype: of the result, float32 or bfloat16.
+      limit: up to which shift int32 holds the sum; None takes `largest_shift`.
       target, tiles: the default device's kernel and its tiles, unless given.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
@@ -115,12 +108,13 @@ def run(
     height = (tiles.tile_m if tiles.tile_m > B * L else 8,)
     near, far = (_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far))
     rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
-    shifted = shifted_tiles(rows[0], tiles.tile_m)
+    limit = largest_shift(K, weight.bits) if limit is None else limit
+    shifted = shifted_tiles(rows[0], tiles.tile_m, limit)
     values = _pad_to(weight.values.T, (tiles.tile_n, TILE_K))
     columns = _pad_to(weight.scale[0], (tiles.tile_n,))
-    if tiles.packed:  # unpacked by masks, without a shift back
-        values, columns = pack_halves(values), columns * 0.0625
-    launch = partial(_kernel(target, interpret), tiles=tiles, dtype=dtype, interpret=interpret)
+    if tiles.packed:
+        values = pack_halves(values)
+    launch = partial(_kernel(target, interpret), tiles=tiles, largest_shift=limit, dtype=dtype, interpret=interpret)
     y = launch(near, far, shifted, *rows, values, columns)
     return y[: B * L, :O].reshape(B, L, O)
 
@@ -146,7 +140,7 @@ def fixed_point(
     if weight.shape[0] * max_level(weight.bits) * LARGEST_FIXED_POINT <= INT32_MAX:
         shift = jnp.full(step.shape[:2], 8, jnp.int32)
         unpacked = replace(weight, bits=8)  # a byte each: packed levels count sixteenfold
-        return launch(Planes(low, high, shift, step[:, :, 0]), unpacked, dtype=dtype)
+        return launch(Planes(low, high, shift, step[:, :, 0]), unpacked, dtype=dtype, limit=8)
     both = jnp.concatenate([high, low])
     none, ones = jnp.zeros(both.shape[:2], jnp.int32), jnp.ones(both.shape[:2], jnp.float32)
     products = launch(Planes(both, None, none, ones), replace(weight, scale=jnp.ones_like(weight.scale)))

@@ -1,7 +1,8 @@
 """Ampere and Ada kernel of the outlier matmul: cp.async, int8 mma.sync, one int32 accumulator in registers.
 
 One warpgroup per output tile. As on Hopper the tile's outlier steps come first (`far`, only if one of its rows
-holds a shift), then a shift of every row, then the steps of `near`, which every tile has: the integers are exact.
+holds a shift), then a shift of every row, then the steps of `near`, which every tile has: the integers are exact. A
+tile with a shift that int32 is too small for takes two accumulators, a few columns at a time.
 `near` is dense int8 although these GPUs multiply 4-bit integers at twice the speed: 4-bit inliers and an int8 product
 of the outliers' channels take 0.76 to 1.09 times as long at best (`scripts/outlier_columns.py`; dt_proj, of few inputs
 and no outliers, aside), before any channel is gathered.
@@ -22,6 +23,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
+from ouromamba_jax.pallas import accumulators
 from ouromamba_jax.pallas.store import store
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 
@@ -38,6 +40,7 @@ def matmul(
     column_scale: Float32[Array, " N"],
     *,
     tiles: MatmulTiles,
+    largest_shift: int,
     dtype: Any = jnp.float32,
     interpret=None,
 ) -> Float[Array, "M N"]:
@@ -72,12 +75,11 @@ def matmul(
         return plgpu.mma(acc, plgpu.load(a, layout=plgpu.Layout.MMA_LHS(jnp.int8), optimized=False), rhs)
 
     def body(near, far, shifted, shift, row_scale, weight, column_scale, out):
-        row_tile = lax.axis_index("row_tile")
+        row_tile, first_column = lax.axis_index("row_tile"), lax.axis_index("column_tile") * tile_n
         # The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike.
         rows = pl.ds(jnp.minimum(row_tile * tile_m, M - tile_m), tile_m)
-        columns = pl.ds(lax.axis_index("column_tile") * tile_n, tile_n)
 
-        def products(plane, acc):
+        def products(plane, columns, acc):
             def spec(height, columns):
                 return plgpu.BlockSpec(
                     (height, columns),
@@ -89,22 +91,40 @@ def matmul(
             pipeline = plgpu.emit_pipeline(
                 multiply,
                 grid=(k_tiles,),
-                in_specs=[spec(tile_m, TILE_K), spec(tile_n, width)],
+                in_specs=[spec(tile_m, TILE_K), spec(columns.size, width)],
                 max_concurrent_steps=tiles.stages,
                 init_carry=acc,
             )
             return pipeline(plane.at[rows], weight.at[columns])
 
-        acc = plgpu.layout_cast(jnp.zeros((tile_m, tile_n), jnp.int32), accumulator)
-        acc = lax.fori_loop(0, shifted[row_tile], lambda _, acc: products(far, acc), acc)
-        power = plgpu.load(shift.at[rows], layout=accumulator.reduce(1), optimized=False)
-        acc = lax.shift_left(acc, lax.broadcast_in_dim(power, acc.shape, [0]))
-        acc = products(near, acc)
-        scale = plgpu.load(row_scale.at[rows], layout=accumulator.reduce(1), optimized=False)
-        w = plgpu.load(column_scale.at[columns], layout=accumulator.reduce(0), optimized=False)
-        y = acc.astype(jnp.float32) * lax.broadcast_in_dim(scale, acc.shape, [0])
-        y = y * lax.broadcast_in_dim(w, acc.shape, [1])
-        store(out.at[rows, columns], y)
+        def zeros(columns):
+            return plgpu.layout_cast(jnp.zeros((tile_m, columns.size), jnp.int32), accumulator)
+
+        def per_row(ref):
+            return plgpu.load(ref.at[rows], layout=accumulator.reduce(1), optimized=False)
+
+        def write(y, columns):
+            w = plgpu.load(column_scale.at[columns], layout=accumulator.reduce(0), optimized=False)
+            w = w * 0.0625 if tiles.packed else w
+            store(out.at[rows, columns], y * lax.broadcast_in_dim(w, y.shape, [1]))
+
+        @pl.when(shifted[row_tile] < 2)
+        def _one_accumulator():
+            columns = pl.ds(first_column, tile_n)
+            acc = lax.fori_loop(0, shifted[row_tile], lambda _, acc: products(far, columns, acc), zeros(columns))
+            acc = lax.shift_left(acc, lax.broadcast_in_dim(per_row(shift), acc.shape, [0]))
+            acc = products(near, columns, acc)
+            write(acc.astype(jnp.float32) * lax.broadcast_in_dim(per_row(row_scale), acc.shape, [0]), columns)
+
+        @pl.when(shifted[row_tile] == 2)
+        def _two_accumulators():
+            def part(i, _):
+                columns = pl.ds(first_column + i * accumulators.COLUMNS, accumulators.COLUMNS)
+                outliers, inliers = (products(plane, columns, zeros(columns)) for plane in (far, near))
+                y = accumulators.add(outliers, inliers, per_row(shift), per_row(row_scale), largest_shift)
+                write(y, columns)
+
+            lax.fori_loop(0, tile_n // accumulators.COLUMNS, part, None)
 
     return plgpu.kernel(
         body,

@@ -2,7 +2,8 @@
 
 A program walks tiles of the output. One warpgroup copies K-steps into shared memory, two multiply, 64 rows each. A
 tile's outlier steps come first (`far`, only if one of its rows holds a shift), then every row of the accumulator is
-shifted left by its own power, then come the steps of `near`, which every tile has. The integers are exact.
+shifted left by its own power, then come the steps of `near`, which every tile has. The integers are exact. A tile with
+a shift that int32 is too small for walks both planes for every 64 of its columns, with two accumulators.
 
 4-bit weights may travel packed. wgmma wants int8 in shared memory, so the copying warpgroup also unpacks each step,
 one behind its copies: a byte's high nibble is 16 times its level already, the low one is after a shift.
@@ -17,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
+from ouromamba_jax.pallas import accumulators
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 
 COMPUTE_WARPGROUPS = 2
@@ -45,6 +47,7 @@ def matmul(
     column_scale: Float32[Array, " N"],
     *,
     tiles: MatmulTiles,
+    largest_shift: int,
     programs: int,
     dtype: Any = jnp.float32,
     interpret=None,
@@ -52,8 +55,10 @@ def matmul(
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m; 8, 128, tile_n divide M, K, N.
 
     Args:
-      shifted: 1 for each tile of rows that holds a shift, else 0: `far` is not read there.
-      weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; its levels then count sixteenfold.
+      shifted: of each tile of rows, from `outlier_matmul.shifted_tiles`: 0 if it holds no shift, so that `far` is not
+        read; 1 if it does; 2 if one is larger than `largest_shift`.
+      weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; unpacked they count sixteenfold.
+      largest_shift: up to which int32 holds the sum.
       dtype: of the result.
       programs: how many run, one per multiprocessor.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
@@ -75,6 +80,13 @@ def matmul(
         def corner(tile):
             """The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike."""
             return jnp.minimum((tile // n_tiles) * tile_m, M - tile_m), lax.rem(tile, n_tiles) * tile_n
+
+        def far_steps(tile):
+            return jnp.minimum(shifted[tile // n_tiles], 1) * k_tiles
+
+        def rounds(tile):
+            """How often a tile's planes are walked: for each part of its columns if it takes two accumulators."""
+            return jnp.where(shifted[tile // n_tiles] == 2, parts, 1)
 
         def each_tile(body):
             mine = pl.cdiv(tile_count - program, programs)
@@ -120,9 +132,13 @@ def matmul(
                 return step + 1
 
             def tile(index, step):
-                (m, n), row = corner(index), index // n_tiles
-                step = lax.fori_loop(0, shifted[row] * k_tiles, lambda i, step: fetch(far, m, n, i, step), step)
-                return lax.fori_loop(0, k_tiles, lambda i, step: fetch(near, m, n, i, step), step)
+                m, n = corner(index)
+
+                def planes(_, step):
+                    step = lax.fori_loop(0, far_steps(index), lambda i, step: fetch(far, m, n, i, step), step)
+                    return lax.fori_loop(0, k_tiles, lambda i, step: fetch(near, m, n, i, step), step)
+
+                return lax.fori_loop(0, rounds(index), planes, step)
 
             def drain(step, _):
                 plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
@@ -140,7 +156,9 @@ def matmul(
         def _multiply():
             plgpu.set_max_registers(224 if tiles.packed else 232, action="increase")
 
-            def products(acc, first, count):
+            def products(acc, first, count, outputs=None):
+                outputs = pl.ds(0, tile_n) if outputs is None else outputs
+
                 def step(step, _):
                     slot = lax.rem(step, stages)
                     plgpu.barrier_wait(full.at[slot])
@@ -151,11 +169,11 @@ def matmul(
                         plgpu.barrier_wait(ready.at[pair])
                         for half in range(2):
                             columns = pl.ds(half * HALF, HALF)
-                            plgpu.wgmma(acc, a_rows.at[:, columns], b.at[pair, half].transpose((1, 0)))
+                            plgpu.wgmma(acc, a_rows.at[:, columns], b.at[pair, half, outputs].transpose((1, 0)))
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(used.at[pair])
                     else:
-                        plgpu.wgmma(acc, a_rows, b.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(acc, a_rows, b.at[slot, outputs].transpose((1, 0)))
                         plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(empty.at[slot])
 
@@ -163,38 +181,58 @@ def matmul(
                 return acc[...]
 
             def tile(index, step):
-                m, n = corner(index)
-                m, count = m + warpgroup * rows, shifted[index // n_tiles] * k_tiles
-                per_row = plgpu.Layout.WGMMA.reduce(1)
-                power = plgpu.load(shift.at[pl.ds(m, rows)], layout=per_row, optimized=False)
-                power = lax.broadcast_in_dim(power, (rows, tile_n), [0])
-                accumulator = plgpu.ACC((rows, tile_n), jnp.int32)
+                (m, n), count = corner(index), far_steps(index)
+                m = m + warpgroup * rows
+                power, scale = (
+                    plgpu.load(ref.at[pl.ds(m, rows)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                    for ref in (shift, row_scale)
+                )
 
-                def accumulate(acc):
-                    acc[...] = lax.shift_left(products(acc, step, count), power)
-                    return products(acc, step + count, k_tiles)
+                def across(x, columns):
+                    return lax.broadcast_in_dim(x, (rows, columns), [0])
 
-                if emulated:  # the interpreter cannot store to an accumulator: two of them, added
-                    outliers = pl.run_scoped(lambda acc: products(acc, step, count), accumulator)
-                    inliers = pl.run_scoped(lambda acc: products(acc, step + count, k_tiles), accumulator)
-                    acc = lax.shift_left(outliers, power) + inliers
-                else:
-                    acc = pl.run_scoped(accumulate, accumulator)
-                scale = plgpu.load(row_scale.at[pl.ds(m, rows)], layout=per_row, optimized=False)
-                for i in range(parts):
-                    store(acc, scale, m, n, i)
-                return step + count + k_tiles
+                @pl.when(shifted[index // n_tiles] < 2)
+                def _one_accumulator():
+                    accumulator = plgpu.ACC((rows, tile_n), jnp.int32)
 
-            def store(acc, scale, m, n, i):
-                shape = (rows, EPILOGUE_COLUMNS)
-                y = acc[:, i * EPILOGUE_COLUMNS : (i + 1) * EPILOGUE_COLUMNS].astype(jnp.float32)
+                    def accumulate(acc):
+                        acc[...] = lax.shift_left(products(acc, step, count), across(power, tile_n))
+                        return products(acc, step + count, k_tiles)
+
+                    if emulated:  # the interpreter cannot store to an accumulator: two of them, added
+                        outliers = pl.run_scoped(lambda acc: products(acc, step, count), accumulator)
+                        inliers = pl.run_scoped(lambda acc: products(acc, step + count, k_tiles), accumulator)
+                        acc = lax.shift_left(outliers, across(power, tile_n)) + inliers
+                    else:
+                        acc = pl.run_scoped(accumulate, accumulator)
+                    for i in range(parts):
+                        part = acc[:, i * EPILOGUE_COLUMNS : (i + 1) * EPILOGUE_COLUMNS].astype(jnp.float32)
+                        store(part * across(scale, EPILOGUE_COLUMNS), m, n, i)
+
+                @pl.when(shifted[index // n_tiles] == 2)
+                def _two_accumulators():
+                    accumulator = plgpu.ACC((rows, EPILOGUE_COLUMNS), jnp.int32)
+
+                    def part(i, step):
+                        outputs = pl.ds(i * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
+                        outliers = pl.run_scoped(lambda acc: products(acc, step, k_tiles, outputs), accumulator)
+                        step = step + k_tiles
+                        inliers = pl.run_scoped(lambda acc: products(acc, step, k_tiles, outputs), accumulator)
+                        store(accumulators.add(outliers, inliers, power, scale, largest_shift), m, n, i)
+                        return step + k_tiles
+
+                    lax.fori_loop(0, parts, part, step)
+
+                return step + rounds(index) * (count + k_tiles)
+
+            def store(y, m, n, i):
                 columns = pl.ds(n + i * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
                 per_column = plgpu.Layout.WGMMA.reduce(0)
                 w = plgpu.load(column_scale.at[columns], layout=per_column, optimized=False)
-                y = y * lax.broadcast_in_dim(scale, shape, [0]) * lax.broadcast_in_dim(w, shape, [1])
+                w = w * 0.0625 if tiles.packed else w
                 staged = c.at[warpgroup, i % slots]
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                staged[...] = y.astype(dtype)
+                staged[...] = (y * lax.broadcast_in_dim(w, y.shape, [1])).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(m, rows), columns])
 

@@ -10,8 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
@@ -32,8 +30,6 @@ def unsuitable(x: Float[Array, "B L C"], config: OutlierConfig) -> str | None:
     """Why the kernel cannot split this, whatever the device; None if it can."""
     if config.detection != "dynamic" or config.spec != "paper":
         return 'it is Algorithm 2 itself: detection="dynamic" and spec="paper"'
-    if config.outlier_bits == 16:
-        return "16-bit outliers stay floats"
     if x.shape[-1] > 24 * LANES:
         return f"{x.shape[-1]} channels do not fit a warpgroup's registers"
     return None
@@ -49,11 +45,19 @@ def split(
     interpret: Any = None,
 ) -> OutlierSplit:
     """`outliers.split_outliers` for what `supports` accepts; `channels` are those of another detection."""
+    # Imported here: Mosaic takes a fifth of a second, and most processes never run a kernel.
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     B, L, C = x.shape
     width, window = C + -C % LANES, min(config.n_refresh, L)
     q_in, q_out = max_level(config.act_bits), max_level(config.outlier_bits)
+    floats = config.outlier_bits == 16
+    pow2 = config.outlier_scale == "pow2" and not floats
     online = config.threshold == "online"
     limits = scale if theta is None else theta
+
+    def iota(size):
+        return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WG_STRIDED((size,), vec_size=1))
 
     def tree_sum(values, buffers):
         """Halves are added until one entry is left, in the order of the reference (whose rows are padded to 64)."""
@@ -63,7 +67,7 @@ def split(
         while n > 1:
             half = (n + 1) // 2
             span = half + -half % LANES
-            inside = _iota(span) < n - half
+            inside = iota(span) < n - half
             upper = jnp.where(inside, source[half : half + span], 0.0)
             target[:span] = source[:span] + upper
             source, target, n = target, source, half
@@ -72,7 +76,7 @@ def split(
     def body(x, scale, limits, near, far, outlier_scale, mask, first, second):
         sample, start = lax.axis_index("sample"), lax.axis_index("window") * window
         buffers = (first, second)
-        present = _iota(width) < C
+        present = iota(width) < C
 
         def token(t, listed):
             t = start + t
@@ -94,15 +98,17 @@ def split(
             is_outlier = listed > 0
             largest = jnp.max(jnp.where(is_outlier, magnitude, 0.0))
             finite = jnp.max(jnp.where(magnitude <= _FLOAT32_MAX, 0.0, 1.0)) == 0
-            if config.outlier_scale == "free":
-                own, is_far = divide(jnp.maximum(largest, MIN_SCALE), q_out), is_outlier
-            else:
+            is_far = is_outlier
+            if pow2:
                 power = _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
                 own, is_far = step * power, is_outlier & ((power > 1) | ~finite)
+            else:
+                own = jnp.float32(1) if floats else divide(jnp.maximum(largest, MIN_SCALE), q_out)
             own = jnp.where(finite, own, jnp.nan)
-            levels = jnp.where(is_outlier, _levels(divide(row, own), q_out), _levels(divide(row, step), q_in))
-            near[sample, t] = jnp.where(is_far, 0.0, levels).astype(jnp.int8)
-            far[sample, t] = jnp.where(is_far, levels, 0.0).astype(jnp.int8)
+            inliers = _levels(divide(row, step), q_in)
+            outliers = row if floats else _levels(divide(row, own), q_out)
+            near[sample, t] = jnp.where(is_far, 0.0, jnp.where(is_outlier, outliers, inliers)).astype(jnp.int8)
+            far[sample, t] = jnp.where(is_far, outliers, 0.0).astype(far.dtype)
             mask[sample, t] = listed.astype(jnp.int8)
             outlier_scale[sample, t] = own
             return listed
@@ -114,24 +120,18 @@ def split(
         body,
         out_type=(
             jax.ShapeDtypeStruct(shape, jnp.int8),
-            jax.ShapeDtypeStruct(shape, jnp.int8),
+            jax.ShapeDtypeStruct(shape, x.dtype if floats else jnp.int8),
             jax.ShapeDtypeStruct((B, L), jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.int8),
         ),
-        grid=(B, pl.cdiv(L, window)),
+        grid=(B, -(-L // window)),
         grid_names=("sample", "window"),
         scratch_types=[plgpu.SMEM((2 * width,), jnp.float32)] * 2,
         **({"interpret": interpret} if interpret is not None else {}),
     )
     padded = jnp.pad(x, ((0, 0), (0, 0), (0, width - C)))
     near, far, outlier_scale, mask = kernel(padded, scale, limits)
-    return OutlierSplit(
-        near[..., :C], far[..., :C], outlier_scale, mask[..., :C] != 0, scale, config.outlier_scale == "pow2"
-    )
-
-
-def _iota(size: int):
-    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WG_STRIDED((size,), vec_size=1))
+    return OutlierSplit(near[..., :C], far[..., :C], outlier_scale, mask[..., :C] != 0, scale, pow2)
 
 
 def _levels(ratio, q: int):

@@ -13,13 +13,24 @@ from ouromamba_jax.pallas.tiles import SCAN_CHANNELS, ScanTiles, scan_tiles
 STATES = (1, 8, 16)
 
 
-class Scales(NamedTuple):
-    """What a level of an input stands for, per sample, token and group; None for an input that is no levels."""
+class Step(NamedTuple):
+    """What the levels of an input stand for, per sample, token and group: size * level.
 
-    u: Float32[Array, "B L G"] | None = None
-    delta: Float32[Array, "B L G"] | None = None
-    B: Float32[Array, "B L G"] | None = None
-    C: Float32[Array, "B L G"] | None = None
+    With `far`, shifted outliers are levels of their own: size * (ratio * level + far). u and delta can have them.
+    """
+
+    size: Float32[Array, "B L G"]
+    far: Int8[Array, "B L D"] | None = None
+    ratio: Float32[Array, "B L G"] | None = None
+
+
+class Steps(NamedTuple):
+    """The steps of inputs that are levels; None for the others."""
+
+    u: Step | None = None
+    delta: Step | None = None
+    B: Step | None = None
+    C: Step | None = None
 
 
 def unsuitable(*, A: Float[Array, "D N"], state_transform: Any = None, **_: Any) -> str | None:
@@ -50,7 +61,7 @@ def run(
     h0: Float[Array, "B D N"] | None = None,
     reverse: bool = False,
     with_starts: bool = False,
-    scales: Scales | None = None,
+    levels: Steps | None = None,
     tiles: ScanTiles | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B L D"], Float32[Array, "B D N"], Float32[Array, "B chunks D N"] | None]:
@@ -84,6 +95,9 @@ def run(
     def f32(x):
         return None if x is None else x.astype(jnp.float32)
 
+    def pad_far(step):
+        return None if step is None else step._replace(far=pad(step.far, channel_axis=2))
+
     h0 = jnp.zeros((u.shape[0], *A.shape), jnp.float32) if h0 is None else f32(h0)
     y, h_last, starts = _segments(
         _Options(delta_softplus, reverse, with_starts, tiles or tiles_for(u, A, B), interpret),
@@ -96,7 +110,7 @@ def run(
         pad(z, channel_axis=2),
         pad(f32(delta_bias), channel_axis=0),
         pad(h0, channel_axis=1, state_axis=2),
-        scales or Scales(),
+        Steps(*map(pad_far, levels or Steps())),
     )
     if starts is not None:
         starts = crop(jnp.swapaxes(starts, 2, 3), channel_axis=2, states_too=True)
@@ -118,7 +132,7 @@ def _segments(options, *arguments):
     count = options.tiles.segments
     if count == 1:
         return _scan(options, *arguments)
-    u, delta, A, B, C, D, z, delta_bias, h0, scales = arguments
+    u, delta, A, B, C, D, z, delta_bias, h0, levels = arguments
     batch, length, _ = u.shape
 
     def cut(x):
@@ -128,10 +142,10 @@ def _segments(options, *arguments):
         return jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0)
 
     tokens = cut(u), cut(delta), A, cut(B), cut(C), D, cut(z), delta_bias
-    cut_scales = Scales(*map(cut, scales))
+    cut_levels = jax.tree.map(cut, levels)
     zeros = jnp.zeros((batch * count, *A.shape), jnp.float32)
-    _, h, _ = _scan(options._replace(with_starts=False), *tokens[:5], None, None, delta_bias, zeros, cut_scales)
-    steps = _scaled(delta, scales.delta).astype(jnp.float32)
+    _, h, _ = _scan(options._replace(with_starts=False), *tokens[:5], None, None, delta_bias, zeros, cut_levels)
+    steps = _scaled(delta, levels.delta).astype(jnp.float32)
     steps = steps if delta_bias is None else steps + delta_bias[None, None]
     steps = jax.nn.softplus(steps) if options.softplus else steps
     decay = jnp.exp(jnp.sum(cut(steps), axis=1)[:, :, None] * A[None])
@@ -141,7 +155,7 @@ def _segments(options, *arguments):
         return last + decay * first, first
 
     h_last, first = jax.lax.scan(follow, h0, (by_segment(h), by_segment(decay)), reverse=options.reverse)
-    y, _, starts = _scan(options, *tokens, jnp.moveaxis(first, 0, 1).reshape(zeros.shape), cut_scales)
+    y, _, starts = _scan(options, *tokens, jnp.moveaxis(first, 0, 1).reshape(zeros.shape), cut_levels)
     if starts is not None:
         starts = starts.reshape(batch, count, *starts.shape[1:])
         starts = jnp.flip(starts, 1) if options.reverse else starts  # in scan order, as each segment's are
@@ -149,11 +163,18 @@ def _segments(options, *arguments):
     return y.reshape(u.shape), h_last, starts
 
 
-def _scaled(x, scale):
+def _scaled(x, step):
     """An input in floats."""
-    if scale is None:
+    if step is None:
         return x
-    return (x.astype(jnp.float32).reshape(*scale.shape, -1) * scale[..., None]).reshape(x.shape)
+
+    def by_group(levels):
+        return levels.astype(jnp.float32).reshape(*step.size.shape, -1)
+
+    value = by_group(x)
+    if step.far is not None:
+        value = value * step.ratio[..., None] + by_group(step.far)
+    return (value * step.size[..., None]).reshape(x.shape)
 
 
 class _Options(NamedTuple):
@@ -173,9 +194,9 @@ def _launch(options, arguments, chunk):
     # Imported here: Mosaic takes a third of a second, and most processes never run a kernel.
     from ouromamba_jax.pallas.selective_scan_forward import forward
 
-    u, delta, A, B, C, D, z, delta_bias, h0, scales = arguments
+    u, delta, A, B, C, D, z, delta_bias, h0, levels = arguments
     return forward(
-        u, delta, A, B, C, D, z=z, delta_bias=delta_bias, h0=h0, scales=scales,
+        u, delta, A, B, C, D, z=z, delta_bias=delta_bias, h0=h0, levels=levels,
         delta_softplus=options.softplus, reverse=options.reverse, chunk=chunk, interpret=options.interpret,
     )  # fmt: skip
 
@@ -188,14 +209,14 @@ def _scan_fwd(options, *arguments):
 def _scan_bwd(options, residuals, cotangents):
     from ouromamba_jax.pallas.selective_scan_backward import backward
 
-    (u, delta, A, B, C, D, z, delta_bias, _, scales), starts = residuals
-    (u, delta, B, C), pull_back = jax.vjp(lambda *x: tuple(map(_scaled, *x)), (u, delta, B, C), tuple(scales))
+    (u, delta, A, B, C, D, z, delta_bias, _, levels), starts = residuals
+    (u, delta, B, C), pull_back = jax.vjp(lambda *x: tuple(map(_scaled, *x)), (u, delta, B, C), levels)
     d = backward(
         u, delta, A, B, C, D, starts, *cotangents, z=z, delta_bias=delta_bias,
         delta_softplus=options.softplus, reverse=options.reverse, tiles=options.tiles, interpret=options.interpret,
     )  # fmt: skip
-    (d_u, d_delta, d_B, d_C), d_scales = pull_back((d.u, d.delta, d.B.astype(B.dtype), d.C.astype(C.dtype)))
-    return d_u, d_delta, d.A, d_B, d_C, d.D, d.z, d.delta_bias, d.h0, Scales(*d_scales)
+    (d_u, d_delta, d_B, d_C), d_levels = pull_back((d.u, d.delta, d.B.astype(B.dtype), d.C.astype(C.dtype)))
+    return d_u, d_delta, d.A, d_B, d_C, d.D, d.z, d.delta_bias, d.h0, d_levels
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8
 
-from ouromamba_jax.pallas.selective_scan import Scales
+from ouromamba_jax.pallas.selective_scan import Steps
 from ouromamba_jax.pallas.tiles import SCAN_CHANNELS as CHANNELS
 
 AHEAD = 2
@@ -45,7 +45,7 @@ def forward(
     delta_softplus: bool = False,
     reverse: bool = False,
     chunk: int | None = None,
-    scales: Scales | None = None,
+    levels: Steps | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B L D"], Float32[Array, "B D N"], Float32[Array, "B chunks N D"] | None]:
     """y, the last state, and with `chunk` (an even number of tokens) the state before each chunk, in scan order.
@@ -57,7 +57,8 @@ def forward(
     per_group = channels // groups
     steps = pl.cdiv(length, AHEAD)
     optional = {"skip": D, "bias": delta_bias, "gate": z, "h0": None if h0 is None else jnp.swapaxes(h0, 1, 2)}
-    optional |= {f"{name}_scale": scale for name, scale in (scales or Scales())._asdict().items()}
+    for name, step in (levels or Steps())._asdict().items():
+        optional |= {} if step is None else {f"{name}_{part}": x for part, x in step._asdict().items()}
     optional = {name: x for name, x in optional.items() if x is not None}
 
     def body(u, delta, A, B, C, *rest):
@@ -74,14 +75,18 @@ def forward(
             return length - 1 - i if reverse else i
 
         def scaled(name, x, t):
-            return x * given[f"{name}_scale"][sample, t, group] if f"{name}_scale" in given else x
+            return x * given[f"{name}_size"][sample, t, group] if f"{name}_size" in given else x
+
+        def load(name, ref, t):
+            x = ref[sample, t, here].astype(jnp.float32)
+            if f"{name}_far" in given:
+                x = x * given[f"{name}_ratio"][sample, t, group]
+                x = x + given[f"{name}_far"][sample, t, here].astype(jnp.float32)
+            return scaled(name, x, t)
 
         def fetch(k):
             tokens = [position(k * AHEAD + i) for i in range(AHEAD)]
-            return tuple(
-                tuple(scaled(name, ref[sample, t, here].astype(jnp.float32), t) for name, ref in inputs.items())
-                for t in tokens
-            )
+            return tuple(tuple(load(name, ref, t) for name, ref in inputs.items()) for t in tokens)
 
         def step_size(d, i):
             d = d + given["bias"][here] if "bias" in given else d

@@ -1,0 +1,35 @@
+"""Outliers and inliers of a tile as two accumulators, for rows whose shift is too large for one."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32, Int32
+
+COLUMNS = 32
+"""Of a tile at a time: with two accumulators of 64 columns an A100 spills 424 bytes."""
+
+
+def add(
+    outliers: Int32[Array, "M N"],
+    inliers: Int32[Array, "M N"],
+    power: Int32[Array, " M"],
+    row_scale: Float32[Array, " M"],
+    largest_shift: int,
+) -> Float32[Array, "M N"]:
+    """row_scale * (2^power * outliers + inliers), to the bit as one accumulator gives it where int32 holds the sum.
+
+    Elsewhere in floats, in units of the outliers, as the reference does.
+    """
+    beyond = power > largest_shift
+
+    def across(x):
+        return lax.broadcast_in_dim(x, outliers.shape, [0])
+
+    exact = lax.shift_left(outliers, across(jnp.where(beyond, 0, power))) + inliers
+    rounded = outliers.astype(jnp.float32) + inliers.astype(jnp.float32) * across(_power_of_two(-power))
+    scale = jnp.where(beyond, row_scale * _power_of_two(power), row_scale)
+    return jnp.where(across(beyond), rounded, exact.astype(jnp.float32)) * across(scale)
+
+
+def _power_of_two(exponent: Int32[Array, " M"]) -> Float32[Array, " M"]:
+    """2^exponent for exponents from -126 to 127."""
+    return lax.bitcast_convert_type(lax.shift_left(exponent + 127, 23), jnp.float32)
