@@ -91,8 +91,8 @@ def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles, limit: 
     values = jnp.pad(weight.values.T, [(0, 0), (0, -K % TILE_K)])
     shift, row_scale = shift.reshape(M), row_scale.reshape(M)
     # A last tile that is not full begins where it does in the kernel: at a multiple of the tile.
-    shifted = mosaic.shifted_tiles(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m, limit)
-    return near, far, shifted, shift, row_scale, values, weight.scale[0]
+    flags = mosaic.shifted_tiles(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m, limit)
+    return near, far, *flags, shift, row_scale, values, weight.scale[0]
 
 
 def constants(rows: int, outputs: int, inputs: int, tiles: MatmulTiles, limit: int) -> dict[str, int]:

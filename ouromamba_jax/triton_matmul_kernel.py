@@ -9,6 +9,7 @@ def matmul(
     near_ptr,
     far_ptr,
     shifted_ptr,
+    beyond_ptr,
     shift_ptr,
     row_scale_ptr,
     weight_ptr,
@@ -40,7 +41,7 @@ def matmul(
     row_scale = tl.load(row_scale_ptr + read_rows)
     shifted = tl.load(shifted_ptr + row_tile)
 
-    if shifted < 2:
+    if tl.load(beyond_ptr + row_tile) == 0:
         columns = first_column + tl.arange(0, TILE_N)
         read_columns = tl.minimum(columns, N - 1)
         weights = weight_ptr + read_columns[None, :] * K + inner[:, None]

@@ -25,6 +25,7 @@ POINTERS = {
     "near_ptr": "*i8",
     "far_ptr": "*i8",
     "shifted_ptr": "*i32",
+    "beyond_ptr": "*i32",
     "shift_ptr": "*i32",
     "row_scale_ptr": "*fp32",
     "weight_ptr": "*i8",

@@ -58,15 +58,18 @@ def supports(split: OutlierSplit, weight: QTensor, dtype: Any) -> str | None:
     return device_reason()
 
 
-def shifted_tiles(shift: Int32[Array, " M"], tile_m: int, limit: int) -> Int32[Array, " tiles"]:
-    """Of each tile of rows 0 if it holds no shift, 1 if it does, 2 if one is larger than `limit`.
+def shifted_tiles(
+    shift: Int32[Array, " M"], tile_m: int, limit: int
+) -> tuple[Int32[Array, " tiles"], Int32[Array, " tiles"]]:
+    """1 for each tile of rows that holds a shift, and one larger than `limit`; else 0.
 
-    Where it is 0, `far` is zero, or the result NaN whatever is read. The last tile of a ragged M starts at M - tile_m.
+    Where it holds none, `far` is zero, or the result NaN whatever is read. The last tile of a ragged M starts at
+    M - tile_m. Two numbers, since a compiler that knows one of them to be less than 2 merges loops and spills.
     """
     largest = jnp.max(_pad_to(shift, (tile_m,)).reshape(-1, tile_m), axis=1)
     if shift.shape[0] % tile_m:  # the last one shares rows with the one before
         largest = jnp.maximum(largest, jnp.pad(largest[-2:-1], (largest.shape[0] - 1, 0)))
-    return (largest > 0).astype(jnp.int32) + (largest > limit).astype(jnp.int32)
+    return (largest > 0).astype(jnp.int32), (largest > limit).astype(jnp.int32)
 
 
 def pack_halves(weight: Int8[Array, "N K"]) -> Int8[Array, "N half"]:
@@ -109,13 +112,13 @@ def run(
     near, far = (_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far))
     rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
     limit = largest_shift(K, weight.bits) if limit is None else limit
-    shifted = shifted_tiles(rows[0], tiles.tile_m, limit)
+    flags = shifted_tiles(rows[0], tiles.tile_m, limit)
     values = _pad_to(weight.values.T, (tiles.tile_n, TILE_K))
     columns = _pad_to(weight.scale[0], (tiles.tile_n,))
     if tiles.packed:
         values = pack_halves(values)
     launch = partial(_kernel(target, interpret), tiles=tiles, largest_shift=limit, dtype=dtype, interpret=interpret)
-    y = launch(near, far, shifted, *rows, values, columns)
+    y = launch(near, far, *flags, *rows, values, columns)
     return y[: B * L, :O].reshape(B, L, O)
 
 

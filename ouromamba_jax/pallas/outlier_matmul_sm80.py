@@ -34,6 +34,7 @@ def matmul(
     near: Int8[Array, "M K"],
     far: Int8[Array, "M K"],
     shifted: Int32[Array, " tiles"],
+    beyond: Int32[Array, " tiles"],
     shift: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
     weight: Int8[Array, "N columns"],
@@ -57,29 +58,31 @@ def matmul(
     tiling = plgpu.TilingTransform((8, width))  # type: ignore[abstract]
     swizzle = plgpu.SwizzleTransform(width)  # type: ignore[abstract]
 
-    def multiply(_, a, b, acc):
+    def multiply(_, *blocks):
+        """Adds each plane's product with a block of weights to its accumulator."""
+        *planes, b, accs = blocks
         if emulated:
             rhs = b[...].T
         else:
             rhs = plgpu.load(b.transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(jnp.int8), optimized=False)
         if not tiles.packed:
-            return accumulate(acc, a, rhs)
+            return tuple(accumulate(acc, a, rhs) for acc, a in zip(accs, planes, strict=True))
         for half in range(2):
-            levels = _nibbles(rhs, high=half == 1, emulated=emulated)
-            acc = accumulate(acc, a.at[:, pl.ds(half * HALF, HALF)], levels)
-        return acc
+            levels, part = _nibbles(rhs, high=half == 1, emulated=emulated), pl.ds(half * HALF, HALF)
+            accs = tuple(accumulate(acc, a.at[:, part], levels) for acc, a in zip(accs, planes, strict=True))
+        return accs
 
     def accumulate(acc, a, rhs):
         if emulated:  # the interpreter has no mma
             return acc + jnp.matmul(a[...], rhs, preferred_element_type=jnp.int32)
         return plgpu.mma(acc, plgpu.load(a, layout=plgpu.Layout.MMA_LHS(jnp.int8), optimized=False), rhs)
 
-    def body(near, far, shifted, shift, row_scale, weight, column_scale, out):
+    def body(near, far, shifted, beyond, shift, row_scale, weight, column_scale, out):
         row_tile, first_column = lax.axis_index("row_tile"), lax.axis_index("column_tile") * tile_n
         # The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike.
         rows = pl.ds(jnp.minimum(row_tile * tile_m, M - tile_m), tile_m)
 
-        def products(plane, columns, acc):
+        def products(planes, columns, accs, stages):
             def spec(height, columns):
                 return plgpu.BlockSpec(
                     (height, columns),
@@ -91,11 +94,11 @@ def matmul(
             pipeline = plgpu.emit_pipeline(
                 multiply,
                 grid=(k_tiles,),
-                in_specs=[spec(tile_m, TILE_K), spec(columns.size, width)],
-                max_concurrent_steps=tiles.stages,
-                init_carry=acc,
+                in_specs=[*[spec(tile_m, TILE_K)] * len(planes), spec(columns.size, width)],
+                max_concurrent_steps=stages,
+                init_carry=accs,
             )
-            return pipeline(plane.at[rows], weight.at[columns])
+            return pipeline(*(plane.at[rows] for plane in planes), weight.at[columns])
 
         def zeros(columns):
             return plgpu.layout_cast(jnp.zeros((tile_m, columns.size), jnp.int32), accumulator)
@@ -108,23 +111,27 @@ def matmul(
             w = w * 0.0625 if tiles.packed else w
             store(out.at[rows, columns], y * lax.broadcast_in_dim(w, y.shape, [1]))
 
-        @pl.when(shifted[row_tile] < 2)
+        @pl.when(beyond[row_tile] == 0)
         def _one_accumulator():
             columns = pl.ds(first_column, tile_n)
-            acc = lax.fori_loop(0, shifted[row_tile], lambda _, acc: products(far, columns, acc), zeros(columns))
+
+            def add(plane, acc):
+                return products([plane], columns, (acc,), tiles.stages)[0]
+
+            acc = lax.fori_loop(0, shifted[row_tile], lambda _, acc: add(far, acc), zeros(columns))
             acc = lax.shift_left(acc, lax.broadcast_in_dim(per_row(shift), acc.shape, [0]))
-            acc = products(near, columns, acc)
+            acc = add(near, acc)
             write(acc.astype(jnp.float32) * lax.broadcast_in_dim(per_row(row_scale), acc.shape, [0]), columns)
 
-        @pl.when(shifted[row_tile] == 2)
-        def _two_accumulators():
-            def part(i, _):
-                columns = pl.ds(first_column + i * accumulators.COLUMNS, accumulators.COLUMNS)
-                outliers, inliers = (products(plane, columns, zeros(columns)) for plane in (far, near))
-                y = accumulators.add(outliers, inliers, per_row(shift), per_row(row_scale), largest_shift)
-                write(y, columns)
+        def two_accumulators(i, _):
+            columns = pl.ds(first_column + i * accumulators.COLUMNS, accumulators.COLUMNS)
+            outliers, inliers = products([far, near], columns, (zeros(columns),) * 2, 1)
+            y = accumulators.add(outliers, inliers, per_row(shift), per_row(row_scale), largest_shift)
+            write(y, columns)
 
-            lax.fori_loop(0, tile_n // accumulators.COLUMNS, part, None)
+        # The compiler would unroll a loop whose end it knows, and spill.
+        parts = jnp.where(beyond[row_tile] > 0, tile_n // accumulators.COLUMNS, 0)
+        lax.fori_loop(0, parts, two_accumulators, None)
 
     return plgpu.kernel(
         body,
@@ -132,7 +139,7 @@ def matmul(
         grid=(pl.cdiv(M, tile_m), N // tile_n),
         grid_names=("row_tile", "column_tile"),
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, shifted, shift, row_scale, weight, column_scale)
+    )(near, far, shifted, beyond, shift, row_scale, weight, column_scale)
 
 
 def _nibbles(both: Int8[Array, "half N"], *, high: bool, emulated: bool) -> Int8[Array, "half N"]:

@@ -41,6 +41,7 @@ def matmul(
     near: Int8[Array, "M K"],
     far: Int8[Array, "M K"],
     shifted: Int32[Array, " tiles"],
+    beyond: Int32[Array, " tiles"],
     shift: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
     weight: Int8[Array, "N columns"],
@@ -55,8 +56,8 @@ def matmul(
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m; 8, 128, tile_n divide M, K, N.
 
     Args:
-      shifted: of each tile of rows, from `outlier_matmul.shifted_tiles`: 0 if it holds no shift, so that `far` is not
-        read; 1 if it does; 2 if one is larger than `largest_shift`.
+      shifted, beyond: 1 for each tile of rows that holds a shift, and one larger than `largest_shift`; else 0. Only
+        where it holds one, `far` is read.
       weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; unpacked they count sixteenfold.
       largest_shift: up to which int32 holds the sum.
       dtype: of the result.
@@ -73,7 +74,7 @@ def matmul(
     parts = tile_n // EPILOGUE_COLUMNS  # of an output tile, 1 or even; they take turns at the slots that they leave by
     slots = min(2, parts)
 
-    def body(near, far, shifted, shift, row_scale, weight, column_scale, out, *scratch):
+    def body(near, far, shifted, beyond, shift, row_scale, weight, column_scale, out, *scratch):
         a, b, c, full, empty, *unpacking = scratch
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
@@ -82,11 +83,11 @@ def matmul(
             return jnp.minimum((tile // n_tiles) * tile_m, M - tile_m), lax.rem(tile, n_tiles) * tile_n
 
         def far_steps(tile):
-            return jnp.minimum(shifted[tile // n_tiles], 1) * k_tiles
+            return shifted[tile // n_tiles] * k_tiles
 
         def rounds(tile):
             """How often a tile's planes are walked: for each part of its columns if it takes two accumulators."""
-            return jnp.where(shifted[tile // n_tiles] == 2, parts, 1)
+            return jnp.where(beyond[tile // n_tiles] > 0, parts, 1)
 
         def each_tile(body):
             mine = pl.cdiv(tile_count - program, programs)
@@ -191,7 +192,7 @@ def matmul(
                 def across(x, columns):
                     return lax.broadcast_in_dim(x, (rows, columns), [0])
 
-                @pl.when(shifted[index // n_tiles] < 2)
+                @pl.when(beyond[index // n_tiles] == 0)
                 def _one_accumulator():
                     accumulator = plgpu.ACC((rows, tile_n), jnp.int32)
 
@@ -209,7 +210,7 @@ def matmul(
                         part = acc[:, i * EPILOGUE_COLUMNS : (i + 1) * EPILOGUE_COLUMNS].astype(jnp.float32)
                         store(part * across(scale, EPILOGUE_COLUMNS), m, n, i)
 
-                @pl.when(shifted[index // n_tiles] == 2)
+                @pl.when(beyond[index // n_tiles] > 0)
                 def _two_accumulators():
                     accumulator = plgpu.ACC((rows, EPILOGUE_COLUMNS), jnp.int32)
 
@@ -260,4 +261,4 @@ def matmul(
             *(unpacking_scratch if tiles.packed else []),
         ],
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, shifted, shift, row_scale, weight, column_scale)
+    )(near, far, shifted, beyond, shift, row_scale, weight, column_scale)
