@@ -60,7 +60,7 @@ def run(
     limit = mosaic.largest_shift(K, 8) if limit is None else limit
     capability = default_device().compute_capability.replace(".", "")
     y = jax_triton.triton_call(
-        *operands(planes, weight, tiles, limit),
+        *operands(planes, weight, tiles),
         kernel=matmul,
         out_shape=jax.ShapeDtypeStruct((B * L, O), dtype),
         grid=(-(-B * L // tiles.tile_m), -(-O // tiles.tile_n)),
@@ -82,8 +82,8 @@ def warps(tiles: MatmulTiles) -> int:
     return 8 if tiles.tile_m * tiles.tile_n >= 128 * 128 else 4
 
 
-def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles, limit: int) -> tuple[Array, ...]:
-    """The kernel's inputs: planes of whole K-blocks, tiles that hold a shift, rows, the weight with K last, columns."""
+def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles) -> tuple[Array, ...]:
+    """The kernel's inputs: planes of whole K-blocks, shifts of tiles, rows, the weight with K last, columns."""
     near, far, shift, row_scale = planes
     far = near if far is None else far  # not read: every shift is 0
     M, K = near.shape[0] * near.shape[1], near.shape[2]
@@ -91,8 +91,8 @@ def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles, limit: 
     values = jnp.pad(weight.values.T, [(0, 0), (0, -K % TILE_K)])
     shift, row_scale = shift.reshape(M), row_scale.reshape(M)
     # A last tile that is not full begins where it does in the kernel: at a multiple of the tile.
-    flags = mosaic.shifted_tiles(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m, limit)
-    return near, far, *flags, shift, row_scale, values, weight.scale[0]
+    largest = mosaic.largest_shifts(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m)
+    return near, far, largest, shift, row_scale, values, weight.scale[0]
 
 
 def constants(rows: int, outputs: int, inputs: int, tiles: MatmulTiles, limit: int) -> dict[str, int]:

@@ -8,8 +8,7 @@ import triton.language as tl
 def matmul(
     near_ptr,
     far_ptr,
-    shifted_ptr,
-    beyond_ptr,
+    largest_shift_ptr,
     shift_ptr,
     row_scale_ptr,
     weight_ptr,
@@ -39,14 +38,14 @@ def matmul(
     planes = read_rows[:, None] * K + inner[None, :]
     power = tl.load(shift_ptr + read_rows)
     row_scale = tl.load(row_scale_ptr + read_rows)
-    shifted = tl.load(shifted_ptr + row_tile)
+    largest_shift = tl.load(largest_shift_ptr + row_tile)
 
-    if tl.load(beyond_ptr + row_tile) == 0:
+    if largest_shift <= LIMIT:
         columns = first_column + tl.arange(0, TILE_N)
         read_columns = tl.minimum(columns, N - 1)
         weights = weight_ptr + read_columns[None, :] * K + inner[:, None]
         accumulator = tl.full((TILE_M, TILE_N), 0, tl.int32)
-        for step in range(shifted * (K // TILE_K)):
+        for step in range(tl.minimum(largest_shift, 1) * (K // TILE_K)):
             block = step * TILE_K
             accumulator = tl.dot(
                 tl.load(far_ptr + planes + block), tl.load(weights + block), accumulator, out_dtype=tl.int32

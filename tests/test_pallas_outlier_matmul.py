@@ -123,7 +123,7 @@ def test_only_some_tiles_hold_a_shift(name):
     scales = jnp.ldexp(jnp.ones((B, L)), power), jnp.asarray(mask), jnp.ones(L)
     split = OutlierSplit.from_levels(*levels, *scales, pow2=True)
     tile = 128 if name == "triton" else TILES[name].tile_m
-    assert 0 < kernel.shifted_tiles(jnp.asarray(power.reshape(-1)), tile, 6)[0].mean() < 1
+    assert 0 < (kernel.largest_shifts(jnp.asarray(power.reshape(-1)), tile) > 0).mean() < 1
     y = product(name)(split, QTensor(jnp.asarray(weight, jnp.int8), jnp.ones((1, 2 * O)), 4))
     np.testing.assert_array_equal(np.asarray(y).astype(np.int64), expected)
 
@@ -203,20 +203,24 @@ def test_the_largest_shift_fits(name):
     np.testing.assert_array_equal(y, exact.astype(np.float32))
 
 
-@pytest.mark.parametrize(("name", "tile_n"), [("sm90", 64), ("sm90", 128), ("sm90_packed", 64)])
-def test_a_program_of_two_tiles_has_no_race(name, tile_n, capfd):
+@pytest.mark.parametrize(
+    ("name", "tile_n", "power"),
+    [("sm90", 64, 1), ("sm90", 128, 1), ("sm90_packed", 64, 1), ("sm90", 128, 20), ("sm90_packed", 128, 20)],
+)
+def test_a_program_of_two_tiles_has_no_race(name, tile_n, power, capfd):
     """Three tiles for two programs: outputs leave by one slot of shared memory (64 columns), or two in turns."""
     rng = np.random.default_rng(9)
     M, K, O = 128, 128, 3 * tile_n
     near, far = (rng.integers(-9, 10, size=(1, M, K)).astype(np.int8) for _ in range(2))
     values = rng.integers(-7, 8, size=(K, O)).astype(np.int8)
     ones = jnp.ones((1, M), jnp.float32)
-    planes = kernel.Planes(jnp.asarray(near), jnp.asarray(far), ones.astype(jnp.int32), ones)
+    planes = kernel.Planes(jnp.asarray(near), jnp.asarray(far), jnp.full((1, M), power, jnp.int32), ones)
     weight = QTensor(jnp.asarray(values), jnp.ones((1, O), jnp.float32), 4)
+    assert (power > kernel.largest_shift(K, 4)) == (power == 20)
     launch = options(name, detect_races=True) | {"tiles": replace(TILES[name], tile_n=tile_n)}
     y = kernel.run(planes, weight, **launch)
-    expected = (near.astype(np.int64) + 2 * far.astype(np.int64)) @ values.astype(np.int64)
-    np.testing.assert_array_equal(np.asarray(y).astype(np.int64), expected)
+    inliers, outliers = ((x.astype(np.int64) @ values.astype(np.int64)).astype(np.float32) for x in (near, far))
+    np.testing.assert_array_equal(y, np.ldexp(np.ldexp(inliers, -power) + outliers, power))
     assert "RACE" not in "".join(capfd.readouterr())
 
 
@@ -233,7 +237,7 @@ def test_a_shift_too_large_for_one_accumulator(name, dtype):
     levels = split.inlier_q, split.outlier_q, jnp.asarray(np.ldexp(scale, power)), split.mask, jnp.asarray(scale)
     split = OutlierSplit.from_levels(*levels, pow2=True)
     tile = 128 if name == "triton" else TILES[name].tile_m
-    assert any(kernel.shifted_tiles(jnp.asarray(power.reshape(-1)), tile, kernel.largest_shift(K, 4))[1])
+    assert kernel.largest_shifts(jnp.asarray(power.reshape(-1)), tile).max() > kernel.largest_shift(K, 4)
     y, expected = (np.asarray(product(n, dtype=dtype)(split, weight)) for n in (name, "xla"))
     assert np.isfinite(expected).all()
     np.testing.assert_array_equal(y, expected)
@@ -258,15 +262,14 @@ def test_shifts_come_without_a_division():
 
 
 @pytest.mark.parametrize(
-    ("M", "tile_m", "expected"), [(384, 128, [1, 2, 0]), (270, 64, [1, 0, 0, 2, 2]), (64, 64, [1])]
+    ("M", "tile_m", "expected"), [(384, 128, [6, 7, 0]), (270, 64, [6, 0, 0, 7, 7]), (64, 64, [6])]
 )
 def test_outliers_are_read_where_a_tile_holds_a_shift(M, tile_m, expected):
-    """At rows 63 and 213, there one beyond the limit; the last tile of 270 rows starts at 206."""
+    """At rows 63 and 213; the last tile of 270 rows starts at 206."""
     shift = np.zeros(M, np.int32)
     for row, power in ((63, 6), (213, 7)):
         shift[row : row + 1] = power
-    shifted, beyond = kernel.shifted_tiles(jnp.asarray(shift), tile_m, 6)
-    assert (shifted + beyond).tolist() == expected
+    assert kernel.largest_shifts(jnp.asarray(shift), tile_m).tolist() == expected
 
 
 def test_reasons_against_a_call():

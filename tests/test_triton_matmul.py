@@ -24,8 +24,7 @@ SHARED_MEMORY = {"sm80": 166912, "sm89": 101376, "sm90": 232448}
 POINTERS = {
     "near_ptr": "*i8",
     "far_ptr": "*i8",
-    "shifted_ptr": "*i32",
-    "beyond_ptr": "*i32",
+    "largest_shift_ptr": "*i32",
     "shift_ptr": "*i32",
     "row_scale_ptr": "*fp32",
     "weight_ptr": "*i8",

@@ -52,7 +52,7 @@ def run(planes, weight, *, dtype=jnp.float32, limit=None):
     O = weight.shape[1]
     out = jax.ShapeDtypeStruct((B * L, O), jnp.float32)
     limit = outlier_matmul.largest_shift(K, 8) if limit is None else limit
-    operands = triton_matmul.operands(planes, weight, TILES, limit)
+    operands = triton_matmul.operands(planes, weight, TILES)
     y = jax.pure_callback(lambda *arrays: _launch(arrays, out, K, limit), out, *operands)
     return y.reshape(B, L, O).astype(dtype)
 

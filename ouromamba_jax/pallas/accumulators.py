@@ -13,13 +13,13 @@ def add(
     inliers: Int32[Array, "M N"],
     power: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
-    largest_shift: int,
+    limit: int,
 ) -> Float32[Array, "M N"]:
     """row_scale * (2^power * outliers + inliers), to the bit as one accumulator gives it where int32 holds the sum.
 
     Elsewhere in floats, in units of the outliers, as the reference does.
     """
-    beyond = power > largest_shift
+    beyond = power > limit
 
     def across(x):
         return lax.broadcast_in_dim(x, outliers.shape, [0])

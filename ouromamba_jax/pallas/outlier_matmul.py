@@ -58,25 +58,21 @@ def supports(split: OutlierSplit, weight: QTensor, dtype: Any) -> str | None:
     return device_reason()
 
 
-def shifted_tiles(
-    shift: Int32[Array, " M"], tile_m: int, limit: int
-) -> tuple[Int32[Array, " tiles"], Int32[Array, " tiles"]]:
-    """1 for each tile of rows that holds a shift, and one larger than `limit`; else 0.
+def largest_shifts(shift: Int32[Array, " M"], tile_m: int) -> Int32[Array, " tiles"]:
+    """Of each tile of rows. Where it is 0, `far` is zero, or the result NaN whatever is read.
 
-    Where it holds none, `far` is zero, or the result NaN whatever is read. The last tile of a ragged M starts at
-    M - tile_m. Two numbers, since a compiler that knows one of them to be less than 2 merges loops and spills.
+    The last tile of a ragged M starts at M - tile_m.
     """
-    largest = jnp.max(_pad_to(shift, (tile_m,)).reshape(-1, tile_m), axis=1)
-    if shift.shape[0] % tile_m:  # the last one shares rows with the one before
-        largest = jnp.maximum(largest, jnp.pad(largest[-2:-1], (largest.shape[0] - 1, 0)))
-    return (largest > 0).astype(jnp.int32), (largest > limit).astype(jnp.int32)
+    M = shift.shape[0]
+    first = jnp.minimum(jnp.arange(-(-M // tile_m), dtype=jnp.int32) * tile_m, M - tile_m)
+    return jnp.max(shift[first[:, None] + jnp.arange(tile_m, dtype=jnp.int32)[None]], axis=1)
 
 
-def pack_halves(weight: Int8[Array, "N K"]) -> Int8[Array, "N half"]:
+def pack_halves(weight: Int8[Array, "K N"]) -> Int8[Array, "half N"]:
     """4-bit levels two to a byte: of every 128 inputs, the first 64 in the low nibbles, the others in the high ones."""
-    N, K = weight.shape
-    low, high = jnp.moveaxis(weight.reshape(N, K // TILE_K, 2, TILE_K // 2), 2, 0)
-    return ((low & jnp.int8(15)) | (high << jnp.int8(4))).reshape(N, K // 2)
+    K, N = weight.shape
+    low, high = jnp.moveaxis(weight.reshape(K // TILE_K, 2, TILE_K // 2, N), 1, 0)
+    return ((low & jnp.int8(15)) | (high << jnp.int8(4))).reshape(K // 2, N)
 
 
 def _pad_to(x: Array, multiples: tuple[int, ...]) -> Array:
@@ -112,13 +108,12 @@ def run(
     near, far = (_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far))
     rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
     limit = largest_shift(K, weight.bits) if limit is None else limit
-    flags = shifted_tiles(rows[0], tiles.tile_m, limit)
-    values = _pad_to(weight.values.T, (tiles.tile_n, TILE_K))
+    largest = largest_shifts(rows[0], tiles.tile_m)
+    values = _pad_to(weight.values, (TILE_K, tiles.tile_n))
     columns = _pad_to(weight.scale[0], (tiles.tile_n,))
-    if tiles.packed:
-        values = pack_halves(values)
-    launch = partial(_kernel(target, interpret), tiles=tiles, largest_shift=limit, dtype=dtype, interpret=interpret)
-    y = launch(near, far, *flags, *rows, values, columns)
+    values = pack_halves(values) if tiles.packed else values
+    launch = partial(_kernel(target, interpret), tiles=tiles, limit=limit, dtype=dtype, interpret=interpret)
+    y = launch(near, far, largest, *rows, values.T, columns)
     return y[: B * L, :O].reshape(B, L, O)
 
 

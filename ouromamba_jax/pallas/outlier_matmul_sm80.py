@@ -33,15 +33,14 @@ HALF = TILE_K // 2
 def matmul(
     near: Int8[Array, "M K"],
     far: Int8[Array, "M K"],
-    shifted: Int32[Array, " tiles"],
-    beyond: Int32[Array, " tiles"],
+    largest_shift: Int32[Array, " tiles"],
     shift: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
     weight: Int8[Array, "N columns"],
     column_scale: Float32[Array, " N"],
     *,
     tiles: MatmulTiles,
-    largest_shift: int,
+    limit: int,
     dtype: Any = jnp.float32,
     interpret=None,
 ) -> Float[Array, "M N"]:
@@ -77,7 +76,7 @@ def matmul(
             return acc + jnp.matmul(a[...], rhs, preferred_element_type=jnp.int32)
         return plgpu.mma(acc, plgpu.load(a, layout=plgpu.Layout.MMA_LHS(jnp.int8), optimized=False), rhs)
 
-    def body(near, far, shifted, beyond, shift, row_scale, weight, column_scale, out):
+    def body(near, far, largest_shift, same_shift, shift, row_scale, weight, column_scale, out):
         row_tile, first_column = lax.axis_index("row_tile"), lax.axis_index("column_tile") * tile_n
         # The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike.
         rows = pl.ds(jnp.minimum(row_tile * tile_m, M - tile_m), tile_m)
@@ -111,14 +110,16 @@ def matmul(
             w = w * 0.0625 if tiles.packed else w
             store(out.at[rows, columns], y * lax.broadcast_in_dim(w, y.shape, [1]))
 
-        @pl.when(beyond[row_tile] == 0)
+        @pl.when(largest_shift[row_tile] <= limit)
         def _one_accumulator():
             columns = pl.ds(first_column, tile_n)
 
             def add(plane, acc):
                 return products([plane], columns, (acc,), tiles.stages)[0]
 
-            acc = lax.fori_loop(0, shifted[row_tile], lambda _, acc: add(far, acc), zeros(columns))
+            # Shifts are at most 126, so once at most; if the compiler knew, it would merge both pipelines and spill.
+            rounds = pl.cdiv(same_shift[row_tile], 126)
+            acc = lax.fori_loop(0, rounds, lambda _, acc: add(far, acc), zeros(columns))
             acc = lax.shift_left(acc, lax.broadcast_in_dim(per_row(shift), acc.shape, [0]))
             acc = add(near, acc)
             write(acc.astype(jnp.float32) * lax.broadcast_in_dim(per_row(row_scale), acc.shape, [0]), columns)
@@ -126,11 +127,11 @@ def matmul(
         def two_accumulators(i, _):
             columns = pl.ds(first_column + i * accumulators.COLUMNS, accumulators.COLUMNS)
             outliers, inliers = products([far, near], columns, (zeros(columns),) * 2, 1)
-            y = accumulators.add(outliers, inliers, per_row(shift), per_row(row_scale), largest_shift)
+            y = accumulators.add(outliers, inliers, per_row(shift), per_row(row_scale), limit)
             write(y, columns)
 
         # The compiler would unroll a loop whose end it knows, and spill.
-        parts = jnp.where(beyond[row_tile] > 0, tile_n // accumulators.COLUMNS, 0)
+        parts = jnp.where(largest_shift[row_tile] > limit, tile_n // accumulators.COLUMNS, 0)
         lax.fori_loop(0, parts, two_accumulators, None)
 
     return plgpu.kernel(
@@ -139,7 +140,7 @@ def matmul(
         grid=(pl.cdiv(M, tile_m), N // tile_n),
         grid_names=("row_tile", "column_tile"),
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, shifted, beyond, shift, row_scale, weight, column_scale)
+    )(near, far, largest_shift, largest_shift, shift, row_scale, weight, column_scale)
 
 
 def _nibbles(both: Int8[Array, "half N"], *, high: bool, emulated: bool) -> Int8[Array, "half N"]:

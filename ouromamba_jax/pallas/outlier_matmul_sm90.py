@@ -40,15 +40,14 @@ def _shared(shape: tuple[int, ...], dtype, swizzle_bytes: int = 128) -> plgpu.SM
 def matmul(
     near: Int8[Array, "M K"],
     far: Int8[Array, "M K"],
-    shifted: Int32[Array, " tiles"],
-    beyond: Int32[Array, " tiles"],
+    largest_shift: Int32[Array, " tiles"],
     shift: Int32[Array, " M"],
     row_scale: Float32[Array, " M"],
     weight: Int8[Array, "N columns"],
     column_scale: Float32[Array, " N"],
     *,
     tiles: MatmulTiles,
-    largest_shift: int,
+    limit: int,
     programs: int,
     dtype: Any = jnp.float32,
     interpret=None,
@@ -56,10 +55,9 @@ def matmul(
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m; 8, 128, tile_n divide M, K, N.
 
     Args:
-      shifted, beyond: 1 for each tile of rows that holds a shift, and one larger than `largest_shift`; else 0. Only
-        where it holds one, `far` is read.
+      largest_shift: of each tile of rows; where it is 0, `far` is not read.
       weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; unpacked they count sixteenfold.
-      largest_shift: up to which int32 holds the sum.
+      limit: the largest shift at which int32 holds the sum.
       dtype: of the result.
       programs: how many run, one per multiprocessor.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
@@ -74,7 +72,7 @@ def matmul(
     parts = tile_n // EPILOGUE_COLUMNS  # of an output tile, 1 or even; they take turns at the slots that they leave by
     slots = min(2, parts)
 
-    def body(near, far, shifted, beyond, shift, row_scale, weight, column_scale, out, *scratch):
+    def body(near, far, largest_shift, shift, row_scale, weight, column_scale, out, *scratch):
         a, b, c, full, empty, *unpacking = scratch
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
@@ -83,11 +81,11 @@ def matmul(
             return jnp.minimum((tile // n_tiles) * tile_m, M - tile_m), lax.rem(tile, n_tiles) * tile_n
 
         def far_steps(tile):
-            return shifted[tile // n_tiles] * k_tiles
+            return jnp.minimum(largest_shift[tile // n_tiles], 1) * k_tiles
 
         def rounds(tile):
             """How often a tile's planes are walked: for each part of its columns if it takes two accumulators."""
-            return jnp.where(beyond[tile // n_tiles] > 0, parts, 1)
+            return jnp.where(largest_shift[tile // n_tiles] > limit, parts, 1)
 
         def each_tile(body):
             mine = pl.cdiv(tile_count - program, programs)
@@ -192,7 +190,7 @@ def matmul(
                 def across(x, columns):
                     return lax.broadcast_in_dim(x, (rows, columns), [0])
 
-                @pl.when(beyond[index // n_tiles] == 0)
+                @pl.when(largest_shift[index // n_tiles] <= limit)
                 def _one_accumulator():
                     accumulator = plgpu.ACC((rows, tile_n), jnp.int32)
 
@@ -210,7 +208,7 @@ def matmul(
                         part = acc[:, i * EPILOGUE_COLUMNS : (i + 1) * EPILOGUE_COLUMNS].astype(jnp.float32)
                         store(part * across(scale, EPILOGUE_COLUMNS), m, n, i)
 
-                @pl.when(beyond[index // n_tiles] > 0)
+                @pl.when(largest_shift[index // n_tiles] > limit)
                 def _two_accumulators():
                     accumulator = plgpu.ACC((rows, EPILOGUE_COLUMNS), jnp.int32)
 
@@ -219,7 +217,7 @@ def matmul(
                         outliers = pl.run_scoped(lambda acc: products(acc, step, k_tiles, outputs), accumulator)
                         step = step + k_tiles
                         inliers = pl.run_scoped(lambda acc: products(acc, step, k_tiles, outputs), accumulator)
-                        store(accumulators.add(outliers, inliers, power, scale, largest_shift), m, n, i)
+                        store(accumulators.add(outliers, inliers, power, scale, limit), m, n, i)
                         return step + k_tiles
 
                     lax.fori_loop(0, parts, part, step)
@@ -261,4 +259,4 @@ def matmul(
             *(unpacking_scratch if tiles.packed else []),
         ],
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, shifted, beyond, shift, row_scale, weight, column_scale)
+    )(near, far, largest_shift, shift, row_scale, weight, column_scale)
