@@ -47,6 +47,8 @@ def supports(**call: Any) -> str | None:
     return unsuitable(**call) or device_reason()
 
 
+# Blocks of the same shapes share one lowering of a kernel, which takes a second.
+@partial(jax.jit, static_argnames=("delta_softplus", "reverse", "with_starts", "tiles", "interpret"))
 def run(
     u: Float[Array, "B L D"] | Int8[Array, "B L D"],
     delta: Float[Array, "B L D"] | Int8[Array, "B L D"],
