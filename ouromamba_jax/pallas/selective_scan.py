@@ -156,7 +156,8 @@ def _segments(options, *arguments):
         last, decay = segment
         return last + decay * first, first
 
-    h_last, first = jax.lax.scan(follow, h0, (by_segment(h), by_segment(decay)), reverse=options.reverse)
+    segments = by_segment(h), by_segment(decay)
+    h_last, first = jax.lax.scan(follow, h0, segments, reverse=options.reverse, unroll=True)  # a few additions
     y, _, starts = _scan(options, *tokens, jnp.moveaxis(first, 0, 1).reshape(zeros.shape), cut_levels)
     if starts is not None:
         starts = starts.reshape(batch, count, *starts.shape[1:])
