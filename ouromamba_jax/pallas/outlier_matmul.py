@@ -147,7 +147,7 @@ def fixed_point(
 
 
 def _kernel(target: Target, interpret: Any):
-    # Imported here: Mosaic takes a third of a second, and most processes never run a kernel.
+    # Imported here: Mosaic takes a while, and most processes never run a kernel.
     if target == "sm90":
         from ouromamba_jax.pallas import outlier_matmul_sm90
 

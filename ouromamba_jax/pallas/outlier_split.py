@@ -45,7 +45,7 @@ def split(
     interpret: Any = None,
 ) -> OutlierSplit:
     """`outliers.split_outliers` for what `supports` accepts; `channels` are those of another detection."""
-    # Imported here: Mosaic takes a fifth of a second, and most processes never run a kernel.
+    # Imported here: Mosaic takes a while, and most processes never run a kernel.
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     B, L, C = x.shape

@@ -194,7 +194,7 @@ def _scan(options, *arguments):
 
 
 def _launch(options, arguments, chunk):
-    # Imported here: Mosaic takes a third of a second, and most processes never run a kernel.
+    # Imported here: Mosaic takes a while, and most processes never run a kernel.
     from ouromamba_jax.pallas.selective_scan_forward import forward
 
     u, delta, A, B, C, D, z, delta_bias, h0, levels = arguments
