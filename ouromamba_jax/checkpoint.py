@@ -5,7 +5,7 @@ a kilobyte beside every array; a small model has a thousand leaves of a few hund
 index of the leaves, the settings of the quantised sites, each distinct one once, and the SHA-256 of every file.
 
 4-bit weights are packed two to a byte on disk and unpacked to int8 once, here, when loaded: XLA's CPU integer products
-take int8 operands.
+take int8 operands. Where the GPU kernels run, weights are then laid out for those.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from ouromamba_jax.models import build_model, config_class
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.preprocessing import Preprocessing
 from ouromamba_jax.qtensor import pack_int4, unpack_int4
-from ouromamba_jax.quantize.modules import Levels
+from ouromamba_jax.quantize.modules import Levels, prepare_weights
 from ouromamba_jax.quantize.specs import apply_specs, quantized_specs, spec_from_json, spec_to_json
 
 _FORMAT = 2
@@ -49,7 +49,7 @@ def save(path: str | Path, model: VisionModel) -> None:
         raise FileExistsError(f"{path} already exists; choose another path or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves = _leaves(nnx.state(model))
-    arrays = {name: np.asarray(pack_int4(v[...]) if _is_packed(v) else v[...]) for name, v in sorted(leaves.items())}
+    arrays = {name: np.asarray(_stored(leaf)) for name, leaf in sorted(leaves.items())}
     index: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, value in arrays.items():
         index.setdefault(value.dtype.name, {})[name] = value.shape
@@ -114,6 +114,7 @@ def load(path: str | Path) -> VisionModel:
     arrays = _restore(path, stored)
     flat = [(key, leaf.replace(_value(arrays[_name(key)], leaf))) for key, leaf in nnx.to_flat_state(state)]
     restored: VisionModel = nnx.merge(graphdef, nnx.from_flat_state(flat))  # type: ignore[assignment]
+    prepare_weights(restored)
     return restored
 
 
@@ -233,6 +234,12 @@ def _restore(path: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> dict[str, n
         arrays[name] = flat[leaf.dtype.name][start[leaf.dtype] : stop].reshape(leaf.shape)
         start[leaf.dtype] = stop
     return arrays
+
+
+def _stored(leaf: nnx.Variable) -> jax.Array:
+    """A leaf as it is written, whatever the device it was prepared for."""
+    value = leaf.matrix if isinstance(leaf, Levels) else leaf[...]
+    return pack_int4(value) if _is_packed(leaf) else value
 
 
 def _value(stored: np.ndarray, leaf: nnx.Variable) -> jax.Array:

@@ -20,7 +20,10 @@ from ouromamba_jax.fixed_order import guard_product
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
+from ouromamba_jax.pallas.kernel_weight import KernelWeight
 from ouromamba_jax.qtensor import QTensor, divide, power_of_two_shift
+
+Weight = QTensor | KernelWeight
 
 FRACTION_BITS = 12
 """16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""
@@ -31,7 +34,7 @@ def _dot(levels: Int8[Array, "*rows K"], weight: Int8[Array, "K O"]) -> Int32[Ar
     return lax.dot_general(levels, weight, contraction, preferred_element_type=jnp.int32)
 
 
-def _sum_groups(product: Callable[[Array, Array, Array], Array], levels: Array, weight: QTensor) -> Array:
+def _sum_groups(product: Callable[[Array, Array, Array], Array], levels: Array, weight: Weight) -> Array:
     """Sum over weight groups of product(levels (..., size), weight values (size, O), weight scale (O,))."""
     if weight.scale.shape[0] == 1:
         return product(levels, weight.values, weight.scale[0])
@@ -47,7 +50,7 @@ def _sum_groups(product: Callable[[Array, Array, Array], Array], levels: Array, 
     return lax.scan(lambda total, group: (total + guarded(group), None), guarded(first), rest)[0]
 
 
-def _one_product(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
+def _one_product(split: OutlierSplit, weight: Weight) -> Float32[Array, "B L O"]:
     """No token is shifted, all levels are near ones: one int8 product, a row scale and a column scale."""
     rows = split.inlier_scale[None, :, None]
 
@@ -57,7 +60,7 @@ def _one_product(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"
     return _sum_groups(product, split.near, weight)
 
 
-def _two_products(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O"]:
+def _two_products(split: OutlierSplit, weight: Weight) -> Float32[Array, "B L O"]:
     """Inliers and outliers on steps of their own, added in units of the outliers' step.
 
     With pow2 scales S / s_O is 2^-j, so the only rounding is that of the sum: a fused multiply-add changes no bit, and
@@ -74,7 +77,7 @@ def _two_products(split: OutlierSplit, weight: QTensor) -> Float32[Array, "B L O
 
 
 def _sum_of_planes(
-    planes: Int8[Array, "2 B L K"], step: Float32[Array, "B L 1"], weight: QTensor
+    planes: Int8[Array, "2 B L K"], step: Float32[Array, "B L 1"], weight: Weight
 ) -> Float32[Array, "B L O"]:
     """The product of the fixed-point numbers step * (256 * high + low), for planes (high, low)."""
 
@@ -86,7 +89,7 @@ def _sum_of_planes(
 
 
 def _fixed_point_outliers(
-    split: OutlierSplit, weight: QTensor, multiply: Callable[[Array, Array, QTensor], Array] = _sum_of_planes
+    split: OutlierSplit, weight: Weight, multiply: Callable[[Array, Array, Weight], Array] = _sum_of_planes
 ) -> Float[Array, "B L O"]:
     """16-bit outliers: inliers and outliers of a token as one 16-bit fixed-point row, multiplied as two int8 planes.
 
@@ -114,7 +117,7 @@ def _largest(x: Array) -> Array:
     return jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -jnp.min(x, axis=-1, keepdims=True))
 
 
-def _xla(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
+def _xla(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
     if split.has_float_outliers:
         y = _fixed_point_outliers(split, weight)
     elif split.pow2:
@@ -125,7 +128,7 @@ def _xla(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32) -> Floa
 
 
 def _one_launch(
-    launch: Callable[..., Array], split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32
+    launch: Callable[..., Array], split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32
 ) -> Float[Array, "B L O"]:
     """One kernel; 16-bit outliers take it once or twice, for their planes."""
     if split.has_float_outliers:
@@ -136,11 +139,11 @@ def _one_launch(
     return launch(kernel.Planes(split.near, split.far, shift, rows), weight, dtype=dtype)
 
 
-def _mosaic_gpu(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32, **options) -> Float[Array, "B L O"]:
+def _mosaic_gpu(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32, **options) -> Float[Array, "B L O"]:
     return _one_launch(partial(kernel.run, **options), split, weight, dtype)
 
 
-def _triton(split: OutlierSplit, weight: QTensor, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
+def _triton(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
     return _one_launch(triton_matmul.run, split, weight, dtype)
 
 
@@ -152,15 +155,29 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def prepare(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32) -> Weight:
+    """`weight` laid out once for the backend that `outlier_matmul` takes by itself, which else would do so every time.
+
+    A `KernelWeight` for the GPU kernels, packed if it has 4 bits; for other backends a `QTensor`.
+
+    Args:
+      split: an activation like those that the weight will meet; only shapes and types count (`jax.eval_shape`).
+    """
+    backend = choose("matmul", BACKENDS, None, split, weight, jnp.dtype(dtype))
+    if backend is BACKENDS["mosaic_gpu"]:
+        return kernel.prepare(split, weight)
+    return QTensor(weight.values, weight.scale, weight.bits) if isinstance(weight, KernelWeight) else weight
+
+
 @partial(jax.jit, static_argnames=("dtype", "implementation"))
 def outlier_matmul(
-    split: OutlierSplit, weight: QTensor, *, dtype: Any = jnp.float32, implementation: str | None = None
+    split: OutlierSplit, weight: Weight, *, dtype: Any = jnp.float32, implementation: str | None = None
 ) -> Float[Array, "B L O"]:
     """Multiply a split activation (B, L, C) by a quantised weight (C, O).
 
     Args:
       split: from `split_outliers`.
-      weight: levels (C, O), with or without groups along C.
+      weight: levels (C, O), with or without groups along C; as a QTensor, or as `prepare` lays it out.
       dtype: a float type, to which the float32 result is rounded once; the GPU kernels write float32 or bfloat16 only.
       implementation: a backend's name; None takes the first that supports the call.
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ouromamba_jax.bench import Timing, repeated, time_interleaved, time_ratio, write_results
-from ouromamba_jax.matmul import outlier_matmul
+from ouromamba_jax.matmul import outlier_matmul, prepare
 from ouromamba_jax.outlier_calibration import search_token_scales
 from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.outliers import split_outliers
@@ -162,11 +162,12 @@ class Layer:
         def linear(name):
             return lambda x, scale, weight: matmul(name)(split(name)(x, scale), weight)
 
+        levels = split(XLA)(x, scale)
+        weights = {OURS: prepare(levels, weight, jnp.bfloat16), XLA: weight}  # as models keep them
         if self.operation == "matmul":
-            levels = split(XLA)(x, scale)
-            calls = {name: (matmul(name), (levels, weight)) for name in (OURS, XLA)}
+            calls = {name: (matmul(name), (levels, weight)) for name, weight in weights.items()}
         else:
-            calls = {name: (linear(name), (x, scale, weight)) for name in (OURS, XLA)}
+            calls = {name: (linear(name), (x, scale, weight)) for name, weight in weights.items()}
         return {**calls, CUBLAS: (jnp.matmul, (x.reshape(-1, self.K), float_weight.astype(jnp.bfloat16)))}
 
 

@@ -49,6 +49,7 @@ from ouromamba_jax.bench import (
 from ouromamba_jax.breakdown import BREAKDOWN_HEADERS, KINDS, block_breakdown, model_breakdown
 from ouromamba_jax.models import VisionModel, create_model, model_config, pure
 from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.quantize.modules import prepare_weights
 from ouromamba_jax.quantize.sites import set_module
 from ouromamba_jax.scan_types import ScanOutput
 from ouromamba_jax.tables import print_table
@@ -129,6 +130,7 @@ def bench_gpu(models: dict[str, nnx.Module], batch: int, repeats: int) -> tuple[
         with preferring(backend):
             for bits, model in models.items():
                 log(f"compiling {bits} on {backend}")
+                prepare_weights(model)
                 function, state = pure(model)
                 compiled = jax.jit(function).lower(state, images).compile()
                 calls[bits, backend] = partial(compiled, state, images)

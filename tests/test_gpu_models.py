@@ -18,6 +18,7 @@ from ouromamba_jax.pallas.dispatch import choose
 from ouromamba_jax.preprocessing import height_width
 from ouromamba_jax.qtensor import quantize_array
 from ouromamba_jax.quantize import QuantConfig
+from ouromamba_jax.quantize.modules import prepare_weights
 
 OPERATIONS = {"split": outliers.BACKENDS, "matmul": matmul.BACKENDS, "scan": scan.BACKENDS}
 
@@ -116,6 +117,8 @@ def test_models_take_the_kernels(bits, family, monkeypatch):
     with bench.preferring("xla"):
         expected = jax.jit(function)(state, images)
     seen = recorded(monkeypatch)
+    prepare_weights(model)
+    function, state = pure(model)
     logits = jax.jit(function)(state, images)
     taken = ["scan"] if bits == "float32" else OPERATIONS
     assert seen == {(operation, "mosaic_gpu") for operation in taken}

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
+from ouromamba_jax.pallas.kernel_weight import KernelWeight, arrange
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, max_level
 
@@ -45,7 +46,7 @@ def largest_shift(inputs: int, weight_bits: int) -> int:
     return (INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= INT32_MAX else -1
 
 
-def supports(split: OutlierSplit, weight: QTensor, dtype: Any) -> str | None:
+def supports(split: OutlierSplit, weight: QTensor | KernelWeight, dtype: Any) -> str | None:
     """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
     if not split.pow2 and not split.has_float_outliers:
         return 'outlier_scale="free" needs two accumulators: split with outlier_scale="pow2"'
@@ -58,6 +59,13 @@ def supports(split: OutlierSplit, weight: QTensor, dtype: Any) -> str | None:
     return device_reason()
 
 
+def prepare(split: OutlierSplit, weight: QTensor | KernelWeight) -> KernelWeight:
+    """`weight` as the default device's kernel reads it for such splits: what `run` does otherwise, in every call."""
+    # One accumulator for the planes of 16-bit outliers has no room for packed levels, which count sixteenfold.
+    bits = 8 if split.has_float_outliers else weight.bits
+    return arrange(weight, matmul_tiles(device_target(), weight.shape[1], bits))
+
+
 def largest_shifts(shift: Int32[Array, " M"], tile_m: int) -> Int32[Array, " tiles"]:
     """Of each tile of rows. Where it is 0, `far` is zero, or the result NaN whatever is read.
 
@@ -68,20 +76,13 @@ def largest_shifts(shift: Int32[Array, " M"], tile_m: int) -> Int32[Array, " til
     return jnp.max(shift[first[:, None] + jnp.arange(tile_m, dtype=jnp.int32)[None]], axis=1)
 
 
-def pack_halves(weight: Int8[Array, "K N"]) -> Int8[Array, "half N"]:
-    """4-bit levels two to a byte: of every 128 inputs, the first 64 in the low nibbles, the others in the high ones."""
-    K, N = weight.shape
-    low, high = jnp.moveaxis(weight.reshape(K // TILE_K, 2, TILE_K // 2, N), 1, 0)
-    return ((low & jnp.int8(15)) | (high << jnp.int8(4))).reshape(K // 2, N)
-
-
 def _pad_to(x: Array, multiples: tuple[int, ...]) -> Array:
     return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
 
 
 def run(
     planes: Planes,
-    weight: QTensor,
+    weight: QTensor | KernelWeight,
     *,
     dtype: Any = jnp.float32,
     limit: int | None = None,
@@ -93,7 +94,8 @@ def run(
 
     Args:
       dtype: of the result, float32 or bfloat16.
-      limit: up to which shift int32 holds the sum; None takes `largest_shift`.
+      limit: up to which shift int32 holds the sum of levels of a byte each; None takes `largest_shift`, and 4-bit
+        levels may be packed.
       target, tiles: the default device's kernel and its tiles, unless given.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
@@ -102,18 +104,16 @@ def run(
     B, L, K = near.shape
     O = weight.shape[1]
     target = target or device_target()
-    tiles = tiles or matmul_tiles(target, O, weight.bits)
+    tiles = tiles or matmul_tiles(target, O, weight.bits if limit is None else 8)
     # At least one tile of rows, then whole eights of them: Mosaic copies no tile that starts between two.
     height = (tiles.tile_m if tiles.tile_m > B * L else 8,)
     near, far = (_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far))
     rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
     limit = largest_shift(K, weight.bits) if limit is None else limit
     largest = largest_shifts(rows[0], tiles.tile_m)
-    values = _pad_to(weight.values, (TILE_K, tiles.tile_n))
     columns = _pad_to(weight.scale[0], (tiles.tile_n,))
-    values = pack_halves(values) if tiles.packed else values
     launch = partial(_kernel(target, interpret), tiles=tiles, limit=limit, dtype=dtype, interpret=interpret)
-    y = launch(near, far, largest, *rows, values.T, columns)
+    y = launch(near, far, largest, *rows, arrange(weight, tiles).rows, columns)
     return y[: B * L, :O].reshape(B, L, O)
 
 
@@ -121,7 +121,7 @@ def fixed_point(
     launch: Callable[..., Array],
     planes: Int8[Array, "2 B L K"],
     step: Float32[Array, "B L 1"],
-    weight: QTensor,
+    weight: QTensor | KernelWeight,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "B L O"]:
     """step * (256 * high @ W + low @ W) * s_w for planes (high, low), to the bit as two products in float32 give it.
@@ -137,8 +137,7 @@ def fixed_point(
     high, low = planes
     if weight.shape[0] * max_level(weight.bits) * LARGEST_FIXED_POINT <= INT32_MAX:
         shift = jnp.full(step.shape[:2], 8, jnp.int32)
-        unpacked = replace(weight, bits=8)  # a byte each: packed levels count sixteenfold
-        return launch(Planes(low, high, shift, step[:, :, 0]), unpacked, dtype=dtype, limit=8)
+        return launch(Planes(low, high, shift, step[:, :, 0]), weight, dtype=dtype, limit=8)
     both = jnp.concatenate([high, low])
     none, ones = jnp.zeros(both.shape[:2], jnp.int32), jnp.ones(both.shape[:2], jnp.float32)
     products = launch(Planes(both, None, none, ones), replace(weight, scale=jnp.ones_like(weight.scale)))

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int8
 
-from ouromamba_jax.matmul import outlier_matmul
+from ouromamba_jax.matmul import KernelWeight, outlier_matmul, prepare
 from ouromamba_jax.models.layers import QuantPoint, as_tokens
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.outliers import merge, split_outliers
@@ -19,7 +19,27 @@ from ouromamba_jax.released import quantize_asymmetric
 
 
 class Levels(nnx.Variable):
-    """Integer levels (rows, columns) of a weight or scan parameter; its metadata `bits` is what they need at rest."""
+    """Integer levels (rows, columns) of a weight or scan parameter.
+
+    Metadata: `bits`, what each needs at rest; `prepared`, only of a weight that lies as a GPU kernel reads it
+    (`KernelWeight`): the shape (rows, columns) that it stands for.
+    """
+
+    @property
+    def is_prepared(self) -> bool:
+        return self.get_metadata("prepared", None) is not None
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.get_metadata("prepared", self.shape)
+
+    @property
+    def matrix(self) -> Int8[Array, "rows columns"]:
+        """The levels as a matrix, however they lie."""
+        if not self.is_prepared:
+            return self[...]
+        rows, columns = self.matrix_shape
+        return KernelWeight(self[...], jnp.ones((1, columns)), self.bits, rows).values
 
 
 class Scale(nnx.Variable):
@@ -112,16 +132,31 @@ class QuantLinear(nnx.Module):
         self.act = ActQuantizer(scales, spec.config)
 
     @property
-    def weight(self) -> QTensor:
-        config = self.spec.config
-        return QTensor(self.levels[...], self.weight_scale[...], bits=config.weight_bits, group=config.weight_group)
+    def weight(self) -> QTensor | KernelWeight:
+        config, levels, scale = self.spec.config, self.levels[...], self.weight_scale[...]
+        if self.levels.is_prepared:
+            return KernelWeight(levels, scale, config.weight_bits, self.levels.matrix_shape[0])
+        return QTensor(levels, scale, bits=config.weight_bits, group=config.weight_group)
+
+    def prepare_weight(self) -> None:
+        """Lays the weight out once for the backend that will multiply by it (see `matmul.prepare`)."""
+        weight = self.weight
+        x = jax.ShapeDtypeStruct((1, *self.act.scale.shape, weight.shape[0]), jnp.float32)
+        weight = prepare(jax.eval_shape(self.act.split, x), weight, self._product_dtype)
+        if isinstance(weight, KernelWeight):
+            self.levels = Levels(weight.rows, bits=self.levels.bits, prepared=weight.shape)
+        else:
+            self.levels = Levels(weight.values, bits=self.levels.bits)
+
+    @property
+    def _product_dtype(self) -> Any:
+        """Of the product: float32 if a bias is still to be added, which is done before the result is rounded."""
+        return self.dtype if self.bias is None else jnp.float32
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
         split = self.act.split(as_tokens(x))
-        if self.bias is None:
-            y = outlier_matmul(split, self.weight, dtype=self.dtype)
-        else:  # which is added in float32
-            y = outlier_matmul(split, self.weight)
+        y = outlier_matmul(split, self.weight, dtype=self._product_dtype)
+        if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)[None, None]
         return y.reshape(*x.shape[:-1], -1).astype(self.dtype)
 
@@ -135,3 +170,14 @@ class QuantizedPoint(QuantPoint):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         return self.act.round(as_tokens(x))[0].reshape(x.shape).astype(x.dtype)
+
+
+def prepare_weights(model: nnx.Module) -> None:
+    """Lays out the weights of every `QuantLinear` for the backend that will multiply by them, in place.
+
+    `quantize` and `load` end with it. A model that then moves to another device, or to another backend, still gives
+    the same results, but undoes the layout in every call until this is called again.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, QuantLinear):
+            module.prepare_weight()

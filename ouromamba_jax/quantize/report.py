@@ -122,11 +122,12 @@ def memory_report(model: nnx.Module) -> MemoryReport:
     for _, leaf in nnx.to_flat_state(nnx.state(model)):
         array = leaf.get_value()
         if isinstance(leaf, Levels):
-            rows, columns = array.shape
+            rows, columns = leaf.matrix_shape
             levels += ((rows + 1) // 2 if leaf.bits <= 4 else rows) * columns
+            parameters += rows * columns
         elif isinstance(leaf, Scale):
             scales += array.size * array.dtype.itemsize
         else:
             floats += array.size * array.dtype.itemsize
-        parameters += 0 if isinstance(leaf, Scale) else array.size
+            parameters += array.size
     return MemoryReport(levels, scales, floats, 2 * parameters)

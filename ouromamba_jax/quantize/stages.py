@@ -14,7 +14,7 @@ from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize.calibrate import Captured, capture
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.coverage import check_coverage
-from ouromamba_jax.quantize.modules import Levels, Scale
+from ouromamba_jax.quantize.modules import Levels, Scale, prepare_weights
 from ouromamba_jax.quantize.report import QuantReport, SiteReport
 from ouromamba_jax.quantize.sites import named_modules, resolve_sites, set_module
 
@@ -93,6 +93,7 @@ def quantize_stages(
         exact, x = exact_out, apply_in_batches(low, x, config.batch_size)
     if progress is not None:
         progress(len(stages), len(stages), "done")
+    prepare_weights(quantised)
     return quantised, QuantReport(tuple(reports), tuple(kept), tuning)
 
 
