@@ -215,5 +215,6 @@ class Vim(VisionModel):
 
 
 def flip_tokens(x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-    """Tokens in reverse, as an array of its own: fused into its consumer, XLA's CPU backend reads entry by entry."""
-    return jax.lax.optimization_barrier(jnp.flip(x, axis=1))
+    """Tokens in reverse; on a CPU as an array of its own, since fused into its consumer it would be read one by one."""
+    flipped = jnp.flip(x, axis=1)
+    return jax.lax.platform_dependent(flipped, cpu=jax.lax.optimization_barrier, default=lambda x: x)
