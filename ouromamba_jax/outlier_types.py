@@ -88,7 +88,7 @@ class OutlierSplit:
       far: int8 (B, L, C), levels in units of outlier_scale; with 16-bit outliers the float activations themselves.
       outlier_scale: float32 (B, L); 1 with 16-bit outliers; NaN for a token that holds a NaN or an infinity, so
         that its results are NaN, not a silent clip.
-      mask: bool (B, L, C), true at outliers.
+      mask: bool (B, L, C), true at outliers; None where nobody asked for it.
       inlier_scale: float32 (L,).
       pow2: outlier_scale is inlier_scale times 2^j, j >= 0 (a static fact).
     """
@@ -96,7 +96,7 @@ class OutlierSplit:
     near: Int8[Array, "B L C"]
     far: Array
     outlier_scale: Float32[Array, "B L"]
-    mask: Bool[Array, "B L C"]
+    mask: Bool[Array, "B L C"] | None
     inlier_scale: Float32[Array, " L"]
     pow2: bool
 
@@ -106,7 +106,7 @@ class OutlierSplit:
         inlier_q: Int8[Array, "B L C"],
         outlier_q: Array,
         outlier_scale: Float32[Array, "B L"],
-        mask: Bool[Array, "B L C"],
+        mask: Bool[Array, "B L C"] | None,
         inlier_scale: Float32[Array, " L"],
         *,
         pow2: bool,
@@ -120,12 +120,23 @@ class OutlierSplit:
     @property
     def inlier_q(self) -> Int8[Array, "B L C"]:
         """int8 levels within the inlier bits, zero at outliers."""
-        return jnp.where(self.mask, 0, self.near) if self.pow2 else self.near
+        return jnp.where(self.known_mask, 0, self.near) if self.pow2 else self.near
 
     @property
     def outlier_q(self) -> Array:
         """int8 levels within the outlier bits, or floats with 16-bit outliers; zero at inliers."""
-        return jnp.where(self.mask, self.near + self.far, 0) if self.pow2 else self.far
+        return jnp.where(self.known_mask, self.near + self.far, 0) if self.pow2 else self.far
+
+    @property
+    def known_mask(self) -> Bool[Array, "B L C"]:
+        """The mask.
+
+        Raises:
+          ValueError: if it was left out.
+        """
+        if self.mask is None:
+            raise ValueError("this split was made without its mask: call split_outliers with with_mask=True")
+        return self.mask
 
     @property
     def has_float_outliers(self) -> bool:

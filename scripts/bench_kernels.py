@@ -132,12 +132,12 @@ class Layer:
         return f"({batch * self.tokens}, {self.K})" + (f" x ({self.K}, {self.O})" if self.O else "")
 
     def work(self, batch: int) -> Work:
-        """x and y in bfloat16; a byte for each level of near and far matrices and, from a split, for the mask.
+        """x and y in bfloat16; a byte for each level of near and far matrices.
 
         A product reads the far matrix in tiles that hold a shift only: none here.
         """
         rows = batch * self.tokens
-        entries = {"split": 5, "matmul": 1, "linear": 2}[self.operation]
+        entries = {"split": 4, "matmul": 1, "linear": 2}[self.operation]
         out = self.K * self.O + 2 * rows * self.O
         return Work(entries * rows * self.K + out, int8=2 * rows * self.K * self.O)
 
@@ -149,7 +149,7 @@ class Layer:
         scale = search_token_scales(x[:1], CONFIG)
 
         def split(name):
-            return lambda x, scale: split_outliers(x, scale, CONFIG, implementation=name)
+            return lambda x, scale: split_outliers(x, scale, CONFIG, with_mask=False, implementation=name)
 
         if self.operation == "split":
             return {name: (split(name), (x, scale)) for name in (OURS, XLA)}

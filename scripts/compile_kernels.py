@@ -102,7 +102,12 @@ def matmul(
 
 
 def split(
-    channels: int, scale: str, dtype: str = "float32", act_bits: int = 4, outlier_bits: int = 8
+    channels: int,
+    scale: str,
+    dtype: str = "float32",
+    act_bits: int = 4,
+    outlier_bits: int = 8,
+    with_mask: bool = False,
 ) -> tuple[Callable, list]:
     import jax
 
@@ -112,7 +117,7 @@ def split(
     config = OutlierConfig(act_bits, outlier_bits, outlier_scale=scale)  # type: ignore[arg-type]
     shapes = [((BATCH, TOKENS, channels), dtype), ((TOKENS,), "float32")]
     return (
-        lambda x, scale: split_outliers(x, scale, config, implementation="mosaic_gpu"),
+        lambda x, scale: split_outliers(x, scale, config, with_mask=with_mask, implementation="mosaic_gpu"),
         [jax.ShapeDtypeStruct(*shape) for shape in shapes],
     )
 
@@ -189,7 +194,7 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     "matmul 384x56 W4": (matmul, (384, 56, 4)),
     "matmul 384x768 W4 1 image": (matmul, (384, 768, 4, "int8", "float32", 1)),
     "matmul 1536x80 W8 bf16": (matmul, (1536, 80, 8, "int8", "bfloat16")),
-    "split 768 pow2": (split, (768, "pow2")),
+    "split 768 pow2, mask": (split, (768, "pow2", "float32", 4, 8, True)),
     "split 3072 pow2 bf16": (split, (3072, "pow2", "bfloat16")),
     "split 192 free": (split, (192, "free")),
     "split 768 A8 16-bit bf16": (split, (768, "pow2", "bfloat16", 8, 16)),

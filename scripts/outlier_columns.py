@@ -71,8 +71,8 @@ def rows_of(name: str, bits: str) -> list[list]:
     found = defaultdict(list)
     split = ActQuantizer.split
 
-    def recording(self, x):
-        levels = split(self, x)
+    def recording(self, x, **options):
+        levels = split(self, x, **options | {"with_mask": True})
         if id(self) in kinds:
             found[kinds[id(self)]].append(describe(levels))
         return levels

@@ -333,6 +333,21 @@ def test_statistics_count_outliers_and_shifted_tokens():
     assert stats.shifted_rows == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("name", ["pow2", "free", "16"])
+def test_without_its_mask_a_split_is_the_same(name):
+    fields = dict(free=dict(outlier_scale="free"), pow2={}).get(name, dict(act_bits=8, outlier_bits=16))
+    config = OutlierConfig(**fields)
+    x = jnp.asarray(activations(np.random.default_rng(5), 2, 13, 30, size=200.0))
+    scale = search_token_scales(x, config)
+    full, bare = (split_outliers(x, scale, config, with_mask=m) for m in (True, False))
+    np.testing.assert_array_equal(merge(bare), merge(full))
+    np.testing.assert_array_equal(bare.near, full.near)
+    np.testing.assert_array_equal(bare.far, full.far)
+    assert bare.mask is None
+    with pytest.raises(ValueError, match="without its mask"):
+        outlier_statistics(bare)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

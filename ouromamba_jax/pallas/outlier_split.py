@@ -42,6 +42,7 @@ def split(
     *,
     theta: Float32[Array, " L"] | None = None,
     channels: None = None,
+    with_mask: bool = True,
     interpret: Any = None,
 ) -> OutlierSplit:
     """`outliers.split_outliers` for what `supports` accepts; `channels` are those of another detection."""
@@ -73,7 +74,8 @@ def split(
             source, target, n = target, source, half
         return source[0]
 
-    def body(x, scale, limits, near, far, outlier_scale, mask, first, second):
+    def body(x, scale, limits, near, far, outlier_scale, *rest):
+        *mask, first, second = rest
         sample, start = lax.axis_index("sample"), lax.axis_index("window") * window
         buffers = (first, second)
         present = iota(width) < C
@@ -109,7 +111,8 @@ def split(
             outliers = row if floats else _levels(divide(row, own), q_out)
             near[sample, t] = jnp.where(is_far, 0.0, jnp.where(is_outlier, outliers, inliers)).astype(jnp.int8)
             far[sample, t] = jnp.where(is_far, outliers, 0.0).astype(far.dtype)
-            mask[sample, t] = listed.astype(jnp.int8)
+            if with_mask:
+                mask[0][sample, t] = listed.astype(jnp.int8)
             outlier_scale[sample, t] = own
             return listed
 
@@ -122,7 +125,7 @@ def split(
             jax.ShapeDtypeStruct(shape, jnp.int8),
             jax.ShapeDtypeStruct(shape, x.dtype if floats else jnp.int8),
             jax.ShapeDtypeStruct((B, L), jnp.float32),
-            jax.ShapeDtypeStruct(shape, jnp.int8),
+            *([jax.ShapeDtypeStruct(shape, jnp.int8)] if with_mask else []),
         ),
         grid=(B, -(-L // window)),
         grid_names=("sample", "window"),
@@ -130,8 +133,9 @@ def split(
         **({"interpret": interpret} if interpret is not None else {}),
     )
     padded = jnp.pad(x, ((0, 0), (0, 0), (0, width - C)))
-    near, far, outlier_scale, mask = kernel(padded, scale, limits)
-    return OutlierSplit(near[..., :C], far[..., :C], outlier_scale, mask[..., :C] != 0, scale, pow2)
+    near, far, outlier_scale, *mask = kernel(padded, scale, limits)
+    found = mask[0][..., :C] != 0 if with_mask else None
+    return OutlierSplit(near[..., :C], far[..., :C], outlier_scale, found, scale, pow2)
 
 
 def _levels(ratio, q: int):

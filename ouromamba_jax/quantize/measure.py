@@ -68,7 +68,7 @@ def _measure_site(graphdefs: Any, states: Any, seen: dict[str, Array]) -> dict[s
     site, module = (nnx.merge(graphdef, state) for graphdef, state in zip(graphdefs, states, strict=True))
     if isinstance(module, QuantLinear):
         x = seen["act"]
-        split = module.act.split(x)
+        split = module.act.split(x, with_mask=True)
         stats = outlier_statistics(split)
         exact = x.astype(jnp.float32) @ site.kernel[...].astype(jnp.float32)
         return {"": _compare(exact, outlier_matmul(split, module.weight), stats.rate, stats.shifted_rows)}
@@ -99,10 +99,10 @@ def _measure_scan(scan: SelectiveScan, module: QuantSelectiveScan, seen: dict[st
 def _measure_activation(quantizers: Sequence[ActQuantizer], x: Float[Array, "B L G C"]) -> Measured:
     """All directions together."""
     if quantizers[0].zero is not None:
-        pairs = [quantizer.round(x[:, :, g]) for g, quantizer in enumerate(quantizers)]
+        pairs = [quantizer.round_asymmetric(x[:, :, g]) for g, quantizer in enumerate(quantizers)]
         rate = jnp.mean(jnp.stack([mask for _, mask in pairs]).astype(jnp.float32))
         return _compare(x, jnp.stack([value for value, _ in pairs], axis=2), rate, jnp.zeros(()))
-    splits = [quantizer.split(x[:, :, g]) for g, quantizer in enumerate(quantizers)]
+    splits = [quantizer.split(x[:, :, g], with_mask=True) for g, quantizer in enumerate(quantizers)]
     stats = [outlier_statistics(split) for split in splits]
     rate = jnp.mean(jnp.stack([s.rate for s in stats]))
     shifted = jnp.mean(jnp.stack([s.shifted_rows for s in stats]))

@@ -91,8 +91,8 @@ class ActQuantizer(nnx.Module):
         self.channels = None if scales.channels is None else Scale(scales.channels)
         self.zero = None if scales.zero is None else Scale(scales.zero)
 
-    def split(self, x: Float[Array, "B L C"]) -> OutlierSplit:
-        """Inliers, outliers and their scales.
+    def split(self, x: Float[Array, "B L C"], *, with_mask: bool = False) -> OutlierSplit:
+        """Inliers, outliers and their scales, and their places if asked for.
 
         Raises:
           ValueError: if x has another number of tokens than the calibration had.
@@ -100,13 +100,16 @@ class ActQuantizer(nnx.Module):
         self._check(x)
         theta = None if self.theta is None else self.theta[...]
         channels = None if self.channels is None else self.channels[...]
-        return split_outliers(x, self.scale[...], self.config, theta=theta, channels=channels)
+        return split_outliers(x, self.scale[...], self.config, theta=theta, channels=channels, with_mask=with_mask)
 
-    def round(self, x: Float[Array, "B L C"]) -> tuple[Float[Array, "B L C"], Bool[Array, "B L C"]]:
-        """(x after rounding, in float32; where its outliers are). Raises as `split` does."""
+    def round(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        """x after rounding, in float32. Raises as `split` does."""
+        return merge(self.split(x)) if self.zero is None else self.round_asymmetric(x)[0]
+
+    def round_asymmetric(self, x: Float[Array, "B L C"]) -> tuple[Float[Array, "B L C"], Bool[Array, "B L C"]]:
+        """(x as the published code rounds delta, in float32; where its outliers are). Raises as `split` does."""
         if self.zero is None:
-            split = self.split(x)
-            return merge(split), split.mask
+            raise ValueError("this activation has no zero points: it is rounded by Algorithm 2")
         self._check(x)
         return quantize_asymmetric(x, self.scale[...], self.zero[...], self.config)
 
@@ -169,7 +172,7 @@ class QuantizedPoint(QuantPoint):
         self.act = ActQuantizer(scales, spec.config)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        return self.act.round(as_tokens(x))[0].reshape(x.shape).astype(x.dtype)
+        return self.act.round(as_tokens(x)).reshape(x.shape).astype(x.dtype)
 
 
 def prepare_weights(model: nnx.Module) -> None:

@@ -96,7 +96,7 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
             return x
         groups = [(q, x[:, :, g]) for g, q in enumerate(self.act[name])]
         if is_asymmetric(name, self.spec.config):
-            return jnp.stack([q.round(part)[0] for q, part in groups], axis=2).astype(x.dtype)
+            return jnp.stack([q.round(part) for q, part in groups], axis=2).astype(x.dtype)
         return SplitOperand(tuple(q.split(part) for q, part in groups), x.shape, x.dtype)
 
     def parameter(self, name: str) -> Array | None:
