@@ -10,12 +10,12 @@ from ouromamba_jax import scan_mosaic, scan_xla
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
 from ouromamba_jax.scan_types import Collect, ScanOutput, StateTransform
-from ouromamba_jax.split_operand import SplitOperand
+from ouromamba_jax.split_operand import SplitOperand, StackedOperand
 
 
 def selective_scan(
-    u: Float[Array, "B L D"] | SplitOperand,
-    delta: Float[Array, "B L D"] | SplitOperand,
+    u: Float[Array, "B L D"] | SplitOperand | StackedOperand,
+    delta: Float[Array, "B L D"] | SplitOperand | StackedOperand,
     A: Float[Array, "D N"],
     B: Float[Array, "B L N"] | Float[Array, "B L G N"] | SplitOperand,
     C: Float[Array, "B L N"] | Float[Array, "B L G N"] | SplitOperand,
@@ -36,7 +36,8 @@ def selective_scan(
     the state are float32 whatever the inputs are. Gradients reach every array in reverse mode; the backward pass keeps
     one state per chunk of up to 8 tokens and recomputes the others.
 
-    A `SplitOperand` is merged into floats first, unless the backend reads its levels.
+    A `SplitOperand` is merged into floats first, unless the backend reads its levels; a `StackedOperand` is its array,
+    unless the backend reads group by group.
 
     Args:
       u: input, (B, L, D).

@@ -7,7 +7,7 @@ from ouromamba_jax import scan_xla
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.tiles import ScanTiles
 from ouromamba_jax.scan_types import ScanOutput
-from ouromamba_jax.split_operand import SplitOperand, floats
+from ouromamba_jax.split_operand import SplitOperand, StackedOperand, floats
 
 
 def run(
@@ -15,20 +15,24 @@ def run(
 ) -> ScanOutput:
     """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA.
 
-    u and delta are read as levels if they have them. B and C are merged first: they are few bytes, but every thread
-    would convert all of a token's, 32 for its 16 exponentials.
+    u and delta are read as levels if they have them, and group by group if they came so. B and C are merged first:
+    they are few bytes, but every thread would convert all of a token's, 32 for its 16 exponentials.
     """
     B, C = floats(B), floats(C)
-    u, delta = (x if isinstance(x, SplitOperand) and x.has_levels else floats(x) for x in (u, delta))
+    u, delta = (floats(x) if isinstance(x, SplitOperand) and not x.has_levels else x for x in (u, delta))
 
     def step(x):
         return kernel.Step(x.steps, x.far, x.ratio) if isinstance(x, SplitOperand) else None
 
+    def values(x):
+        if isinstance(x, SplitOperand):
+            return x.near
+        return x.groups if isinstance(x, StackedOperand) else x
+
     levels = kernel.Steps(u=step(u), delta=step(delta))
-    near = (x.near if isinstance(x, SplitOperand) else x for x in (u, delta))
     y, h_last, starts = kernel.run(
-        *near, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0, reverse=reverse,
-        with_starts=collect is not None, levels=levels, **options,
+        values(u), values(delta), A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0,
+        reverse=reverse, with_starts=collect is not None, levels=levels, **options,
     )  # fmt: skip
     y = y.astype(u.dtype)
     if starts is None:
@@ -41,7 +45,7 @@ def run(
         ).states  # its y is not used
 
     inputs = tuple(map(floats, (u, delta, B)))
-    tiles = options.get("tiles") or kernel.tiles_for(inputs[0], A, inputs[2])
+    tiles = options.get("tiles") or kernel.tiles_for(A, B)
     return ScanOutput(y, h_last, _walk_chunks(walk, inputs, starts, tiles, reverse))
 
 

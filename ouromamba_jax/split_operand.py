@@ -1,4 +1,4 @@
-"""A rounded operand of the selective scan as integers, which its GPU kernel can read instead of floats."""
+"""Operands of the selective scan as they were made, which its GPU kernel reads, instead of one array of floats."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int8
+from jaxtyping import Array, Float, Float32, Int8
 
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.outliers import merge
@@ -43,14 +43,14 @@ class SplitOperand:
         return all(split.pow2 for split in self.splits)
 
     @property
-    def near(self) -> Int8[Array, "B L *axes"]:
-        """Levels on the inliers' step: all of a token's, unless its outliers are shifted."""
-        return self._stack("near").reshape(self.shape)
+    def near(self) -> tuple[Int8[Array, "B L E"], ...]:
+        """Each group's levels on the inliers' step: all of a token's, unless its outliers are shifted."""
+        return tuple(split.near for split in self.splits)
 
     @property
-    def far(self) -> Int8[Array, "B L *axes"]:
-        """Levels of shifted outliers, on `steps`."""
-        return self._stack("far").reshape(self.shape)
+    def far(self) -> tuple[Int8[Array, "B L E"], ...]:
+        """Each group's levels of shifted outliers, on `steps`."""
+        return tuple(split.far for split in self.splits)
 
     @property
     def steps(self) -> Float32[Array, "B L G"]:
@@ -66,6 +66,39 @@ class SplitOperand:
         return jnp.stack([getattr(split, name) for split in self.splits], axis=2)
 
 
-def floats(x: Array | SplitOperand) -> Array:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
+@dataclass(frozen=True)
+class StackedOperand:
+    """Floats (B, L, G, E) that were stacked from an array for each group, in place of (B, L, G * E).
+
+    A kernel that reads the groups one by one leaves XLA no use for the stack, which then is never made.
+    """
+
+    array: Float[Array, "B L G E"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        batch, length, groups, channels = self.array.shape
+        return batch, length, groups * channels
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def merge(self) -> Float[Array, "B L D"]:
+        """The array."""
+        return self.array.reshape(self.shape)
+
+    @property
+    def groups(self) -> tuple[Float[Array, "B L E"], ...]:
+        """The arrays that it was stacked from."""
+        return tuple(self.array[:, :, g] for g in range(self.array.shape[2]))
+
+
+def floats(x: Array | SplitOperand | StackedOperand) -> Array:
     """`x` as an array."""
-    return x.merge() if isinstance(x, SplitOperand) else x
+    return x.merge() if isinstance(x, SplitOperand | StackedOperand) else x

@@ -161,12 +161,12 @@ def scan_gradient(channels: int, states: int, groups: int, dtype: str, collect: 
 
 
 def scan_levels(channels: int, states: int, groups: int, dtype: str = "float32") -> tuple[Callable, list]:
-    """As quantised models call it: u in floats; delta, B and C in levels, of which delta's enter the kernel."""
+    """As quantised models call it: stacked floats u; delta, B and C in levels, of which delta's enter the kernel."""
     import jax
 
     from ouromamba_jax.outlier_types import OutlierSplit
     from ouromamba_jax.scan import selective_scan
-    from ouromamba_jax.split_operand import SplitOperand
+    from ouromamba_jax.split_operand import SplitOperand, StackedOperand
 
     def levels(x):
         shape = (BATCH, TOKENS, x.size // (BATCH * TOKENS * groups))
@@ -176,7 +176,8 @@ def scan_levels(channels: int, states: int, groups: int, dtype: str = "float32")
         )
 
     def run(arrays):
-        return selective_scan(**arrays, delta_softplus=True, implementation="mosaic_gpu")[:2]
+        u = StackedOperand(arrays["u"].reshape(BATCH, TOKENS, groups, -1))
+        return selective_scan(**(arrays | {"u": u}), delta_softplus=True, implementation="mosaic_gpu")[:2]
 
     arrays = scan_shapes(channels, states, groups, dtype)
     return run, [{name: levels(x) if name in ("delta", "B", "C") else x for name, x in arrays.items() if name != "z"}]
@@ -202,7 +203,7 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     "scan 1536x16 bf16": (scan, (1536, 16, 1, "bfloat16")),
     "scan 160x8": (scan, (160, 8, 1)),
     "scan 384x1 in 4 bf16": (scan, (384, 1, 4, "bfloat16", 3136)),
-    "scan 384x16 int8": (scan_levels, (384, 16, 1)),
+    "scan 768x16 in 2 int8": (scan_levels, (768, 16, 2)),
     "scan 160x8 int8, bf16": (scan_levels, (160, 8, 1, "bfloat16")),
     "scan 384x1 in 4 int8": (scan_levels, (384, 1, 4)),
     "scan gradient 384x16": (scan_gradient, (384, 16, 1, "float32", False)),

@@ -20,7 +20,7 @@ from ouromamba_jax.pallas.selective_scan_forward import forward
 from ouromamba_jax.pallas.tiles import ScanTiles
 from ouromamba_jax.quantize import QuantConfig
 from ouromamba_jax.scan import BACKENDS, selective_scan
-from ouromamba_jax.split_operand import SplitOperand
+from ouromamba_jax.split_operand import SplitOperand, StackedOperand
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
@@ -98,6 +98,65 @@ def test_the_forward_pass_alone(states, dtype, levels):
     assert y.dtype == jnp.dtype(dtype)
     assert_near(y.astype("float32"), expected.y.astype("float32"), tolerances.SCAN_VALUE[dtype])
     assert_near(h_last, expected.h_last)
+
+
+@pytest.mark.parametrize(("groups", "segments"), [(2, 1), (3, 1), (4, 1), (2, 2)])
+def test_groups_that_come_apart_give_the_bits_of_those_side_by_side(groups, segments):
+    """Values and gradients; delta in levels of two steps, u in floats."""
+    rng = np.random.default_rng(5)
+    batch, length, channels, states = 2, 4, 20, 1
+    D = groups * channels
+    u, B, C = (jnp.asarray(rng.normal(size=(batch, length, *n)), "float32") for n in ((D,), *[(groups, states)] * 2))
+    A = -jnp.exp(jnp.asarray(rng.normal(size=(D, states)), "float32"))
+    level, step, _ = random_levels(rng, (batch, length, D), groups, far=True)
+    dy = jnp.asarray(rng.normal(size=u.shape), "float32")
+
+    def apart(x):
+        return tuple(jnp.split(x, groups, axis=2))
+
+    def results(cut):
+        def outputs(u, size, ratio):
+            levels = Steps(delta=Step(size, cut(step.far), ratio))
+            tiles = ScanTiles(piece=1, chunk=2, segments=segments)
+            return kernel.run(cut(u), cut(level), A, B, C, levels=levels, tiles=tiles, interpret=INTERPRET)[0]
+
+        y, pull_back = jax.vjp(outputs, u, step.size, step.ratio)
+        return [y, *pull_back(dy)]
+
+    for value, expected in zip(jax.jit(results, static_argnums=0)(apart), results(lambda x: x), strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+def test_a_stacked_operand_is_its_array(implementation, monkeypatch):
+    """Of three groups; the same values, states and gradients, in u's type."""
+    monkeypatch.setitem(
+        BACKENDS, "mosaic_gpu", Backend(kernel.unsuitable, partial(scan_mosaic.run, interpret=INTERPRET))
+    )
+    rng = np.random.default_rng(6)
+    shape, groups = (2, 4, 3, 20), 3
+    u, delta = (jnp.asarray(rng.normal(size=shape), "bfloat16") for _ in range(2))
+    B, C = (jnp.asarray(rng.normal(size=(2, 4, groups, 1)), "bfloat16") for _ in range(2))
+    A = -jnp.exp(jnp.asarray(rng.normal(size=(60, 1)), "float32"))
+
+    def results(operand):
+        def outputs(u, delta):
+            out = selective_scan(
+                operand(u), operand(delta), A, B, C, delta_softplus=True, collect=lambda h: h.mean(1),
+                implementation=implementation,
+            )  # fmt: skip
+            return out.y, out.states
+
+        out, pull_back = jax.vjp(outputs, u, delta)
+        return [*out, *pull_back(jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype), out))]
+
+    stacked = jax.jit(results, static_argnums=0)(StackedOperand)
+    for value, expected in zip(stacked, jax.jit(results, static_argnums=0)(lambda x: x.reshape(2, 4, 60)), strict=True):
+        assert value.dtype == expected.dtype
+        np.testing.assert_array_equal(value, expected)
+    operand = StackedOperand(u)
+    assert (operand.shape, operand.ndim, operand.dtype) == ((2, 4, 60), 3, jnp.bfloat16)
+    np.testing.assert_array_equal(jnp.concatenate(operand.groups, axis=2), operand.merge())
 
 
 def split_scan(run, shift, steps, u, A):
@@ -228,5 +287,5 @@ def test_segments_give_the_scan_in_one_go():
 def test_many_tokens_of_few_channels_are_cut(batch, length, channels, groups, segments):
     """Vim, and the stages of VMamba."""
     B = jax.ShapeDtypeStruct((batch, length, groups, 1), jnp.float32)
-    u, A = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, length, channels), (channels, 1)))
-    assert kernel.tiles_for(u, A, B).segments == segments
+    A = jax.ShapeDtypeStruct((channels, 1), jnp.float32)
+    assert kernel.tiles_for(A, B).segments == segments

@@ -14,6 +14,7 @@ from ouromamba_jax.fixed_order import guard_product, tree_mean, tree_sum
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
 from ouromamba_jax.scan import selective_scan
 from ouromamba_jax.scan_types import ScanOutput
+from ouromamba_jax.split_operand import SplitOperand, StackedOperand
 
 _DT_MIN, _DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
 
@@ -234,9 +235,9 @@ def token_mean(x: Float[Array, "B H W C"]) -> Float32[Array, "B C"]:
     return tree_mean(tokens.swapaxes(1, 2))[..., 0]
 
 
-def merge_groups(x: Float[Array, "B L G E"]) -> Float[Array, "B L GE"]:
+def merge_groups(x: Float[Array, "B L G E"] | SplitOperand) -> StackedOperand | SplitOperand:
     """Channels of all directions side by side, group-major, as `selective_scan` takes them."""
-    return x.reshape(*x.shape[:2], -1)
+    return x.reshape(*x.shape[:2], -1) if isinstance(x, SplitOperand) else StackedOperand(x)
 
 
 def broadcast_last(vector: Float[Array, " C"], like: Array) -> Array:

@@ -12,6 +12,9 @@ from ouromamba_jax.pallas.tiles import SCAN_CHANNELS, ScanTiles, scan_tiles
 
 STATES = (1, 8, 16)
 
+Wide = Float[Array, "B L D"] | Int8[Array, "B L D"] | tuple[Float[Array, "B L E"] | Int8[Array, "B L E"], ...]
+"""Values of every channel, as one array or as one for each group."""
+
 
 class Step(NamedTuple):
     """What the levels of an input stand for, per sample, token and group: size * level.
@@ -20,7 +23,7 @@ class Step(NamedTuple):
     """
 
     size: Float32[Array, "B L G"]
-    far: Int8[Array, "B L D"] | None = None
+    far: Wide | None = None
     ratio: Float32[Array, "B L G"] | None = None
 
 
@@ -31,6 +34,16 @@ class Steps(NamedTuple):
     delta: Step | None = None
     B: Step | None = None
     C: Step | None = None
+
+
+def parts(x: Wide) -> tuple[Array, ...]:
+    """The arrays: one, or one for each group."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def joined(x: Wide) -> Float[Array, "B L D"] | Int8[Array, "B L D"]:
+    """All groups side by side."""
+    return jnp.concatenate(x, axis=2) if isinstance(x, tuple) else x
 
 
 def unsuitable(*, A: Float[Array, "D N"], state_transform: Any = None, **_: Any) -> str | None:
@@ -50,8 +63,8 @@ def supports(**call: Any) -> str | None:
 # Blocks of the same shapes share one lowering of a kernel, which takes a second.
 @partial(jax.jit, static_argnames=("delta_softplus", "reverse", "with_starts", "tiles", "interpret"))
 def run(
-    u: Float[Array, "B L D"] | Int8[Array, "B L D"],
-    delta: Float[Array, "B L D"] | Int8[Array, "B L D"],
+    u: Wide,
+    delta: Wide,
     A: Float[Array, "D N"],
     B: Float[Array, "B L G N"] | Int8[Array, "B L G N"],
     C: Float[Array, "B L G N"] | Int8[Array, "B L G N"],
@@ -69,19 +82,21 @@ def run(
 ) -> tuple[Float[Array, "B L D"], Float32[Array, "B D N"], Float32[Array, "B chunks D N"] | None]:
     """y, the last state and, `with_starts`, the states before the chunks of every segment; reverse-differentiable.
 
-    Groups are padded to a multiple of 128 channels, and states to 1, 8 or 16. `tiles` are `tiles_for(u, A, B)` if None.
+    Groups are padded to a multiple of 128 channels, and states to 1, 8 or 16. `tiles` are `tiles_for(A, B)` if None.
     y has u's type, float32 for int8.
     """
     groups, states = B.shape[2:]
-    channels = u.shape[2] // groups
+    channels = A.shape[0] // groups
     more = -channels % SCAN_CHANNELS
     spare = next(n for n in STATES if n >= states) - states
 
     def pad(x, *, channel_axis=None, state_axis=None):
         if x is None:
             return None
+        if isinstance(x, tuple):
+            return tuple(pad(part, channel_axis=channel_axis) for part in x)
         if channel_axis is not None and more:
-            split = x.reshape(*x.shape[:channel_axis], groups, channels, *x.shape[channel_axis + 1 :])
+            split = x.reshape(*x.shape[:channel_axis], -1, channels, *x.shape[channel_axis + 1 :])
             padded = jnp.pad(split, [(0, more if i == channel_axis + 1 else 0) for i in range(split.ndim)])
             x = padded.reshape(*x.shape[:channel_axis], -1, *x.shape[channel_axis + 1 :])
         if state_axis is not None and spare:
@@ -100,9 +115,9 @@ def run(
     def pad_far(step):
         return None if step is None else step._replace(far=pad(step.far, channel_axis=2))
 
-    h0 = jnp.zeros((u.shape[0], *A.shape), jnp.float32) if h0 is None else f32(h0)
+    h0 = jnp.zeros((B.shape[0], *A.shape), jnp.float32) if h0 is None else f32(h0)
     y, h_last, starts = _segments(
-        _Options(delta_softplus, reverse, with_starts, tiles or tiles_for(u, A, B), interpret),
+        _Options(delta_softplus, reverse, with_starts, tiles or tiles_for(A, B), interpret),
         pad(u, channel_axis=2),
         pad(delta, channel_axis=2),
         pad(f32(A), channel_axis=0, state_axis=1),
@@ -119,11 +134,11 @@ def run(
     return crop(y, channel_axis=2), crop(h_last, channel_axis=1, states_too=True), starts
 
 
-def tiles_for(u: Float[Array, "B L D"], A: Float[Array, "D N"], B: Float[Array, "B L G N"]) -> ScanTiles:
+def tiles_for(A: Float[Array, "D N"], B: Float[Array, "B L G N"]) -> ScanTiles:
     """The tiles of a call."""
-    (batch, length, channels), groups = u.shape, B.shape[2]
+    (channels, states), (batch, length, groups, _) = A.shape, B.shape
     blocks = groups * -(-channels // (groups * SCAN_CHANNELS))
-    return scan_tiles(next(n for n in STATES if n >= A.shape[1]), batch * blocks, length)
+    return scan_tiles(next(n for n in STATES if n >= states), batch * blocks, length)
 
 
 def _segments(options, *arguments):
@@ -135,16 +150,16 @@ def _segments(options, *arguments):
     if count == 1:
         return _scan(options, *arguments)
     u, delta, A, B, C, D, z, delta_bias, h0, levels = arguments
-    batch, length, _ = u.shape
+    batch, length = B.shape[:2]
 
     def cut(x):
-        return None if x is None else x.reshape(batch * count, length // count, *x.shape[2:])
+        return jax.tree.map(lambda x: x.reshape(batch * count, length // count, *x.shape[2:]), x)
 
     def by_segment(x):
         return jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0)
 
     tokens = cut(u), cut(delta), A, cut(B), cut(C), D, cut(z), delta_bias
-    cut_levels = jax.tree.map(cut, levels)
+    cut_levels = cut(levels)
     zeros = jnp.zeros((batch * count, *A.shape), jnp.float32)
     _, h, _ = _scan(options._replace(with_starts=False), *tokens[:5], None, None, delta_bias, zeros, cut_levels)
     steps = _scaled(delta, levels.delta).astype(jnp.float32)
@@ -163,11 +178,12 @@ def _segments(options, *arguments):
         starts = starts.reshape(batch, count, *starts.shape[1:])
         starts = jnp.flip(starts, 1) if options.reverse else starts  # in scan order, as each segment's are
         starts = starts.reshape(batch, -1, *starts.shape[3:])
-    return y.reshape(u.shape), h_last, starts
+    return y.reshape(batch, length, -1), h_last, starts
 
 
 def _scaled(x, step):
-    """An input in floats."""
+    """An input in floats, its groups side by side."""
+    x = joined(x)
     if step is None:
         return x
 
@@ -176,7 +192,7 @@ def _scaled(x, step):
 
     value = by_group(x)
     if step.far is not None:
-        value = value * step.ratio[..., None] + by_group(step.far)
+        value = value * step.ratio[..., None] + by_group(joined(step.far))
     return (value * step.size[..., None]).reshape(x.shape)
 
 

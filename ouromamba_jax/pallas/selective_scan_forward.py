@@ -2,8 +2,12 @@
 
 A program walks the tokens of 128 channels of one sample. Delta's bias and softplus, the D skip and the silu(z) gate
 are part of the walk, so u, delta, z and y cross memory once. exp(delta A) is 2^(delta A log2 e).
+
+u and delta may come as an array for every group, so that nobody has to copy them side by side; a program then branches
+to the arrays of its group.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8
 
-from ouromamba_jax.pallas.selective_scan import Steps
+from ouromamba_jax.pallas.selective_scan import Steps, Wide, parts
 from ouromamba_jax.pallas.tiles import SCAN_CHANNELS as CHANNELS
 
 AHEAD = 2
@@ -32,8 +36,8 @@ def softplus(x):
 
 
 def forward(
-    u: Float[Array, "B L D"] | Int8[Array, "B L D"],
-    delta: Float[Array, "B L D"] | Int8[Array, "B L D"],
+    u: Wide,
+    delta: Wide,
     A: Float32[Array, "D N"],
     B: Float[Array, "B L G N"] | Int8[Array, "B L G N"],
     C: Float[Array, "B L G N"] | Int8[Array, "B L G N"],
@@ -52,41 +56,70 @@ def forward(
 
     Arguments as in `scan.selective_scan`, D / G a multiple of 128, N at most 16. y has u's type, float32 for levels.
     """
-    batch, length, channels = u.shape
+    u, delta = parts(u), parts(delta)
+    (batch, length, _), channels = u[0].shape, A.shape[0]
     groups, states = B.shape[2:]
-    per_group = channels // groups
+    per_group = channels // groups // CHANNELS  # programs of a sample
     steps = pl.cdiv(length, AHEAD)
-    optional = {"skip": D, "bias": delta_bias, "gate": z, "h0": None if h0 is None else jnp.swapaxes(h0, 1, 2)}
+    wide = {"u": u, "delta": delta} | ({} if z is None else {"gate": (z,)})
+    optional = {"skip": D, "bias": delta_bias, "h0": None if h0 is None else jnp.swapaxes(h0, 1, 2)}
     for name, step in (levels or Steps())._asdict().items():
-        optional |= {} if step is None else {f"{name}_{part}": x for part, x in step._asdict().items()}
+        if step is not None:
+            wide |= {} if step.far is None else {f"{name}_far": parts(step.far)}
+            optional |= {f"{name}_size": step.size, f"{name}_ratio": step.ratio}
     optional = {name: x for name, x in optional.items() if x is not None}
+    operands, structure = jax.tree.flatten((wide, A.T * LOG2_E, B, C, optional))
+    apart = any(len(arrays) > 1 for arrays in wide.values())
 
-    def body(u, delta, A, B, C, *rest):
-        given, (y, h_last, *starts) = dict(zip(optional, rest, strict=False)), rest[len(optional) :]
+    def body(*refs):
+        wide, A, B, C, given = jax.tree.unflatten(structure, refs[: len(operands)])
+        y, h_last, *starts = refs[len(operands) :]
         sample, block = lax.axis_index("sample"), lax.axis_index("block")
         here = pl.ds(block * CHANNELS, CHANNELS)
-        group = block * CHANNELS // per_group
+        within = pl.ds(lax.rem(block, per_group) * CHANNELS, CHANNELS)
+        group = block // per_group
         rates = [A[n, here] for n in range(states)]
-        inputs = {"u": u, "delta": delta} | ({"gate": given["gate"]} if "gate" in given else {})
+        inputs = [name for name in ("u", "delta", "gate") if name in wide]
 
         def position(i):
             """Past the end the last token comes again; with a step size of 0 it changes nothing."""
             i = jnp.minimum(i, length - 1)
             return length - 1 - i if reverse else i
 
+        def read(tokens, group):
+            """Every wide input at these tokens, as it is in memory."""
+
+            def at(arrays, t):
+                array, channels = (arrays[0], here) if len(arrays) == 1 else (arrays[group], within)
+                return array[sample, t, channels]
+
+            return [{name: at(arrays, t) for name, arrays in wide.items()} for t in tokens]
+
+        def read_mine(tokens, first, count):
+            """`read` for this program's group, one of `count`: between two, the compiler selects addresses instead."""
+            if count == 1:
+                return read(tokens, first)
+            half = count // 2
+            lower, upper = (
+                partial(read_mine, tokens, first, half),
+                partial(read_mine, tokens, first + half, count - half),
+            )
+            return lax.cond(group < first + half, lower, upper)
+
         def scaled(name, x, t):
             return x * given[f"{name}_size"][sample, t, group] if f"{name}_size" in given else x
 
-        def load(name, ref, t):
-            x = ref[sample, t, here].astype(jnp.float32)
-            if f"{name}_far" in given:
+        def load(name, values, t):
+            x = values[name].astype(jnp.float32)
+            if f"{name}_far" in values:
                 x = x * given[f"{name}_ratio"][sample, t, group]
-                x = x + given[f"{name}_far"][sample, t, here].astype(jnp.float32)
+                x = x + values[f"{name}_far"].astype(jnp.float32)
             return scaled(name, x, t)
 
         def fetch(k):
             tokens = [position(k * AHEAD + i) for i in range(AHEAD)]
-            return tuple(tuple(load(name, ref, t) for name, ref in inputs.items()) for t in tokens)
+            values = read_mine(tokens, 0, groups if apart else 1)
+            return tuple(tuple(load(name, v, t) for name in inputs) for v, t in zip(values, tokens, strict=True))
 
         def step_size(d, i):
             d = d + given["bias"][here] if "bias" in given else d
@@ -130,8 +163,8 @@ def forward(
             h_last[sample, n, here] = h[n]
 
     state = (batch, states, channels)
-    dtype = jnp.float32 if u.dtype == jnp.int8 else u.dtype
-    shapes = [jax.ShapeDtypeStruct(u.shape, dtype), jax.ShapeDtypeStruct(state, jnp.float32)]
+    dtype = jnp.float32 if u[0].dtype == jnp.int8 else u[0].dtype
+    shapes = [jax.ShapeDtypeStruct((batch, length, channels), dtype), jax.ShapeDtypeStruct(state, jnp.float32)]
     if chunk is not None:
         shapes.append(jax.ShapeDtypeStruct((batch, pl.cdiv(length, chunk), *state[1:]), jnp.float32))
     y, h_last, *starts = plgpu.kernel(
@@ -141,5 +174,5 @@ def forward(
         grid_names=("block", "sample"),
         compiler_params=PARAMETERS,
         **({"interpret": interpret} if interpret is not None else {}),
-    )(u, delta, A.T * LOG2_E, B, C, *optional.values())
+    )(*operands)
     return y, jnp.swapaxes(h_last, 1, 2), starts[0] if starts else None
