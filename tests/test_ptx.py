@@ -83,13 +83,16 @@ FLOATS = {
         lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32)
     ),
     "setp.ltu.f32 %p1, %r2, 0f00000000; selp.f32 %r3, 0f00000000, %r2, %p1;": lambda x: np.fmax(x, 0),
+    "setp.equ.f32 %p1, %r2, 0f3F800000; selp.f32 %r3, 0f00000000, %r2, %p1;": (
+        lambda x: np.where(np.isnan(x) | (x == 1), np.float32(0), x)
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("code", FLOATS)
 def test_instructions_on_floats(code):
     x = floats()
-    x[5] = np.nan
+    x[5], x[7] = np.nan, 1
     expected = FLOATS[code](x)
     np.testing.assert_array_equal(run(code, x).view(np.uint32), expected.view(np.uint32))
 

@@ -1,8 +1,10 @@
 """Algorithm 2 in one GPU kernel: one program per window of one sample walks its tokens and reads each entry once.
 
-Sums follow the reference's tree of halves, staged through shared memory, and no product feeds a sum unrounded, so the
-lists are the reference's bit for bit wherever division and square root are. Mosaic compiles those two to their fast
-forms (div.full, sqrt.approx): on a GPU a level at an exact tie may differ by one from a CPU's.
+A token's row arrives while the token before it is split, and the statistics of the threshold are taken only where a
+token overflows. Their sums follow the reference's tree of halves, staged through shared memory until few terms are
+left, and no product feeds a sum unrounded, so the lists are the reference's bit for bit wherever division and square
+root are. Mosaic compiles those two to their fast forms (div.full, sqrt.approx): on a GPU a level at an exact tie may
+differ by one from a CPU's.
 """
 
 from typing import Any
@@ -17,6 +19,8 @@ from ouromamba_jax.pallas.device import device_reason
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
 
 LANES = 128
+LAST_TERMS = 48
+"""Of a sum: so few every thread adds by itself, which takes less time than the barriers of another six halvings."""
 _FLOAT32_MAX = 3.4028234663852886e38
 _LARGEST_RATIO = 2.0**126
 
@@ -65,14 +69,19 @@ def split(
         source, target = buffers
         source[:width] = values  # Pallas puts a barrier before and behind every store
         n = C + -C % 64
-        while n > 1:
+        while n > LAST_TERMS:
             half = (n + 1) // 2
             span = half + -half % LANES
             inside = iota(span) < n - half
             upper = jnp.where(inside, source[half : half + span], 0.0)
             target[:span] = source[:span] + upper
             source, target, n = target, source, half
-        return source[0]
+        terms = [source[i] for i in range(n)]
+        while n > 1:
+            half = (n + 1) // 2
+            terms = [a + b for a, b in zip(terms, terms[half:], strict=False)] + terms[n - half : half]
+            n = half
+        return terms[0]
 
     def body(x, scale, limits, near, far, outlier_scale, *rest):
         *mask, first, second = rest
@@ -80,26 +89,36 @@ def split(
         buffers = (first, second)
         present = iota(width) < C
 
-        def token(t, listed):
-            t = start + t
-            row = x[sample, t].astype(jnp.float32)
+        count = jnp.minimum(window, L - start)
+
+        def load(t):
+            return x[sample, start + jnp.minimum(t, count - 1)].astype(jnp.float32)
+
+        def grow(free, limit):
+            """The channels that a token which overflows adds to the list."""
+            if not online:
+                return (free >= limit) & present
+            mean = divide(tree_sum(free, buffers), C)
+            deviation = free - mean
+            square = jnp.where(present, jnp.minimum(deviation * deviation, _FLOAT32_MAX), 0.0)
+            std = jnp.sqrt(divide(tree_sum(square, buffers), max(C - 1, 1)))
+            return (deviation >= config.sigma * std) & present
+
+        def token(i, carry):
+            listed, row = carry
+            following, t = load(i + 1), start + i  # which arrives while this token is split
             step, limit = scale[t], limits[t]
             magnitude = jnp.abs(row)
             free = jnp.where(listed > 0, 0.0, magnitude)
-            overflows = divide(jnp.max(free), q_in) > step
-            if online:
-                mean = divide(tree_sum(free, buffers), C)
-                deviation = free - mean
-                square = jnp.where(present, jnp.minimum(deviation * deviation, _FLOAT32_MAX), 0.0)
-                std = jnp.sqrt(divide(tree_sum(square, buffers), max(C - 1, 1)))
-                reach, limit = deviation, config.sigma * std
-            else:
-                reach = free
-            found = overflows & (reach >= limit) & present
-            listed = jnp.where(found, 1, listed)
+            listed = lax.cond(
+                divide(jnp.max(free), q_in) > step,
+                lambda: jnp.where(grow(free, limit), 1, listed),
+                lambda: listed,
+            )
             is_outlier = listed > 0
-            largest = jnp.max(jnp.where(is_outlier, magnitude, 0.0))
-            finite = jnp.max(jnp.where(magnitude <= _FLOAT32_MAX, 0.0, 1.0)) == 0
+            # Infinity stands for NaN too: the interpreter, on a CPU, may drop a NaN from a maximum.
+            largest = jnp.max(jnp.where(magnitude <= _FLOAT32_MAX, jnp.where(is_outlier, magnitude, 0.0), jnp.inf))
+            finite = largest < jnp.inf
             is_far = is_outlier
             if pow2:
                 power = _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
@@ -114,9 +133,9 @@ def split(
             if with_mask:
                 mask[0][sample, t] = listed.astype(jnp.int8)
             outlier_scale[sample, t] = own
-            return listed
+            return listed, following
 
-        lax.fori_loop(0, jnp.minimum(window, L - start), token, jnp.zeros((width,), jnp.int32))
+        lax.fori_loop(0, count, token, (jnp.zeros((width,), jnp.int32), load(0)))
 
     shape = (B, L, width)
     kernel = plgpu.kernel(

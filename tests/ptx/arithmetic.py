@@ -109,6 +109,7 @@ COMPARISONS = {
     **{name: getattr(operator, name) for name in ("eq", "lt", "le", "gt", "ge")},
     "ne": lambda a, b: (a < b) | (a > b),
     # True for NaN
+    "equ": lambda a, b: ~((a < b) | (a > b)),
     "neu": operator.ne,
     "ltu": lambda a, b: ~(a >= b),
     "leu": lambda a, b: ~(a > b),
