@@ -16,14 +16,17 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax import triton_matmul
+from ouromamba_jax.cpu_barrier import cpu_barrier
 from ouromamba_jax.fixed_order import guard_product
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
-from ouromamba_jax.pallas.kernel_weight import KernelWeight
+from ouromamba_jax.pallas.kernel_weight import LARGEST_FIXED_POINT, KernelWeight
 from ouromamba_jax.qtensor import QTensor, divide, power_of_two_shift
 
 Weight = QTensor | KernelWeight
+Planes = tuple[Int8[Array, "B L K"], Int8[Array, "B L K"]]
+"""High and low bytes of fixed-point numbers."""
 
 FRACTION_BITS = 12
 """16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""
@@ -76,20 +79,18 @@ def _two_products(split: OutlierSplit, weight: Weight) -> Float32[Array, "B L O"
     return _sum_groups(product, jnp.stack([split.near, split.far]), weight)
 
 
-def _sum_of_planes(
-    planes: Int8[Array, "2 B L K"], step: Float32[Array, "B L 1"], weight: Weight
-) -> Float32[Array, "B L O"]:
+def _sum_of_planes(planes: Planes, step: Float32[Array, "B L 1"], weight: Weight) -> Float32[Array, "B L O"]:
     """The product of the fixed-point numbers step * (256 * high + low), for planes (high, low)."""
 
     def product(both, values, scale):
         products = _dot(both, values).astype(jnp.float32)
         return step * (products[0] * 256.0 + products[1]) * scale[None, None]
 
-    return _sum_groups(product, planes, weight)
+    return _sum_groups(product, jnp.stack(planes), weight)
 
 
 def _fixed_point_outliers(
-    split: OutlierSplit, weight: Weight, multiply: Callable[[Array, Array, Weight], Array] = _sum_of_planes
+    split: OutlierSplit, weight: Weight, multiply: Callable[[Planes, Array, Weight], Array] = _sum_of_planes
 ) -> Float[Array, "B L O"]:
     """16-bit outliers: inliers and outliers of a token as one 16-bit fixed-point row, multiplied as two int8 planes.
 
@@ -98,7 +99,7 @@ def _fixed_point_outliers(
     """
     S, far = split.inlier_scale[None, :, None], split.far.astype(jnp.float32)
     largest = jnp.frexp(jnp.maximum(_largest(far), _largest(split.near).astype(jnp.float32) * S))
-    limit = jnp.frexp(S * (kernel.LARGEST_FIXED_POINT / 2**15))
+    limit = jnp.frexp(S * (LARGEST_FIXED_POINT / 2**15))
     k = largest[1] - limit[1] - 15 + (largest[0] > limit[0]).astype(jnp.int32)  # largest <= 32639 S 2^k
     finite = jnp.isfinite(split.outlier_scale)[:, :, None]
     step = jnp.ldexp(jnp.broadcast_to(S, k.shape), jnp.maximum(k, -FRACTION_BITS))
@@ -107,8 +108,8 @@ def _fixed_point_outliers(
     half = jnp.right_shift(jnp.left_shift(jnp.ones_like(right), right), 1)
     inliers = jnp.right_shift(jnp.left_shift(split.near.astype(jnp.int16), left) + half, right)
     outliers = jnp.where(finite, jnp.round(divide(far, step)), 0.0).astype(jnp.int16)
-    value = lax.optimization_barrier(inliers + outliers)
-    planes = jnp.stack([jnp.right_shift(value + 128, 8), value]).astype(jnp.int8)  # the low one wraps to -128..127
+    value = cpu_barrier(inliers + outliers)
+    planes = jnp.right_shift(value + 128, 8).astype(jnp.int8), value.astype(jnp.int8)  # which wraps to -128..127
     return multiply(planes, jnp.where(finite, step, jnp.nan), weight)
 
 

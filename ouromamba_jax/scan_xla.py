@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ouromamba_jax.cpu_barrier import cpu_barrier
 from ouromamba_jax.scan_types import ScanOutput
 from ouromamba_jax.split_operand import floats
 
@@ -77,11 +78,6 @@ def _step(A, h, x):
     return _decay(A, d) * h + du[:, :, None] * b[..., None]
 
 
-def _once(h):
-    """`h`: without a barrier XLA's CPU backend computes each state twice, for the readout and for the next step."""
-    return jax.lax.platform_dependent(h, cpu=jax.lax.optimization_barrier, default=lambda h: h)
-
-
 @jax.custom_vjp
 def _readout(h, c):
     """<C, h>, one state index after the other.
@@ -131,7 +127,7 @@ def _scan(A, d, du, b, c, h0):
 
 def _scan_fwd(A, d, du, b, c, h0):
     def step(h, x):
-        h = _once(_step(A, h, x))
+        h = cpu_barrier(_step(A, h, x))  # or each state is computed twice: for the readout, and for the next step
         return h, _readout(h, x[3])
 
     def chunk(h, x):

@@ -18,7 +18,16 @@ from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.outlier_calibration import search_token_scales
 from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.outliers import split_outliers
-from ouromamba_jax.pallas.kernel_weight import KernelWeight, arrange, pack_halves, unpack_halves
+from ouromamba_jax.pallas import outlier_matmul as kernel
+from ouromamba_jax.pallas.kernel_weight import (
+    INT32_MAX,
+    LARGEST_FIXED_POINT,
+    KernelWeight,
+    arrange,
+    measured,
+    pack_halves,
+    unpack_halves,
+)
 from ouromamba_jax.pallas.tiles import MatmulTiles, matmul_tiles
 from ouromamba_jax.preprocessing import height_width
 from ouromamba_jax.qtensor import QTensor, max_level
@@ -99,10 +108,10 @@ def test_a_product_has_the_same_bits(target, outlier_bits):
     weight = random_weight(rng, K, O, 4)
     tiles = replace(TILES, packed=outlier_bits == 8, stages=3)
     laid_out = arrange(weight, tiles)
-    kernel = partial(matmul._mosaic_gpu, target=target, tiles=tiles, interpret=plgpu.InterpretGPUParams())
+    launch = partial(matmul._mosaic_gpu, target=target, tiles=tiles, interpret=plgpu.InterpretGPUParams())
     expected = matmul.outlier_matmul(split, weight)
     np.testing.assert_array_equal(matmul.outlier_matmul(split, laid_out), expected)
-    np.testing.assert_array_equal(jax.jit(kernel)(split, laid_out), expected)
+    np.testing.assert_array_equal(jax.jit(launch)(split, laid_out), expected)
 
 
 def logits(model):
@@ -116,6 +125,39 @@ def test_a_model_gives_the_same_logits_wherever_it_was_prepared(on_a_gpu):
     expected = logits(model)
     on_a_gpu(prepare_weights, model)
     np.testing.assert_array_equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("excess", [0, 1])
+@pytest.mark.parametrize("target", ["sm80", "sm90"])
+def test_levels_decide_whether_one_accumulator_holds_16_bit_numbers(target, excess):
+    """One column of 8-bit levels has the largest sum of magnitudes that int32 allows, or one more."""
+    rng = np.random.default_rng(4)
+    K, O, rows = 640, 30, 40
+    levels = rng.integers(-60, 61, size=(K, O))
+    largest = INT32_MAX // LARGEST_FIXED_POINT
+    levels[:, 7] = (largest + excess) // K
+    levels[: (largest + excess) % K, 7] += 1
+    levels[:, 7] *= rng.choice([-1, 1], size=K)
+    assert np.abs(levels).sum(axis=0).argmax() == 7
+    scale = jnp.asarray(rng.uniform(0.1, 1, size=(1, O)).astype(np.float32))
+    weight = QTensor(jnp.asarray(levels, jnp.int8), scale, 8)
+    laid_out = arrange(weight, TILES)
+    assert not laid_out.wide  # by what its levels could be
+    laid_out = measured(laid_out)
+    assert laid_out.wide == (excess == 0)
+    launched = []
+
+    def launch(planes, weight, **options):
+        launched.append(planes.near.shape[0])
+        return kernel.run(planes, weight, target=target, tiles=TILES, interpret=plgpu.InterpretGPUParams(), **options)
+
+    planes = rng.integers(-127, 128, size=(2, 1, rows, K))
+    planes[:, 0, 0] = 127 * np.sign(levels[:, 7])  # the largest numbers, all of one sign in the products
+    planes = tuple(jnp.asarray(planes, jnp.int8))
+    step = jnp.asarray(rng.uniform(0.1, 1, size=(1, rows, 1)).astype(np.float32))
+    y = kernel.fixed_point(launch, planes, step, laid_out)
+    assert launched == [1 if excess == 0 else 2]
+    np.testing.assert_array_equal(y, matmul._sum_of_planes(planes, step, weight))
 
 
 @pytest.mark.parametrize("bits", ["w4a4", "w4a8", "w8a8"])
@@ -132,6 +174,7 @@ def test_a_model_that_was_prepared_for_a_gpu(bits, family, on_a_gpu, tmp_path):
         unpacked = layer.spec.config.splitting.outlier_bits == 16
         tiles = matmul_tiles("sm90", weight.shape[1], 8 if unpacked else weight.bits)
         assert layer.weight.packed == (weight.bits == 4 and not unpacked)
+        assert layer.weight.wide
         assert arrange(layer.weight, tiles) is not layer.weight  # a property makes a new one each time
         assert arrange(layer.weight, tiles).rows is layer.weight.rows
     assert memory_report(model) == memory

@@ -21,6 +21,7 @@ from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.outliers import split_outliers
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.device import target_of
+from ouromamba_jax.pallas.kernel_weight import LARGEST_FIXED_POINT
 from ouromamba_jax.pallas.tiles import MatmulTiles, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, max_level, quantize_array
 
@@ -149,7 +150,7 @@ def test_16_bit_outliers_give_the_bits_of_xla(name, bits, K, dtype):
     """W4A8, whose planes one accumulator holds, and W8A8 with too many inputs for that; one token takes floats."""
     rng = np.random.default_rng(10)
     B, L, O = 2, 40, 30
-    assert (K * max_level(bits) * kernel.LARGEST_FIXED_POINT <= kernel.INT32_MAX) == (bits == 4)
+    assert (K * max_level(bits) * LARGEST_FIXED_POINT <= kernel.INT32_MAX) == (bits == 4)
     x = rng.normal(size=(B, L, K)) * np.where(rng.random((B, L, K)) < 0.01, 20, 1)
     config = OutlierConfig(act_bits=8, outlier_bits=16)
     scale = jnp.asarray(rng.uniform(0.02, 0.03, size=L).astype(np.float32))
@@ -180,7 +181,7 @@ def test_fixed_point_numbers_at_the_limit_of_an_accumulator(inputs):
         assert np.abs(sums).max() * (1 if limit is not None else 16) <= kernel.INT32_MAX
         return jnp.asarray(sums.astype(np.float32)) * row_scale[:, :, None] * weight.scale[0][None, None]
 
-    planes = jnp.full((2, 1, 1, inputs), 127, jnp.int8)
+    planes = (jnp.full((1, 1, inputs), 127, jnp.int8),) * 2
     step = jnp.full((1, 1, 1), 0.3, jnp.float32)
     y = kernel.fixed_point(launch, planes, step, weight)
     assert launched == [1 if inputs == 9399 else 2]

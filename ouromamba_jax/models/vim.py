@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from ouromamba_jax.cpu_barrier import cpu_barrier
 from ouromamba_jax.models.base import VisionModel, check_sizes
 from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
 from ouromamba_jax.models.layers import Head, QuantPoint, RMSNorm, SelectiveScan, uniform
@@ -215,6 +216,5 @@ class Vim(VisionModel):
 
 
 def flip_tokens(x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-    """Tokens in reverse; on a CPU as an array of its own, since fused into its consumer it would be read one by one."""
-    flipped = jnp.flip(x, axis=1)
-    return jax.lax.platform_dependent(flipped, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+    """Tokens in reverse, which XLA's CPU backend would read entry by entry if they were fused into their consumer."""
+    return cpu_barrier(jnp.flip(x, axis=1))

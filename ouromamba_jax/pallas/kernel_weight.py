@@ -1,6 +1,6 @@
 """A quantised weight as the GPU kernels of the outlier matmul read it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -8,10 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int8
 
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
-from ouromamba_jax.qtensor import QTensor
+from ouromamba_jax.qtensor import QTensor, max_level
+
+INT32_MAX = 2**31 - 1
+LARGEST_FIXED_POINT = 127 * 256 + 127
+"""What two int8 planes in units of 256 and 1 hold, if the high one stays within +-127."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["rows", "scale"], meta_fields=["bits", "inputs"])
+@partial(jax.tree_util.register_dataclass, data_fields=["rows", "scale"], meta_fields=["bits", "inputs", "wide"])
 @dataclass(frozen=True)
 class KernelWeight:
     """A `QTensor` without groups, laid out for a kernel. It can stand for that QTensor anywhere.
@@ -22,12 +26,14 @@ class KernelWeight:
       scale: float32 (1, O).
       bits: of a level.
       inputs: K.
+      wide: whether int32 holds every product with `LARGEST_FIXED_POINT` or less, these very levels being what they are.
     """
 
     rows: Int8[Array, "N bytes"]
     scale: Float32[Array, "1 O"]
     bits: int
     inputs: int
+    wide: bool = False
     group = None
 
     @property
@@ -52,7 +58,19 @@ def arrange(weight: QTensor | KernelWeight, tiles: MatmulTiles) -> KernelWeight:
         return weight
     K, O = weight.shape
     rows = jnp.pad(weight.values.T, [(0, -O % tiles.tile_n), (0, -K % TILE_K)])
-    return KernelWeight(pack_halves(rows) if tiles.packed else rows, weight.scale, weight.bits, K)
+    return KernelWeight(pack_halves(rows) if tiles.packed else rows, weight.scale, weight.bits, K, is_wide(weight))
+
+
+def is_wide(weight: QTensor | KernelWeight) -> bool:
+    """`KernelWeight.wide`: known of one, else by the largest levels that there could be."""
+    known = isinstance(weight, KernelWeight) and weight.wide
+    return known or weight.shape[0] * max_level(weight.bits) * LARGEST_FIXED_POINT <= INT32_MAX
+
+
+def measured(weight: KernelWeight) -> KernelWeight:
+    """`weight` with `wide` by its levels, which are read: not inside `jax.jit`."""
+    largest = int(jnp.max(jnp.sum(jnp.abs(weight.values.astype(jnp.int32)), axis=0)))
+    return replace(weight, wide=largest * LARGEST_FIXED_POINT <= INT32_MAX)
 
 
 def pack_halves(rows: Int8[Array, "N K"]) -> Int8[Array, "N half"]:

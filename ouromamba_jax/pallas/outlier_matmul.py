@@ -15,13 +15,9 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax.outlier_types import OutlierSplit
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
-from ouromamba_jax.pallas.kernel_weight import KernelWeight, arrange
+from ouromamba_jax.pallas.kernel_weight import INT32_MAX, KernelWeight, arrange, is_wide, measured
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, max_level
-
-INT32_MAX = 2**31 - 1
-LARGEST_FIXED_POINT = 127 * 256 + 127
-"""What two int8 planes in units of 256 and 1 hold, if the high one stays within +-127."""
 
 
 class Planes(NamedTuple):
@@ -60,10 +56,13 @@ def supports(split: OutlierSplit, weight: QTensor | KernelWeight, dtype: Any) ->
 
 
 def prepare(split: OutlierSplit, weight: QTensor | KernelWeight) -> KernelWeight:
-    """`weight` as the default device's kernel reads it for such splits: what `run` does otherwise, in every call."""
+    """`weight` as the default device's kernel reads it for such splits, which `run` else makes of it in every call.
+
+    Its levels are looked at, too: if int32 holds their products with 16-bit numbers, those take one accumulator.
+    """
     # One accumulator for the planes of 16-bit outliers has no room for packed levels, which count sixteenfold.
     bits = 8 if split.has_float_outliers else weight.bits
-    return arrange(weight, matmul_tiles(device_target(), weight.shape[1], bits))
+    return measured(arrange(weight, matmul_tiles(device_target(), weight.shape[1], bits)))
 
 
 def largest_shifts(shift: Int32[Array, " M"], tile_m: int) -> Int32[Array, " tiles"]:
@@ -119,7 +118,7 @@ def run(
 
 def fixed_point(
     launch: Callable[..., Array],
-    planes: Int8[Array, "2 B L K"],
+    planes: tuple[Int8[Array, "B L K"], Int8[Array, "B L K"]],
     step: Float32[Array, "B L 1"],
     weight: QTensor | KernelWeight,
     dtype: Any = jnp.float32,
@@ -135,7 +134,7 @@ def fixed_point(
       planes: no high level is -128, so that with its low one a number is at most `LARGEST_FIXED_POINT`.
     """
     high, low = planes
-    if weight.shape[0] * max_level(weight.bits) * LARGEST_FIXED_POINT <= INT32_MAX:
+    if is_wide(weight):
         shift = jnp.full(step.shape[:2], 8, jnp.int32)
         return launch(Planes(low, high, shift, step[:, :, 0]), weight, dtype=dtype, limit=8)
     both = jnp.concatenate([high, low])

@@ -21,8 +21,8 @@ from ouromamba_jax.released import quantize_asymmetric
 class Levels(nnx.Variable):
     """Integer levels (rows, columns) of a weight or scan parameter.
 
-    Metadata: `bits`, what each needs at rest; `prepared`, only of a weight that lies as a GPU kernel reads it
-    (`KernelWeight`): the shape (rows, columns) that it stands for.
+    Metadata: `bits`, what each needs at rest; and of a weight that lies as a GPU kernel reads it (`KernelWeight`) also
+    `prepared`, the shape (rows, columns) that it stands for, and `wide`.
     """
 
     @property
@@ -138,7 +138,8 @@ class QuantLinear(nnx.Module):
     def weight(self) -> QTensor | KernelWeight:
         config, levels, scale = self.spec.config, self.levels[...], self.weight_scale[...]
         if self.levels.is_prepared:
-            return KernelWeight(levels, scale, config.weight_bits, self.levels.matrix_shape[0])
+            inputs, wide = self.levels.matrix_shape[0], self.levels.get_metadata("wide")
+            return KernelWeight(levels, scale, config.weight_bits, inputs, wide)
         return QTensor(levels, scale, bits=config.weight_bits, group=config.weight_group)
 
     def prepare_weight(self) -> None:
@@ -147,7 +148,7 @@ class QuantLinear(nnx.Module):
         x = jax.ShapeDtypeStruct((1, *self.act.scale.shape, weight.shape[0]), jnp.float32)
         weight = prepare(jax.eval_shape(self.act.split, x), weight, self._product_dtype)
         if isinstance(weight, KernelWeight):
-            self.levels = Levels(weight.rows, bits=self.levels.bits, prepared=weight.shape)
+            self.levels = Levels(weight.rows, bits=self.levels.bits, prepared=weight.shape, wide=weight.wide)
         else:
             self.levels = Levels(weight.values, bits=self.levels.bits)
 
