@@ -115,7 +115,6 @@ def run(
     def pad_far(step):
         return None if step is None else step._replace(far=pad(step.far, channel_axis=2))
 
-    h0 = jnp.zeros((B.shape[0], *A.shape), jnp.float32) if h0 is None else f32(h0)
     y, h_last, starts = _segments(
         _Options(delta_softplus, reverse, with_starts, tiles or tiles_for(A, B), interpret),
         pad(u, channel_axis=2),
@@ -126,7 +125,7 @@ def run(
         pad(f32(D), channel_axis=0),
         pad(z, channel_axis=2),
         pad(f32(delta_bias), channel_axis=0),
-        pad(h0, channel_axis=1, state_axis=2),
+        pad(f32(h0), channel_axis=1, state_axis=2),
         Steps(*map(pad_far, levels or Steps())),
     )
     if starts is not None:
@@ -160,8 +159,7 @@ def _segments(options, *arguments):
 
     tokens = cut(u), cut(delta), A, cut(B), cut(C), D, cut(z), delta_bias
     cut_levels = cut(levels)
-    zeros = jnp.zeros((batch * count, *A.shape), jnp.float32)
-    _, h, _ = _scan(options._replace(with_starts=False), *tokens[:5], None, None, delta_bias, zeros, cut_levels)
+    _, h, _ = _scan(options._replace(with_starts=False), *tokens[:5], None, None, delta_bias, None, cut_levels)
     steps = _scaled(delta, levels.delta).astype(jnp.float32)
     steps = steps if delta_bias is None else steps + delta_bias[None, None]
     steps = jax.nn.softplus(steps) if options.softplus else steps
@@ -172,8 +170,9 @@ def _segments(options, *arguments):
         return last + decay * first, first
 
     segments = by_segment(h), by_segment(decay)
+    h0 = jnp.zeros((batch, *A.shape), jnp.float32) if h0 is None else h0
     h_last, first = jax.lax.scan(follow, h0, segments, reverse=options.reverse, unroll=True)  # a few additions
-    y, _, starts = _scan(options, *tokens, jnp.moveaxis(first, 0, 1).reshape(zeros.shape), cut_levels)
+    y, _, starts = _scan(options, *tokens, jnp.moveaxis(first, 0, 1).reshape(h.shape), cut_levels)
     if starts is not None:
         starts = starts.reshape(batch, count, *starts.shape[1:])
         starts = jnp.flip(starts, 1) if options.reverse else starts  # in scan order, as each segment's are
@@ -228,14 +227,14 @@ def _scan_fwd(options, *arguments):
 def _scan_bwd(options, residuals, cotangents):
     from ouromamba_jax.pallas.selective_scan_backward import backward
 
-    (u, delta, A, B, C, D, z, delta_bias, _, levels), starts = residuals
+    (u, delta, A, B, C, D, z, delta_bias, h0, levels), starts = residuals
     (u, delta, B, C), pull_back = jax.vjp(lambda *x: tuple(map(_scaled, *x)), (u, delta, B, C), levels)
     d = backward(
         u, delta, A, B, C, D, starts, *cotangents, z=z, delta_bias=delta_bias,
         delta_softplus=options.softplus, reverse=options.reverse, tiles=options.tiles, interpret=options.interpret,
     )  # fmt: skip
     (d_u, d_delta, d_B, d_C), d_levels = pull_back((d.u, d.delta, d.B.astype(B.dtype), d.C.astype(C.dtype)))
-    return d_u, d_delta, d.A, d_B, d_C, d.D, d.z, d.delta_bias, d.h0, d_levels
+    return d_u, d_delta, d.A, d_B, d_C, d.D, d.z, d.delta_bias, None if h0 is None else d.h0, d_levels
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
