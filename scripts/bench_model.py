@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
+from memory import with_gaussian_weights
 
 from ouromamba_jax.bench import (
     HEADERS,
@@ -117,8 +118,9 @@ def bench_quantised(
 
 
 def gpu_models(name: str, bits: list[str], **overrides: Any) -> dict[str, nnx.Module]:
-    """A bfloat16 model and its quantised versions."""
+    """A bfloat16 model and its quantised versions. Weights are Gaussian: initial uniform ones have larger levels."""
     model = create_model(name, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, **overrides)
+    model = with_gaussian_weights(model, jax.random.key(0))
     return {FLOAT: model, **{preset: quantize_untuned(model, preset) for preset in bits}}
 
 
