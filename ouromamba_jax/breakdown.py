@@ -117,7 +117,7 @@ def _jitted(module: nnx.Module, *args: Array, **method: Callable) -> Callable[[]
 def _splitting(module: nnx.Module) -> Callable[..., Any] | None:
     """What finds and splits off the outliers of a part's inputs; None for a float part."""
     if isinstance(module, QuantLinear):
-        return lambda m, x: m.act.split(as_tokens(x))
+        return lambda m, x: m.act.split_for_product(as_tokens(x))
     if isinstance(module, QuantSelectiveScan):
         return _split_operands
     return None

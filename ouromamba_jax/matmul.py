@@ -16,20 +16,16 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax import triton_matmul
-from ouromamba_jax.cpu_barrier import cpu_barrier
 from ouromamba_jax.fixed_order import guard_product
-from ouromamba_jax.outlier_types import OutlierSplit
+from ouromamba_jax.outlier_types import FixedPointSplit, OutlierSplit
+from ouromamba_jax.outliers import for_product
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
-from ouromamba_jax.pallas.kernel_weight import LARGEST_FIXED_POINT, KernelWeight
-from ouromamba_jax.qtensor import QTensor, divide, power_of_two_shift
+from ouromamba_jax.pallas.kernel_weight import KernelWeight
+from ouromamba_jax.qtensor import QTensor, power_of_two_shift
 
+Activation = OutlierSplit | FixedPointSplit
 Weight = QTensor | KernelWeight
-Planes = tuple[Int8[Array, "B L K"], Int8[Array, "B L K"]]
-"""High and low bytes of fixed-point numbers."""
-
-FRACTION_BITS = 12
-"""16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""
 
 
 def _dot(levels: Int8[Array, "*rows K"], weight: Int8[Array, "K O"]) -> Int32[Array, "*rows O"]:
@@ -79,48 +75,20 @@ def _two_products(split: OutlierSplit, weight: Weight) -> Float32[Array, "B L O"
     return _sum_groups(product, jnp.stack([split.near, split.far]), weight)
 
 
-def _sum_of_planes(planes: Planes, step: Float32[Array, "B L 1"], weight: Weight) -> Float32[Array, "B L O"]:
-    """The product of the fixed-point numbers step * (256 * high + low), for planes (high, low)."""
+def _fixed_point_product(split: FixedPointSplit, weight: Weight) -> Float32[Array, "B L O"]:
+    """16-bit numbers by their bytes, in two int8 products."""
+    step = split.step[:, :, None]
 
     def product(both, values, scale):
         products = _dot(both, values).astype(jnp.float32)
         return step * (products[0] * 256.0 + products[1]) * scale[None, None]
 
-    return _sum_groups(product, jnp.stack(planes), weight)
+    return _sum_groups(product, jnp.stack([split.high, split.low]), weight)
 
 
-def _fixed_point_outliers(
-    split: OutlierSplit, weight: Weight, multiply: Callable[[Planes, Array, Weight], Array] = _sum_of_planes
-) -> Float[Array, "B L O"]:
-    """16-bit outliers: inliers and outliers of a token as one 16-bit fixed-point row, multiplied as two int8 planes.
-
-    The row's step is S * 2^k with the smallest k >= -12 at which its largest entry fits. An outlier is off by half a
-    step, 2^-15 of the largest entry. So is an inlier beside an outlier beyond 32639 S, where k > 0; others are exact.
-    """
-    S, far = split.inlier_scale[None, :, None], split.far.astype(jnp.float32)
-    largest = jnp.frexp(jnp.maximum(_largest(far), _largest(split.near).astype(jnp.float32) * S))
-    limit = jnp.frexp(S * (LARGEST_FIXED_POINT / 2**15))
-    k = largest[1] - limit[1] - 15 + (largest[0] > limit[0]).astype(jnp.int32)  # largest <= 32639 S 2^k
-    finite = jnp.isfinite(split.outlier_scale)[:, :, None]
-    step = jnp.ldexp(jnp.broadcast_to(S, k.shape), jnp.maximum(k, -FRACTION_BITS))
-    left, right = jnp.clip(-k, 0, FRACTION_BITS).astype(jnp.int16), jnp.clip(k, 0, 14).astype(jnp.int16)
-    left, right, step, finite = lax.optimization_barrier((left, right, step, finite))  # not again for every entry
-    half = jnp.right_shift(jnp.left_shift(jnp.ones_like(right), right), 1)
-    inliers = jnp.right_shift(jnp.left_shift(split.near.astype(jnp.int16), left) + half, right)
-    outliers = jnp.where(finite, jnp.round(divide(far, step)), 0.0).astype(jnp.int16)
-    value = cpu_barrier(inliers + outliers)
-    planes = jnp.right_shift(value + 128, 8).astype(jnp.int8), value.astype(jnp.int8)  # which wraps to -128..127
-    return multiply(planes, jnp.where(finite, step, jnp.nan), weight)
-
-
-def _largest(x: Array) -> Array:
-    """Largest magnitude over the last axis, kept as 1; two reductions take less time than writing |x| for one."""
-    return jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -jnp.min(x, axis=-1, keepdims=True))
-
-
-def _xla(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
-    if split.has_float_outliers:
-        y = _fixed_point_outliers(split, weight)
+def _xla(split: Activation, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
+    if isinstance(split, FixedPointSplit):
+        y = _fixed_point_product(split, weight)
     elif split.pow2:
         y = lax.cond(jnp.any(split.shifted), _two_products, _one_product, split, weight)
     else:
@@ -129,22 +97,22 @@ def _xla(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32) -> Float
 
 
 def _one_launch(
-    launch: Callable[..., Array], split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32
+    launch: Callable[..., Array], split: Activation, weight: Weight, dtype: Any = jnp.float32
 ) -> Float[Array, "B L O"]:
-    """One kernel; 16-bit outliers take it once or twice, for their planes."""
-    if split.has_float_outliers:
-        return _fixed_point_outliers(split, weight, partial(kernel.fixed_point, launch, dtype=dtype))
+    """One kernel; fixed-point numbers take it once or twice, for their bytes."""
+    if isinstance(split, FixedPointSplit):
+        return kernel.fixed_point(launch, split, weight, dtype)
     outlier_scale, inlier_scale = split.outlier_scale, split.inlier_scale[None]
     shift = power_of_two_shift(outlier_scale, inlier_scale)
     rows = jnp.where(jnp.isfinite(outlier_scale), inlier_scale, outlier_scale)
     return launch(kernel.Planes(split.near, split.far, shift, rows), weight, dtype=dtype)
 
 
-def _mosaic_gpu(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32, **options) -> Float[Array, "B L O"]:
+def _mosaic_gpu(split: Activation, weight: Weight, dtype: Any = jnp.float32, **options) -> Float[Array, "B L O"]:
     return _one_launch(partial(kernel.run, **options), split, weight, dtype)
 
 
-def _triton(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
+def _triton(split: Activation, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
     return _one_launch(triton_matmul.run, split, weight, dtype)
 
 
@@ -156,7 +124,7 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def prepare(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32) -> Weight:
+def prepare(split: Activation, weight: Weight, dtype: Any = jnp.float32) -> Weight:
     """`weight` laid out once for the backend that `outlier_matmul` takes by itself, which else would do so every time.
 
     A `KernelWeight` for the GPU kernels, packed if it has 4 bits; for other backends a `QTensor`.
@@ -164,6 +132,7 @@ def prepare(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32) -> We
     Args:
       split: an activation like those that the weight will meet; only shapes and types count (`jax.eval_shape`).
     """
+    split = jax.eval_shape(for_product, split)
     backend = choose("matmul", BACKENDS, None, split, weight, jnp.dtype(dtype))
     if backend is BACKENDS["mosaic_gpu"]:
         return kernel.prepare(split, weight)
@@ -172,12 +141,12 @@ def prepare(split: OutlierSplit, weight: Weight, dtype: Any = jnp.float32) -> We
 
 @partial(jax.jit, static_argnames=("dtype", "implementation"))
 def outlier_matmul(
-    split: OutlierSplit, weight: Weight, *, dtype: Any = jnp.float32, implementation: str | None = None
+    split: Activation, weight: Weight, *, dtype: Any = jnp.float32, implementation: str | None = None
 ) -> Float[Array, "B L O"]:
     """Multiply a split activation (B, L, C) by a quantised weight (C, O).
 
     Args:
-      split: from `split_outliers`.
+      split: from `split_outliers`, or from `split_for_product`, which leaves out what a product does not need.
       weight: levels (C, O), with or without groups along C; as a QTensor, or as `prepare` lays it out.
       dtype: a float type, to which the float32 result is rounded once; the GPU kernels write float32 or bfloat16 only.
       implementation: a backend's name; None takes the first that supports the call.
@@ -185,10 +154,11 @@ def outlier_matmul(
     Raises:
       ValueError: inputs that do not agree in C, an unknown implementation, or a named one that refuses the call.
     """
-    if split.near.shape[-1] != weight.shape[0]:
+    if split.shape[-1] != weight.shape[0]:
         raise ValueError(
-            f"the activation has {split.near.shape[-1]} channels but the weight {weight.shape[0]} inputs: "
+            f"the activation has {split.shape[-1]} channels but the weight {weight.shape[0]} inputs: "
             "pass a (C, O) weight (transpose a PyTorch one)"
         )
     dtype = jnp.dtype(dtype)
+    split = for_product(split)
     return choose("matmul", BACKENDS, implementation, split, weight, dtype).run(split, weight, dtype)

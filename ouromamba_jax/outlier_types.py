@@ -13,6 +13,11 @@ from ouromamba_jax.qtensor import divide, power_of_two_ratio
 Threshold = Literal["online", "offline"]
 Detection = Literal["dynamic", "static", "none"]
 OutlierScale = Literal["pow2", "free"]
+
+FRACTION_BITS = 12
+"""16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""
+LARGEST_FIXED_POINT = 127 * 256 + 127
+"""What two int8 bytes in units of 256 and 1 hold, if the high one stays within +-127."""
 Spec = Literal["paper", "released"]
 StaticList = Literal["mean", "max"]
 
@@ -139,6 +144,11 @@ class OutlierSplit:
         return self.mask
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, L, C)."""
+        return self.near.shape
+
+    @property
     def has_float_outliers(self) -> bool:
         """Whether outliers are kept as floats ("16 bits")."""
         return self.far.dtype != jnp.int8
@@ -153,6 +163,31 @@ class OutlierSplit:
     def shifted(self) -> Bool[Array, "B L"]:
         """Tokens whose outliers have a step of their own: with pow2 scales j > 0 (or NaN)."""
         return _is_shifted(self.outlier_scale, self.inlier_scale)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["high", "low", "step"], meta_fields=[])
+@dataclass(frozen=True)
+class FixedPointSplit:
+    """What a product makes of a split with 16-bit outliers: its rows as fixed-point numbers step * (256 * high + low).
+
+    A row's step is its inlier scale S times 2^k with the smallest k >= -12 at which its largest entry fits. An outlier
+    is off by half a step, 2^-15 of the largest entry. So is an inlier beside an outlier beyond 32639 S, where k > 0;
+    others are exact.
+
+    Attributes:
+      high: int8 (B, L, C), within +-127.
+      low: int8 (B, L, C), all of -128..127.
+      step: float32 (B, L), NaN for a token that holds a NaN or an infinity.
+    """
+
+    high: Int8[Array, "B L C"]
+    low: Int8[Array, "B L C"]
+    step: Float32[Array, "B L"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, L, C)."""
+        return self.low.shape
 
 
 def _is_shifted(outlier_scale: Float32[Array, "B L"], inlier_scale: Float32[Array, " L"]) -> Bool[Array, "B L"]:

@@ -13,8 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int8
 
+from ouromamba_jax.cpu_barrier import cpu_barrier
 from ouromamba_jax.outlier_detection import find_outliers
-from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
+from ouromamba_jax.outlier_types import (
+    FRACTION_BITS,
+    LARGEST_FIXED_POINT,
+    FixedPointSplit,
+    OutlierConfig,
+    OutlierSplit,
+)
 from ouromamba_jax.pallas import outlier_split as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level, power_of_two_ratio
@@ -92,7 +99,54 @@ def split_outliers(
     return backend.run(x, scale, config, theta=theta, channels=channels, with_mask=with_mask)
 
 
-def _xla(x, scale, config: OutlierConfig, *, theta, channels, with_mask) -> OutlierSplit:
+@partial(jax.jit, static_argnames="config")
+def split_for_product(
+    x: Float[Array, "B L C"],
+    scale: Float32[Array, " L"],
+    config: OutlierConfig,
+    *,
+    theta: Float32[Array, " L"] | None = None,
+    channels: Bool[Array, " C"] | None = None,
+) -> OutlierSplit | FixedPointSplit:
+    """`for_product(split_outliers(...))`, without the mask, by the first backend that supports it; raises as that."""
+    _check_arguments(x, scale, config, theta)
+    run = choose("split", BACKENDS, None, x, config).run
+    return run(x, scale, config, theta=theta, channels=channels, with_mask=False, fixed_point=config.outlier_bits == 16)
+
+
+def for_product(split: OutlierSplit | FixedPointSplit) -> OutlierSplit | FixedPointSplit:
+    """What integer products take: 16-bit outliers in fixed point (see `FixedPointSplit`), other splits as they are."""
+    if isinstance(split, FixedPointSplit) or not split.has_float_outliers:
+        return split
+    S, far = split.inlier_scale[None, :, None], split.far.astype(jnp.float32)
+    largest = jnp.frexp(jnp.maximum(_largest(far), _largest(split.near).astype(jnp.float32) * S))
+    limit = jnp.frexp(S * (LARGEST_FIXED_POINT / 2**15))
+    k = largest[1] - limit[1] - 15 + (largest[0] > limit[0]).astype(jnp.int32)  # largest <= 32639 S 2^k
+    finite = jnp.isfinite(split.outlier_scale)[:, :, None]
+    step = jnp.ldexp(jnp.broadcast_to(S, k.shape), jnp.maximum(k, -FRACTION_BITS))
+    left, right = jnp.clip(-k, 0, FRACTION_BITS).astype(jnp.int16), jnp.clip(k, 0, 14).astype(jnp.int16)
+    left, right, step, finite = lax.optimization_barrier((left, right, step, finite))  # not again for every entry
+    half = jnp.right_shift(jnp.left_shift(jnp.ones_like(right), right), 1)
+    inliers = jnp.right_shift(jnp.left_shift(split.near.astype(jnp.int16), left) + half, right)
+    outliers = jnp.where(finite, jnp.round(divide(far, step)), 0.0).astype(jnp.int16)
+    value = cpu_barrier(inliers + outliers)
+    high, low = jnp.right_shift(value + 128, 8).astype(jnp.int8), value.astype(jnp.int8)  # which wraps to -128..127
+    return FixedPointSplit(high, low, jnp.where(finite, step, jnp.nan)[:, :, 0])
+
+
+def _largest(x: Array) -> Array:
+    """Largest magnitude over the last axis, kept as 1; two reductions take less time than writing |x| for one."""
+    return jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -jnp.min(x, axis=-1, keepdims=True))
+
+
+def _xla(
+    x, scale, config: OutlierConfig, *, theta, channels, with_mask, fixed_point=False
+) -> OutlierSplit | FixedPointSplit:
+    split = _split(x, scale, config, theta, channels, with_mask)
+    return for_product(split) if fixed_point else split
+
+
+def _split(x, scale, config: OutlierConfig, theta, channels, with_mask) -> OutlierSplit:
     x32 = x.astype(jnp.float32)
     mask = find_outliers(x32, scale, config, theta, channels)
     outlier_scale = _outlier_scale(x32, scale, mask, config)

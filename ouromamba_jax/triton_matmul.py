@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ouromamba_jax.outlier_types import OutlierSplit
+from ouromamba_jax.outlier_types import FixedPointSplit, OutlierSplit
 from ouromamba_jax.pallas import accumulators
 from ouromamba_jax.pallas import outlier_matmul as mosaic
 from ouromamba_jax.pallas.device import default_device, device_target
@@ -22,14 +22,14 @@ VERSION = "0.3.1"
 """Of jax-triton. 0.4.1 fails on jax 0.12.0.1: its rule for dead code takes two arguments and is given three."""
 
 
-def supports(split: OutlierSplit, weight: QTensor, dtype: Any) -> str | None:
+def supports(split: OutlierSplit | FixedPointSplit, weight: QTensor, dtype: Any) -> str | None:
     """Why this call cannot run here, from shapes, dtypes, the device and what is installed; None if it can."""
     return mosaic.supports(split, weight, dtype) or _too_large(split, weight) or _missing()
 
 
-def _too_large(split: OutlierSplit, weight: QTensor) -> str | None:
-    B, L, K = split.near.shape
-    rows = B * L * (2 if split.has_float_outliers else 1)  # 16-bit outliers may take two planes of rows
+def _too_large(split: OutlierSplit | FixedPointSplit, weight: QTensor) -> str | None:
+    B, L, K = split.shape
+    rows = B * L * (2 if isinstance(split, FixedPointSplit) else 1)  # which may take two planes of rows
     largest = max(rows, weight.shape[1]) * (K + -K % TILE_K), rows * weight.shape[1]
     if max(largest) <= mosaic.INT32_MAX:
         return None

@@ -107,17 +107,17 @@ def split(
     dtype: str = "float32",
     act_bits: int = 4,
     outlier_bits: int = 8,
-    with_mask: bool = False,
+    function: str = "split_for_product",
 ) -> tuple[Callable, list]:
     import jax
 
+    from ouromamba_jax import outliers
     from ouromamba_jax.outlier_types import OutlierConfig
-    from ouromamba_jax.outliers import split_outliers
 
     config = OutlierConfig(act_bits, outlier_bits, outlier_scale=scale)  # type: ignore[arg-type]
     shapes = [((BATCH, TOKENS, channels), dtype), ((TOKENS,), "float32")]
     return (
-        lambda x, scale: split_outliers(x, scale, config, with_mask=with_mask, implementation="mosaic_gpu"),
+        lambda x, scale: getattr(outliers, function)(x, scale, config),
         [jax.ShapeDtypeStruct(*shape) for shape in shapes],
     )
 
@@ -195,10 +195,11 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     "matmul 384x56 W4": (matmul, (384, 56, 4)),
     "matmul 384x768 W4 1 image": (matmul, (384, 768, 4, "int8", "float32", 1)),
     "matmul 1536x80 W8 bf16": (matmul, (1536, 80, 8, "int8", "bfloat16")),
-    "split 768 pow2, mask": (split, (768, "pow2", "float32", 4, 8, True)),
+    "split 768 pow2, mask": (split, (768, "pow2", "float32", 4, 8, "split_outliers")),
     "split 3072 pow2 bf16": (split, (3072, "pow2", "bfloat16")),
     "split 192 free": (split, (192, "free")),
     "split 768 A8 16-bit bf16": (split, (768, "pow2", "bfloat16", 8, 16)),
+    "split 1536 A8 floats, mask": (split, (1536, "pow2", "bfloat16", 8, 16, "split_outliers")),
     # Directions of Vim, MambaVision and VMamba: groups of 96 channels are padded, the 3136 tokens of stage 1 cut in 4
     "scan 1536x16 bf16": (scan, (1536, 16, 1, "bfloat16")),
     "scan 160x8": (scan, (160, 8, 1)),

@@ -5,9 +5,9 @@
 
 Takes a minute on two CPU cores. Every kernel, and every fusion of XLA's, is a pass over its operands and results. Those
 are counted whole, also where only a slice is read or a cache holds them; XLA may fuse otherwise with a GPU at hand, by
-whose times it then chooses. For Vim-B as above: 707 MB in bf16, 1431 at W8A8, 992 at W4A4. So a quantised model
-multiplies faster but moves more: finding outliers is a pass of its own over what every layer reads, and 16-bit outliers
-take more. "limit" is what the bytes alone take at the datasheet's bandwidth; nothing here was timed.
+whose times it then chooses. For Vim-B as above: 707 MB in bf16, 1043 at W8A8, 919 at W4A4. So a quantised model
+multiplies faster but moves more: finding outliers is a pass of its own over what every layer reads. "limit" is what
+the bytes alone take at the datasheet's bandwidth; nothing here was timed.
 
 Weights are Gaussian. `--depth` leaves so many blocks (per stage), beside stem and head.
 """

@@ -16,12 +16,11 @@ from tiny_models import FAMILIES, filled, quantised
 from ouromamba_jax import bench, checkpoint, matmul, memory_report, quantize
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.outlier_calibration import search_token_scales
-from ouromamba_jax.outlier_types import OutlierConfig
-from ouromamba_jax.outliers import split_outliers
+from ouromamba_jax.outlier_types import LARGEST_FIXED_POINT, FixedPointSplit, OutlierConfig
+from ouromamba_jax.outliers import for_product, split_outliers
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.kernel_weight import (
     INT32_MAX,
-    LARGEST_FIXED_POINT,
     KernelWeight,
     arrange,
     measured,
@@ -111,7 +110,7 @@ def test_a_product_has_the_same_bits(target, outlier_bits):
     launch = partial(matmul._mosaic_gpu, target=target, tiles=tiles, interpret=plgpu.InterpretGPUParams())
     expected = matmul.outlier_matmul(split, weight)
     np.testing.assert_array_equal(matmul.outlier_matmul(split, laid_out), expected)
-    np.testing.assert_array_equal(jax.jit(launch)(split, laid_out), expected)
+    np.testing.assert_array_equal(jax.jit(launch)(for_product(split), laid_out), expected)
 
 
 def logits(model):
@@ -153,11 +152,11 @@ def test_levels_decide_whether_one_accumulator_holds_16_bit_numbers(target, exce
 
     planes = rng.integers(-127, 128, size=(2, 1, rows, K))
     planes[:, 0, 0] = 127 * np.sign(levels[:, 7])  # the largest numbers, all of one sign in the products
-    planes = tuple(jnp.asarray(planes, jnp.int8))
-    step = jnp.asarray(rng.uniform(0.1, 1, size=(1, rows, 1)).astype(np.float32))
-    y = kernel.fixed_point(launch, planes, step, laid_out)
+    step = jnp.asarray(rng.uniform(0.1, 1, size=(1, rows)).astype(np.float32))
+    split = FixedPointSplit(*jnp.asarray(planes, jnp.int8), step)
+    y = kernel.fixed_point(launch, split, laid_out)
     assert launched == [1 if excess == 0 else 2]
-    np.testing.assert_array_equal(y, matmul._sum_of_planes(planes, step, weight))
+    np.testing.assert_array_equal(y, matmul._fixed_point_product(split, weight))
 
 
 @pytest.mark.parametrize("bits", ["w4a4", "w4a8", "w8a8"])

@@ -17,11 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax import matmul
 from ouromamba_jax.outlier_calibration import search_token_scales
-from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
-from ouromamba_jax.outliers import split_outliers
+from ouromamba_jax.outlier_types import LARGEST_FIXED_POINT, FixedPointSplit, OutlierConfig, OutlierSplit
+from ouromamba_jax.outliers import for_product, split_outliers
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.device import target_of
-from ouromamba_jax.pallas.kernel_weight import LARGEST_FIXED_POINT
 from ouromamba_jax.pallas.tiles import MatmulTiles, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, max_level, quantize_array
 
@@ -42,10 +41,12 @@ def options(name, **interpreter):
 def product(name, detect_races=False, dtype="float32"):
     """A backend's product, compiled once for all inputs of the same shapes."""
     if name == "xla":
-        return jax.jit(partial(matmul.BACKENDS["xla"].run, dtype=jnp.dtype(dtype)))
-    if name == "triton":
-        return jax.jit(partial(matmul._one_launch, triton_interpreter.run, dtype=jnp.dtype(dtype)))
-    return jax.jit(partial(matmul._mosaic_gpu, dtype=jnp.dtype(dtype), **options(name, detect_races=detect_races)))
+        run = matmul.BACKENDS["xla"].run
+    elif name == "triton":
+        run = partial(matmul._one_launch, triton_interpreter.run)
+    else:
+        run = partial(matmul._mosaic_gpu, **options(name, detect_races=detect_races))
+    return jax.jit(lambda split, weight: run(for_product(split), weight, dtype=jnp.dtype(dtype)))
 
 
 CASES = {
@@ -182,10 +183,10 @@ def test_fixed_point_numbers_at_the_limit_of_an_accumulator(inputs):
         return jnp.asarray(sums.astype(np.float32)) * row_scale[:, :, None] * weight.scale[0][None, None]
 
     planes = (jnp.full((1, 1, inputs), 127, jnp.int8),) * 2
-    step = jnp.full((1, 1, 1), 0.3, jnp.float32)
-    y = kernel.fixed_point(launch, planes, step, weight)
+    split = FixedPointSplit(*planes, jnp.full((1, 1), 0.3, jnp.float32))
+    y = kernel.fixed_point(launch, split, weight)
     assert launched == [1 if inputs == 9399 else 2]
-    np.testing.assert_array_equal(y, matmul._sum_of_planes(planes, step, weight))
+    np.testing.assert_array_equal(y, matmul._fixed_point_product(split, weight))
 
 
 @pytest.mark.parametrize("name", TILES)
@@ -279,7 +280,7 @@ def test_reasons_against_a_call():
     assert "not float16" in kernel.supports(split, weight, jnp.dtype(jnp.float16))
     assert "two accumulators" in kernel.supports(replace(split, pow2=False), weight, jnp.float32)
     floats = replace(split, far=split.far.astype(jnp.float32), pow2=False)
-    assert "NVIDIA" in kernel.supports(floats, weight, jnp.float32)
+    assert "NVIDIA" in kernel.supports(for_product(floats), weight, jnp.float32)
     grouped = QTensor(weight.values, jnp.ones((3, 20), jnp.float32), 4, 11)
     assert "groups" in kernel.supports(split, grouped, jnp.float32)
     with pytest.raises(ValueError, match="NVIDIA"):

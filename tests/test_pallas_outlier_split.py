@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ouromamba_jax import outliers
 from ouromamba_jax.outlier_calibration import calibrate_theta, search_token_scales
 from ouromamba_jax.outlier_types import OutlierConfig
-from ouromamba_jax.outliers import split_outliers
+from ouromamba_jax.outliers import for_product, split_outliers
 from ouromamba_jax.pallas import outlier_split as kernel
 from ouromamba_jax.pallas.dispatch import Backend
 
@@ -69,6 +69,38 @@ def test_bfloat16_activations(name, implementation):
     call = implementation, x.astype(jnp.bfloat16), search_token_scales(x, config), config
     assert assert_same(*call).mask.any()
     assert assert_same(*call, with_mask=False).mask is None
+
+
+@pytest.mark.parametrize(("act_bits", "C"), [(8, 130), (4, 64), (6, 256)])
+def test_16_bit_outliers_in_fixed_point(act_bits, C, implementation):
+    """Bytes and steps, for outliers within 32639 S and far beyond, where inliers lose bits; a token of zeros is one."""
+    config = OutlierConfig(act_bits=act_bits, outlier_bits=16, n_refresh=4)
+    scale = search_token_scales(activations(np.random.default_rng(8), 9, C, 1), config)
+    run = outliers.BACKENDS[implementation].run
+    for size, dtype in ((30, jnp.bfloat16), (1e5, jnp.float32), (1e9, jnp.float32)):
+        x = activations(np.random.default_rng(7), 9, C, size).at[1, 2].set(0).astype(dtype)
+        expected = for_product(split_outliers(x, scale, config, implementation="xla"))
+        got = run(x, scale, config, with_mask=False, fixed_point=True)
+        largest = np.abs(256 * np.asarray(expected.high, np.int32) + np.asarray(expected.low)).max()
+        assert 16000 < largest <= 32639
+        for field in ("high", "low"):
+            a, b = getattr(got, field), getattr(expected, field)
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b, err_msg=field)
+        held = np.asarray(expected.high).any(-1) | np.asarray(expected.low).any(-1)
+        assert held.sum() == 2 * 9 - 1
+        np.testing.assert_array_equal(got.step[held], expected.step[held])  # of zeros any step will do
+        assert np.isfinite(got.step).all()
+
+
+def test_fixed_point_steps_of_non_finite_tokens_are_nan(implementation):
+    config = OutlierConfig(act_bits=8, outlier_bits=16, n_refresh=4)
+    x = activations(np.random.default_rng(3), 12, 33, 30)
+    scale = search_token_scales(x, config)
+    run = outliers.BACKENDS[implementation].run
+    for bad in (jnp.inf, -jnp.inf, jnp.nan):
+        split = run(x.at[1, 2, 3].set(bad), scale, config, with_mask=False, fixed_point=True)
+        assert np.flatnonzero(np.isnan(split.step)).tolist() == [12 + 2]
 
 
 def test_a_non_finite_token_gets_a_nan_scale_and_other_windows_do_not_see_it(implementation):

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int8
 
+from ouromamba_jax.outlier_types import LARGEST_FIXED_POINT
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 from ouromamba_jax.qtensor import QTensor, max_level
 
 INT32_MAX = 2**31 - 1
-LARGEST_FIXED_POINT = 127 * 256 + 127
-"""What two int8 planes in units of 256 and 1 hold, if the high one stays within +-127."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["rows", "scale"], meta_fields=["bits", "inputs", "wide"])

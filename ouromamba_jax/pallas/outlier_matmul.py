@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from ouromamba_jax.outlier_types import OutlierSplit
+from ouromamba_jax.outlier_types import FixedPointSplit, OutlierSplit
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
 from ouromamba_jax.pallas.kernel_weight import INT32_MAX, KernelWeight, arrange, is_wide, measured
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
@@ -42,9 +42,9 @@ def largest_shift(inputs: int, weight_bits: int) -> int:
     return (INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= INT32_MAX else -1
 
 
-def supports(split: OutlierSplit, weight: QTensor | KernelWeight, dtype: Any) -> str | None:
+def supports(split: OutlierSplit | FixedPointSplit, weight: QTensor | KernelWeight, dtype: Any) -> str | None:
     """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
-    if not split.pow2 and not split.has_float_outliers:
+    if isinstance(split, OutlierSplit) and not split.pow2:
         return 'outlier_scale="free" needs two accumulators: split with outlier_scale="pow2"'
     if weight.scale.shape[0] != 1:
         return "the accumulator holds all inputs: quantise the weight without groups"
@@ -55,13 +55,13 @@ def supports(split: OutlierSplit, weight: QTensor | KernelWeight, dtype: Any) ->
     return device_reason()
 
 
-def prepare(split: OutlierSplit, weight: QTensor | KernelWeight) -> KernelWeight:
+def prepare(split: OutlierSplit | FixedPointSplit, weight: QTensor | KernelWeight) -> KernelWeight:
     """`weight` as the default device's kernel reads it for such splits, which `run` else makes of it in every call.
 
     Its levels are looked at, too: if int32 holds their products with 16-bit numbers, those take one accumulator.
     """
-    # One accumulator for the planes of 16-bit outliers has no room for packed levels, which count sixteenfold.
-    bits = 8 if split.has_float_outliers else weight.bits
+    # One accumulator for 16-bit numbers has no room for packed levels, which count sixteenfold.
+    bits = 8 if isinstance(split, FixedPointSplit) else weight.bits
     return measured(arrange(weight, matmul_tiles(device_target(), weight.shape[1], bits)))
 
 
@@ -118,26 +118,24 @@ def run(
 
 def fixed_point(
     launch: Callable[..., Array],
-    planes: tuple[Int8[Array, "B L K"], Int8[Array, "B L K"]],
-    step: Float32[Array, "B L 1"],
+    split: FixedPointSplit,
     weight: QTensor | KernelWeight,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "B L O"]:
-    """step * (256 * high @ W + low @ W) * s_w for planes (high, low), to the bit as two products in float32 give it.
+    """step * (256 * high @ W + low @ W) * s_w, to the bit as two products in float32 give it.
 
     Where int32 holds the sum there is one accumulator: then both products are below 2^24, and their sum in float32 is
-    rounded once, as the accumulator is. Otherwise the planes are the rows of one product of twice the height. Then the
+    rounded once, as the accumulator is. Otherwise the bytes are the rows of one product of twice the height. Then the
     result is rounded to `dtype`.
 
     Args:
       launch: `run` of a backend, with what it needs beside planes, weight and dtype.
-      planes: no high level is -128, so that with its low one a number is at most `LARGEST_FIXED_POINT`.
     """
-    high, low = planes
+    step = split.step[:, :, None]
     if is_wide(weight):
-        shift = jnp.full(step.shape[:2], 8, jnp.int32)
-        return launch(Planes(low, high, shift, step[:, :, 0]), weight, dtype=dtype, limit=8)
-    both = jnp.concatenate([high, low])
+        shift = jnp.full(split.step.shape, 8, jnp.int32)
+        return launch(Planes(split.low, split.high, shift, split.step), weight, dtype=dtype, limit=8)
+    both = jnp.concatenate([split.high, split.low])
     none, ones = jnp.zeros(both.shape[:2], jnp.int32), jnp.ones(both.shape[:2], jnp.float32)
     products = launch(Planes(both, None, none, ones), replace(weight, scale=jnp.ones_like(weight.scale)))
     high_product, low_product = products.reshape(2, *step.shape[:2], -1)

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
+from ouromamba_jax.outlier_types import (
+    FRACTION_BITS,
+    LARGEST_FIXED_POINT,
+    FixedPointSplit,
+    OutlierConfig,
+    OutlierSplit,
+)
 from ouromamba_jax.pallas.device import device_reason
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
 
@@ -47,9 +53,13 @@ def split(
     theta: Float32[Array, " L"] | None = None,
     channels: None = None,
     with_mask: bool = True,
+    fixed_point: bool = False,
     interpret: Any = None,
-) -> OutlierSplit:
-    """`outliers.split_outliers` for what `supports` accepts; `channels` are those of another detection."""
+) -> OutlierSplit | FixedPointSplit:
+    """`outliers.split_outliers` for what `supports` accepts; `channels` are those of another detection.
+
+    With `fixed_point`, which 16-bit outliers can have, it is `outliers.for_product` of that.
+    """
     # Imported here: Mosaic takes a while, and most processes never run a kernel.
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -83,7 +93,7 @@ def split(
             n = half
         return terms[0]
 
-    def body(x, scale, limits, near, far, outlier_scale, *rest):
+    def body(x, scale, limits, near, far, outlier_scale, *rest):  # or low and high bytes, and their step
         *mask, first, second = rest
         sample, start = lax.axis_index("sample"), lax.axis_index("window") * window
         buffers = (first, second)
@@ -116,17 +126,25 @@ def split(
                 lambda: listed,
             )
             is_outlier = listed > 0
-            # Infinity stands for NaN too: the interpreter, on a CPU, may drop a NaN from a maximum.
-            largest = jnp.max(jnp.where(magnitude <= _FLOAT32_MAX, jnp.where(is_outlier, magnitude, 0.0), jnp.inf))
+            inliers = _levels(divide(row, step), q_in)
+            # What counts of an entry; infinity stands for NaN too, which the interpreter, on a CPU, may drop.
+            size = jnp.where(is_outlier, magnitude, jnp.abs(inliers) * step if fixed_point else 0.0)
+            largest = jnp.max(jnp.where(magnitude <= _FLOAT32_MAX, size, jnp.inf))
             finite = largest < jnp.inf
             is_far = is_outlier
+            if fixed_point:
+                own, value = _fixed_point(row, inliers, is_outlier, step, largest, finite)
+                high = jnp.round((value + 0.5) * (1 / 256))  # the low byte is in -128..127; Mosaic has no floor
+                near[sample, t] = (value - 256.0 * high).astype(jnp.int8)
+                far[sample, t] = high.astype(jnp.int8)
+                outlier_scale[sample, t] = jnp.where(finite, own, jnp.nan)
+                return listed, following
             if pow2:
                 power = _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
                 own, is_far = step * power, is_outlier & ((power > 1) | ~finite)
             else:
                 own = jnp.float32(1) if floats else divide(jnp.maximum(largest, MIN_SCALE), q_out)
             own = jnp.where(finite, own, jnp.nan)
-            inliers = _levels(divide(row, step), q_in)
             outliers = row if floats else _levels(divide(row, own), q_out)
             near[sample, t] = jnp.where(is_far, 0.0, jnp.where(is_outlier, outliers, inliers)).astype(jnp.int8)
             far[sample, t] = jnp.where(is_far, outliers, 0.0).astype(far.dtype)
@@ -142,7 +160,7 @@ def split(
         body,
         out_type=(
             jax.ShapeDtypeStruct(shape, jnp.int8),
-            jax.ShapeDtypeStruct(shape, x.dtype if floats else jnp.int8),
+            jax.ShapeDtypeStruct(shape, x.dtype if floats and not fixed_point else jnp.int8),
             jax.ShapeDtypeStruct((B, L), jnp.float32),
             *([jax.ShapeDtypeStruct(shape, jnp.int8)] if with_mask else []),
         ),
@@ -153,6 +171,8 @@ def split(
     )
     padded = jnp.pad(x, ((0, 0), (0, 0), (0, width - C)))
     near, far, outlier_scale, *mask = kernel(padded, scale, limits)
+    if fixed_point:
+        return FixedPointSplit(far[..., :C], near[..., :C], outlier_scale)
     found = mask[0][..., :C] != 0 if with_mask else None
     return OutlierSplit(near[..., :C], far[..., :C], outlier_scale, found, scale, pow2)
 
@@ -160,6 +180,24 @@ def split(
 def _levels(ratio, q: int):
     """Rounded half to even and clipped to [-q, q]; both orders give the same."""
     return jnp.round(jnp.minimum(jnp.maximum(ratio, -float(q)), float(q)))
+
+
+def _fixed_point(row, inliers, is_outlier, step, largest, finite):
+    """(step of the row's numbers, and these, at most 32639 in magnitude); see `FixedPointSplit`."""
+
+    def too_large(state):
+        return finite & (largest > state[0])
+
+    def double(state):
+        bound, own, ratio = state
+        return bound * 2.0, own * 2.0, ratio * 0.5
+
+    bound = step * (LARGEST_FIXED_POINT / 2**15) * 2.0 ** (15 - FRACTION_BITS)
+    start = bound, step * 2.0**-FRACTION_BITS, jnp.float32(2.0**FRACTION_BITS)
+    _, own, ratio = lax.while_loop(too_large, double, start)  # the inliers' step over the numbers'
+    # Halves are rounded up, as by the reference's shifts: anything below the last bit, 2^-14, decides so.
+    scaled = jnp.round(inliers * jnp.maximum(ratio, 2.0**-14) + jnp.where(ratio < 1, 2.0**-16, 0.0))
+    return own, jnp.where(is_outlier, jnp.round(divide(row, own)), scaled)  # whatever, where the step will be NaN
 
 
 def _power_that_fits(ratio, q: int):

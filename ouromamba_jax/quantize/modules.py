@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int8
 
 from ouromamba_jax.matmul import KernelWeight, outlier_matmul, prepare
 from ouromamba_jax.models.layers import QuantPoint, as_tokens
-from ouromamba_jax.outlier_types import OutlierSplit
-from ouromamba_jax.outliers import merge, split_outliers
+from ouromamba_jax.outlier_types import FixedPointSplit, OutlierConfig, OutlierSplit
+from ouromamba_jax.outliers import merge, split_for_product, split_outliers
 from ouromamba_jax.qtensor import QTensor
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.released import quantize_asymmetric
@@ -97,10 +97,11 @@ class ActQuantizer(nnx.Module):
         Raises:
           ValueError: if x has another number of tokens than the calibration had.
         """
-        self._check(x)
-        theta = None if self.theta is None else self.theta[...]
-        channels = None if self.channels is None else self.channels[...]
-        return split_outliers(x, self.scale[...], self.config, theta=theta, channels=channels, with_mask=with_mask)
+        return split_outliers(*self._checked(x), **self._lists(), with_mask=with_mask)
+
+    def split_for_product(self, x: Float[Array, "B L C"]) -> OutlierSplit | FixedPointSplit:
+        """What `outlier_matmul` takes. Raises as `split` does."""
+        return split_for_product(*self._checked(x), **self._lists())
 
     def round(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         """x after rounding, in float32. Raises as `split` does."""
@@ -110,15 +111,22 @@ class ActQuantizer(nnx.Module):
         """(x as the published code rounds delta, in float32; where its outliers are). Raises as `split` does."""
         if self.zero is None:
             raise ValueError("this activation has no zero points: it is rounded by Algorithm 2")
-        self._check(x)
-        return quantize_asymmetric(x, self.scale[...], self.zero[...], self.config)
+        x, scale, config = self._checked(x)
+        return quantize_asymmetric(x, scale, self.zero[...], config)
 
-    def _check(self, x: Array) -> None:
+    def _lists(self) -> dict[str, Array | None]:
+        """Thresholds and channels of outliers, where they are not found while the tokens pass."""
+        lists = {"theta": self.theta, "channels": self.channels}
+        return {name: None if found is None else found[...] for name, found in lists.items()}
+
+    def _checked(self, x: Array) -> tuple[Array, Array, OutlierConfig]:
+        """x, its scales, and how to split it."""
         if x.shape[1] != self.scale.shape[0]:
             raise ValueError(
                 f"this model was calibrated at {self.scale.shape[0]} tokens per sample and got {x.shape[1]}; "
                 "quantise it again at this input size."
             )
+        return x, self.scale[...], self.config
 
 
 class QuantLinear(nnx.Module):
@@ -146,7 +154,7 @@ class QuantLinear(nnx.Module):
         """Lays the weight out once for the backend that will multiply by it (see `matmul.prepare`)."""
         weight = self.weight
         x = jax.ShapeDtypeStruct((1, *self.act.scale.shape, weight.shape[0]), jnp.float32)
-        weight = prepare(jax.eval_shape(self.act.split, x), weight, self._product_dtype)
+        weight = prepare(jax.eval_shape(self.act.split_for_product, x), weight, self._product_dtype)
         if isinstance(weight, KernelWeight):
             self.levels = Levels(weight.rows, bits=self.levels.bits, prepared=weight.shape, wide=weight.wide)
         else:
@@ -158,7 +166,7 @@ class QuantLinear(nnx.Module):
         return self.dtype if self.bias is None else jnp.float32
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
-        split = self.act.split(as_tokens(x))
+        split = self.act.split_for_product(as_tokens(x))
         y = outlier_matmul(split, self.weight, dtype=self._product_dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)[None, None]

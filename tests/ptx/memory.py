@@ -35,8 +35,9 @@ def ld(threads, i):
 
 
 def parameter(threads, i):
-    write, value = threads.write(i.operands[0]), threads.parameters[re.match(r"\[(\w+)\]$", i.operands[1])[1]]
-    return lambda index, lanes: write(index, np.full(lanes.size, value, np.uint64))
+    """By name, or by an address that was chosen among those of several: as which their values stand here."""
+    write, read = threads.write(i.operands[0]), threads.read(re.match(r"\[(%?\w+)\]$", i.operands[1])[1], np.uint64)
+    return lambda index, lanes: write(index, np.broadcast_to(read(index), lanes.shape))
 
 
 @operation("st")
