@@ -97,8 +97,8 @@ def test_the_cases_are_hard(monkeypatch, family, matmuls):
         seen.append((split.mask.mean(), split.shifted.any(axis=1)))
         return multiply(split, weight, **options)
 
-    original, multiply = modules.split_outliers, modules.outlier_matmul
-    monkeypatch.setattr(modules, "split_outliers", lambda *x, **options: original(*x, **{**options, "with_mask": True}))
+    multiply = modules.outlier_matmul
+    monkeypatch.setattr(modules, "split_for_product", modules.split_outliers)  # with its mask
     monkeypatch.setattr(modules, "outlier_matmul", watched)
     graphdef, state = nnx.split(quantised(dataclasses.replace(QuantConfig.preset("w4a4"), rules=()), family))
 
