@@ -69,15 +69,14 @@ def rows_of(name: str, bits: str) -> list[list]:
         if isinstance(module, QuantLinear) and module.spec.config.act_bits == config.act_bits  # no stem, no head
     }
     found = defaultdict(list)
-    split = ActQuantizer.split
+    for_product = ActQuantizer.split_for_product
 
-    def recording(self, x, **options):
-        levels = split(self, x, **options | {"with_mask": True})
+    def recording(self, x):
         if id(self) in kinds:
-            found[kinds[id(self)]].append(describe(levels))
-        return levels
+            found[kinds[id(self)]].append(describe(self.split(x, with_mask=True)))
+        return for_product(self, x)
 
-    with mock.patch.object(ActQuantizer, "split", recording):
+    with mock.patch.object(ActQuantizer, "split_for_product", recording):
         quantised(images["test"])
     rows = []
     for kind, sites in found.items():

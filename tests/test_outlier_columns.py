@@ -1,10 +1,14 @@
 """The shares of outliers per tile that scripts/outlier_columns.py prints."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from script_modules import load_script
+from tiny_models import FAMILIES, filled
 
+from ouromamba_jax.models import create_model
 from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.outliers import split_outliers
 
@@ -24,3 +28,16 @@ def test_shares_of_tiles():
     assert tiles == np.mean([shifted[:128].any(), shifted[128:].any()])
     assert outliers < of_64 < of_128
     assert time == 0.5 + of_128
+
+
+def test_every_kind_of_inner_product_is_seen(monkeypatch):
+    """On a tiny model and random images."""
+    script = load_script("outlier_columns")
+    model = filled(create_model("vim_micro", **FAMILIES["vim"]))
+    images = np.random.default_rng(1).normal(size=(2, *FAMILIES["vim"]["img_size"], 3)).astype(np.float32)
+    monkeypatch.setattr(script.oj, "load", lambda name: model)
+    monkeypatch.setattr(script, "load_images", lambda *_, **__: SimpleNamespace(images=images))
+    rows = script.rows_of("tiny", "w4a4")
+    assert {row[0] for row in rows} == {f"tiny {kind}" for kind in ("in_proj", "x_proj", "dt_proj", "out_proj")}
+    assert all(len(row) == len(script.HEADERS) for row in rows)
+    assert any(row[2] > 0 for row in rows)
