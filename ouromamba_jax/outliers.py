@@ -153,19 +153,18 @@ def _split(x, scale, config: OutlierConfig, theta, channels, with_mask) -> Outli
     pow2 = config.outlier_bits != 16 and config.outlier_scale == "pow2"
     ratio = divide(x32, scale[None, :, None])
     q = float(max_level(config.act_bits))
+    given_mask = mask if with_mask else None
     if config.outlier_bits == 16:
         inlier_q = _round_to_int8(jnp.where(mask, 0.0, jnp.clip(ratio, -q, q)))
         outlier_q = jnp.where(mask, x, jnp.zeros((), x.dtype))
-        return OutlierSplit.from_levels(
-            inlier_q, outlier_q, outlier_scale, mask if with_mask else None, scale, pow2=pow2
-        )
+        return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, given_mask, scale, pow2=pow2)
     # A product with 2^-j has the quotient's bits, and costs less than a second division per entry.
     shrink = power_of_two_ratio(scale[None], outlier_scale)[:, :, None]
     ratio = jnp.where(mask, ratio * shrink if pow2 else divide(x32, outlier_scale[:, :, None]), ratio)
     limit = jnp.where(mask, float(max_level(config.outlier_bits)), q)
     levels = lax.optimization_barrier(_round_to_int8(jnp.clip(ratio, -limit, limit)))  # once, not for near and for far
     inlier_q, outlier_q = jnp.where(mask, 0, levels), jnp.where(mask, levels, 0)
-    return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, mask if with_mask else None, scale, pow2=pow2)
+    return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, given_mask, scale, pow2=pow2)
 
 
 def _round_to_int8(ratio: Float32[Array, "..."]) -> Int8[Array, "..."]:
