@@ -7,6 +7,7 @@ epilogue rounds. A sample's result never depends on its batch mates.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,14 +18,14 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax import triton_matmul
 from ouromamba_jax.fixed_order import guard_product
-from ouromamba_jax.outlier_types import FixedPointSplit, OutlierSplit
+from ouromamba_jax.outlier_types import OutlierSplit, Planes
 from ouromamba_jax.outliers import for_product
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
 from ouromamba_jax.pallas.kernel_weight import KernelWeight
-from ouromamba_jax.qtensor import QTensor, power_of_two_shift
+from ouromamba_jax.qtensor import QTensor
 
-Activation = OutlierSplit | FixedPointSplit
+Activation = OutlierSplit | Planes
 Weight = QTensor | KernelWeight
 
 
@@ -49,71 +50,74 @@ def _sum_groups(product: Callable[[Array, Array, Array], Array], levels: Array, 
     return lax.scan(lambda total, group: (total + guarded(group), None), guarded(first), rest)[0]
 
 
-def _one_product(split: OutlierSplit, weight: Weight) -> Float32[Array, "B L O"]:
+def _one_product(planes: Planes, weight: Weight) -> Float32[Array, "B L O"]:
     """No token is shifted, all levels are near ones: one int8 product, a row scale and a column scale."""
-    rows = split.inlier_scale[None, :, None]
+    rows = planes.row_scale[:, :, None]
 
     def product(levels, values, scale):
         return rows * _dot(levels, values).astype(jnp.float32) * scale[None, None]
 
-    return _sum_groups(product, split.near, weight)
+    return _sum_groups(product, planes.near, weight)
 
 
-def _two_products(split: OutlierSplit, weight: Weight) -> Float32[Array, "B L O"]:
-    """Inliers and outliers on steps of their own, added in units of the outliers' step.
+def _two_products(
+    near: Int8[Array, "B L K"],
+    far: Int8[Array, "B L K"],
+    step: Float32[Array, "B L"],
+    ratio: Float32[Array, "B L"],
+    weight: Weight,
+) -> Float32[Array, "B L O"]:
+    """Two planes on steps of their own, added in units of far's: step * (near @ W * ratio + far @ W) * s_w."""
+    step, ratio = step[:, :, None], ratio[:, :, None]
 
-    With pow2 scales S / s_O is 2^-j, so the only rounding is that of the sum: a fused multiply-add changes no bit, and
-    tokens at j = 0 get the bits of `_one_product`.
+    def product(both, values, scale):
+        products = _dot(both, values).astype(jnp.float32)
+        return step * (products[0] * ratio + products[1]) * scale[None, None]
+
+    return _sum_groups(product, jnp.stack([near, far]), weight)
+
+
+def _shifted_products(planes: Planes, weight: Weight) -> Float32[Array, "B L O"]:
+    """The ratio is 2^-j, so the only rounding is that of the sum: a fused multiply-add changes no bit.
+
+    Tokens at j = 0 get the bits of `_one_product`.
     """
-    outlier_scale = split.outlier_scale[:, :, None]
-    ratio = split.step_ratio[:, :, None]
-
-    def product(both, values, scale):
-        products = _dot(both, values).astype(jnp.float32)
-        return outlier_scale * (products[0] * ratio + products[1]) * scale[None, None]
-
-    return _sum_groups(product, jnp.stack([split.near, split.far]), weight)
+    shift, row_scale = planes.shift, planes.row_scale
+    far = jnp.where(shift[:, :, None] > 0, planes.far, 0)
+    step, ratio = jnp.ldexp(row_scale, shift), jnp.ldexp(jnp.ones_like(row_scale), -shift)
+    return _two_products(planes.near, far, step, ratio, weight)
 
 
-def _fixed_point_product(split: FixedPointSplit, weight: Weight) -> Float32[Array, "B L O"]:
-    """16-bit numbers by their bytes, in two int8 products."""
-    step = split.step[:, :, None]
-
-    def product(both, values, scale):
-        products = _dot(both, values).astype(jnp.float32)
-        return step * (products[0] * 256.0 + products[1]) * scale[None, None]
-
-    return _sum_groups(product, jnp.stack([split.high, split.low]), weight)
+def _fixed_point_product(planes: Planes, weight: Weight) -> Float32[Array, "B L O"]:
+    """16-bit numbers by their bytes, in two int8 products: added in units of the low ones."""
+    return _two_products(planes.far, planes.near, planes.row_scale, jnp.full_like(planes.row_scale, 256.0), weight)
 
 
 def _xla(split: Activation, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
-    if isinstance(split, FixedPointSplit):
-        y = _fixed_point_product(split, weight)
-    elif split.pow2:
-        y = lax.cond(jnp.any(split.shifted), _two_products, _one_product, split, weight)
-    else:
-        y = _two_products(split, weight)
-    return y.astype(dtype)
+    if isinstance(split, OutlierSplit):  # with scales of its own
+        y = _two_products(split.near, split.far, split.outlier_scale, split.step_ratio, weight)
+        return y.astype(dtype)
+    planes = replace(split, near=split.near[..., : split.channels], far=split.far[..., : split.channels])
+    if planes.fixed_point:
+        return _fixed_point_product(planes, weight).astype(dtype)
+    return lax.cond(jnp.any(planes.shift > 0), _shifted_products, _one_product, planes, weight).astype(dtype)
 
 
 def _one_launch(
-    launch: Callable[..., Array], split: Activation, weight: Weight, dtype: Any = jnp.float32
+    launch: Callable[..., Array], planes: Planes, weight: Weight, dtype: Any = jnp.float32
 ) -> Float[Array, "B L O"]:
-    """One kernel; fixed-point numbers take it once or twice, for their bytes."""
-    if isinstance(split, FixedPointSplit):
-        return kernel.fixed_point(launch, split, weight, dtype)
-    outlier_scale, inlier_scale = split.outlier_scale, split.inlier_scale[None]
-    shift = power_of_two_shift(outlier_scale, inlier_scale)
-    rows = jnp.where(jnp.isfinite(outlier_scale), inlier_scale, outlier_scale)
-    return launch(kernel.Planes(split.near, split.far, shift, rows), weight, dtype=dtype)
+    """One kernel, which is `launch`."""
+    if planes.fixed_point:
+        return kernel.fixed_point(launch, planes, weight, dtype)
+    return launch(planes, weight, dtype=dtype)
 
 
-def _mosaic_gpu(split: Activation, weight: Weight, dtype: Any = jnp.float32, **options) -> Float[Array, "B L O"]:
-    return _one_launch(partial(kernel.run, **options), split, weight, dtype)
+def _mosaic_gpu(planes: Planes, weight: Weight, dtype: Any = jnp.float32, **options) -> Float[Array, "B L O"]:
+    return _one_launch(partial(kernel.run, **options), planes, weight, dtype)
 
 
-def _triton(split: Activation, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
-    return _one_launch(triton_matmul.run, split, weight, dtype)
+def _triton(planes: Planes, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
+    return _one_launch(triton_matmul.run, planes, weight, dtype)
 
 
 # In order of preference. "xla" is the reference and supports everything, so that only its name chooses what follows it.
@@ -134,7 +138,7 @@ def prepare(split: Activation, weight: Weight, dtype: Any = jnp.float32) -> Weig
     """
     split = jax.eval_shape(for_product, split)
     backend = choose("matmul", BACKENDS, None, split, weight, jnp.dtype(dtype))
-    if backend is BACKENDS["mosaic_gpu"]:
+    if backend is BACKENDS["mosaic_gpu"] and isinstance(split, Planes):
         return kernel.prepare(split, weight)
     return QTensor(weight.values, weight.scale, weight.bits) if isinstance(weight, KernelWeight) else weight
 

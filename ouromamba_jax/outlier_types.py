@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int8
+from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from ouromamba_jax.qtensor import divide, power_of_two_ratio
 
@@ -165,29 +165,41 @@ class OutlierSplit:
         return _is_shifted(self.outlier_scale, self.inlier_scale)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["high", "low", "step"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["near", "far", "shift", "row_scale"],
+    meta_fields=["channels", "fixed_point"],
+)
 @dataclass(frozen=True)
-class FixedPointSplit:
-    """What a product makes of a split with 16-bit outliers: its rows as fixed-point numbers step * (256 * high + low).
+class Planes:
+    """What a product takes of a split: rows row_scale * (2^shift * far + near), which one accumulator can add.
 
-    A row's step is its inlier scale S times 2^k with the smallest k >= -12 at which its largest entry fits. An outlier
-    is off by half a step, 2^-15 of the largest entry. So is an inlier beside an outlier beyond 32639 S, where k > 0;
-    others are exact.
+    Of a split with pow2 scales these are its own near and far levels. One with 16-bit outliers becomes fixed-point
+    numbers of two bytes. Their row's step is its inlier scale S times 2^k with the smallest k >= -12 at which its
+    largest entry fits: an outlier is off by half a step, 2^-15 of the largest entry, and so is an inlier beside an
+    outlier beyond 32639 S, where k > 0; other inliers are exact.
 
     Attributes:
-      high: int8 (B, L, C), within +-127.
-      low: int8 (B, L, C), all of -128..127.
-      step: float32 (B, L), NaN for a token that holds a NaN or an infinity.
+      near: int8 (B, L, C or more). What follows the C channels is zero.
+      far: int8 like near, within +-127. Of tokens whose shift is 0 it is not read, and holds whatever it may.
+      shift: int32 (B, L), j of a pow2 scale, at most 126, and 8 for bytes.
+      row_scale: float32 (B, L), NaN for a token that holds a NaN or an infinity.
+      channels: C.
+      fixed_point: whether near and far are low and high bytes.
     """
 
-    high: Int8[Array, "B L C"]
-    low: Int8[Array, "B L C"]
-    step: Float32[Array, "B L"]
+    near: Int8[Array, "B L width"]
+    far: Int8[Array, "B L width"]
+    shift: Int32[Array, "B L"]
+    row_scale: Float32[Array, "B L"]
+    channels: int
+    fixed_point: bool = False
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int, int]:
         """(B, L, C)."""
-        return self.low.shape
+        B, L, _ = self.near.shape
+        return B, L, self.channels
 
 
 def _is_shifted(outlier_scale: Float32[Array, "B L"], inlier_scale: Float32[Array, " L"]) -> Bool[Array, "B L"]:

@@ -18,13 +18,13 @@ from ouromamba_jax.outlier_detection import find_outliers
 from ouromamba_jax.outlier_types import (
     FRACTION_BITS,
     LARGEST_FIXED_POINT,
-    FixedPointSplit,
     OutlierConfig,
     OutlierSplit,
+    Planes,
 )
 from ouromamba_jax.pallas import outlier_split as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
-from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level, power_of_two_ratio
+from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level, power_of_two_ratio, power_of_two_shift
 
 
 def _outlier_scale(x, scale, mask, config: OutlierConfig) -> Float32[Array, "B L"]:
@@ -107,17 +107,29 @@ def split_for_product(
     *,
     theta: Float32[Array, " L"] | None = None,
     channels: Bool[Array, " C"] | None = None,
-) -> OutlierSplit | FixedPointSplit:
-    """`for_product(split_outliers(...))`, without the mask, by the first backend that supports it; raises as that."""
+) -> OutlierSplit | Planes:
+    """`for_product(split_outliers(...))`, by the first backend that supports it; raises as that."""
     _check_arguments(x, scale, config, theta)
     run = choose("split", BACKENDS, None, x, config).run
-    return run(x, scale, config, theta=theta, channels=channels, with_mask=False, fixed_point=config.outlier_bits == 16)
+    return run(x, scale, config, theta=theta, channels=channels, with_mask=False, product=True)
 
 
-def for_product(split: OutlierSplit | FixedPointSplit) -> OutlierSplit | FixedPointSplit:
-    """What integer products take: 16-bit outliers in fixed point (see `FixedPointSplit`), other splits as they are."""
-    if isinstance(split, FixedPointSplit) or not split.has_float_outliers:
+def for_product(split: OutlierSplit | Planes) -> OutlierSplit | Planes:
+    """What integer products take: `Planes`, or a split with "free" scales as it is."""
+    if isinstance(split, Planes):
         return split
+    if split.has_float_outliers:
+        return _fixed_point(split)
+    if not split.pow2:
+        return split
+    outlier_scale, inlier_scale = split.outlier_scale, split.inlier_scale[None]
+    shift = power_of_two_shift(outlier_scale, inlier_scale)
+    row_scale = jnp.where(jnp.isfinite(outlier_scale), inlier_scale, outlier_scale)
+    return Planes(split.near, split.far, shift, row_scale, split.shape[-1])
+
+
+def _fixed_point(split: OutlierSplit) -> Planes:
+    """16-bit outliers, and the inliers beside them, as bytes."""
     S, far = split.inlier_scale[None, :, None], split.far.astype(jnp.float32)
     largest = jnp.frexp(jnp.maximum(_largest(far), _largest(split.near).astype(jnp.float32) * S))
     limit = jnp.frexp(S * (LARGEST_FIXED_POINT / 2**15))
@@ -131,7 +143,8 @@ def for_product(split: OutlierSplit | FixedPointSplit) -> OutlierSplit | FixedPo
     outliers = jnp.where(finite, jnp.round(divide(far, step)), 0.0).astype(jnp.int16)
     value = cpu_barrier(inliers + outliers)
     high, low = jnp.right_shift(value + 128, 8).astype(jnp.int8), value.astype(jnp.int8)  # which wraps to -128..127
-    return FixedPointSplit(high, low, jnp.where(finite, step, jnp.nan)[:, :, 0])
+    shift = jnp.full(step.shape[:2], 8, jnp.int32)
+    return Planes(low, high, shift, jnp.where(finite, step, jnp.nan)[:, :, 0], split.shape[-1], fixed_point=True)
 
 
 def _largest(x: Array) -> Array:
@@ -139,11 +152,9 @@ def _largest(x: Array) -> Array:
     return jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -jnp.min(x, axis=-1, keepdims=True))
 
 
-def _xla(
-    x, scale, config: OutlierConfig, *, theta, channels, with_mask, fixed_point=False
-) -> OutlierSplit | FixedPointSplit:
+def _xla(x, scale, config: OutlierConfig, *, theta, channels, with_mask, product=False) -> OutlierSplit | Planes:
     split = _split(x, scale, config, theta, channels, with_mask)
-    return for_product(split) if fixed_point else split
+    return for_product(split) if product else split
 
 
 def _split(x, scale, config: OutlierConfig, theta, channels, with_mask) -> OutlierSplit:

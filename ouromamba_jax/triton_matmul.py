@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ouromamba_jax.outlier_types import FixedPointSplit, OutlierSplit
+from ouromamba_jax.outlier_types import OutlierSplit, Planes
 from ouromamba_jax.pallas import accumulators
 from ouromamba_jax.pallas import outlier_matmul as mosaic
 from ouromamba_jax.pallas.device import default_device, device_target
@@ -22,14 +22,17 @@ VERSION = "0.3.1"
 """Of jax-triton. 0.4.1 fails on jax 0.12.0.1: its rule for dead code takes two arguments and is given three."""
 
 
-def supports(split: OutlierSplit | FixedPointSplit, weight: QTensor, dtype: Any) -> str | None:
+def supports(split: OutlierSplit | Planes, weight: QTensor, dtype: Any) -> str | None:
     """Why this call cannot run here, from shapes, dtypes, the device and what is installed; None if it can."""
-    return mosaic.supports(split, weight, dtype) or _too_large(split, weight) or _missing()
+    if reason := mosaic.supports(split, weight, dtype):
+        return reason
+    assert isinstance(split, Planes)  # or there was a reason
+    return _too_large(split, weight) or _missing()
 
 
-def _too_large(split: OutlierSplit | FixedPointSplit, weight: QTensor) -> str | None:
-    B, L, K = split.shape
-    rows = B * L * (2 if isinstance(split, FixedPointSplit) else 1)  # which may take two planes of rows
+def _too_large(planes: Planes, weight: QTensor) -> str | None:
+    B, L, K = planes.shape
+    rows = B * L * (2 if planes.fixed_point else 1)  # which may take two planes of rows
     largest = max(rows, weight.shape[1]) * (K + -K % TILE_K), rows * weight.shape[1]
     if max(largest) <= mosaic.INT32_MAX:
         return None
@@ -47,15 +50,14 @@ def _missing() -> str | None:
 
 
 def run(
-    planes: mosaic.Planes, weight: QTensor, *, dtype: Any = jnp.float32, limit: int | None = None
+    planes: Planes, weight: QTensor, *, dtype: Any = jnp.float32, limit: int | None = None
 ) -> Float[Array, "B L O"]:
     """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32; `limit` as in the Mosaic `run`."""
     import jax_triton  # here, because it is optional, and sets environment variables
 
     from ouromamba_jax.triton_matmul_kernel import matmul
 
-    B, L, K = planes.near.shape
-    O = weight.shape[1]
+    (B, L, K), O = planes.shape, weight.shape[1]
     tiles = launch_tiles(O)
     limit = mosaic.largest_shift(K, 8) if limit is None else limit
     capability = default_device().compute_capability.replace(".", "")
@@ -82,14 +84,13 @@ def warps(tiles: MatmulTiles) -> int:
     return 8 if tiles.tile_m * tiles.tile_n >= 128 * 128 else 4
 
 
-def operands(planes: mosaic.Planes, weight: QTensor, tiles: MatmulTiles) -> tuple[Array, ...]:
+def operands(planes: Planes, weight: QTensor, tiles: MatmulTiles) -> tuple[Array, ...]:
     """The kernel's inputs: planes of whole K-blocks, shifts of tiles, rows, the weight with K last, columns."""
-    near, far, shift, row_scale = planes
-    far = near if far is None else far  # not read: every shift is 0
-    M, K = near.shape[0] * near.shape[1], near.shape[2]
-    near, far = (jnp.pad(x.reshape(M, K), [(0, 0), (0, -K % TILE_K)]) for x in (near, far))
+    B, L, K = planes.shape
+    M, whole_steps = B * L, K + -K % TILE_K
+    near, far = (jnp.pad(x.reshape(M, -1), [(0, 0), (0, whole_steps - x.shape[2])]) for x in (planes.near, planes.far))
     values = jnp.pad(weight.values.T, [(0, 0), (0, -K % TILE_K)])
-    shift, row_scale = shift.reshape(M), row_scale.reshape(M)
+    shift, row_scale = planes.shift.reshape(M), planes.row_scale.reshape(M)
     # A last tile that is not full begins where it does in the kernel: at a multiple of the tile.
     largest = mosaic.largest_shifts(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m)
     return near, far, largest, shift, row_scale, values, weight.scale[0]

@@ -26,9 +26,9 @@ def matmul(
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for W (N, K) and K a multiple of TILE_K.
 
     As in the Mosaic kernels the outlier blocks come first, only in a tile that holds a shift; then every row is
-    shifted, then come the blocks of `near`, which every tile has: the integers are exact. A tile with a shift beyond
-    LIMIT takes two accumulators, PART columns at a time. Rows and columns beyond M and N are read as the last ones and
-    not written.
+    shifted, or cleared if it has no shift, then come the blocks of `near`, which every tile has: the integers are
+    exact. A tile with a shift beyond LIMIT takes two accumulators, PART columns at a time. Rows and columns beyond M
+    and N are read as the last ones and not written.
     """
     row_tile = tl.program_id(0)
     rows = row_tile * TILE_M + tl.arange(0, TILE_M)
@@ -50,7 +50,7 @@ def matmul(
             accumulator = tl.dot(
                 tl.load(far_ptr + planes + block), tl.load(weights + block), accumulator, out_dtype=tl.int32
             )
-        accumulator = accumulator << power[:, None]
+        accumulator = tl.where(power[:, None] > 0, accumulator << power[:, None], 0)
         for step in range(K // TILE_K):
             block = step * TILE_K
             accumulator = tl.dot(
@@ -75,7 +75,7 @@ def matmul(
                 levels = tl.load(weights + block)
                 outliers = tl.dot(tl.load(far_ptr + planes + block), levels, outliers, out_dtype=tl.int32)
                 inliers = tl.dot(tl.load(near_ptr + planes + block), levels, inliers, out_dtype=tl.int32)
-            exact = (outliers << tl.where(beyond, 0, power)[:, None]) + inliers
+            exact = tl.where(power[:, None] > 0, outliers << tl.where(beyond, 0, power)[:, None], 0) + inliers
             rounded = outliers.to(tl.float32) + inliers.to(tl.float32) * down[:, None]
             y = tl.where(beyond[:, None], rounded, exact.to(tl.float32)) * scale[:, None]
             y = y * tl.load(column_scale_ptr + read_columns)[None, :]

@@ -16,7 +16,7 @@ from tiny_models import FAMILIES, filled, quantised
 from ouromamba_jax import bench, checkpoint, matmul, memory_report, quantize
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.outlier_calibration import search_token_scales
-from ouromamba_jax.outlier_types import LARGEST_FIXED_POINT, FixedPointSplit, OutlierConfig
+from ouromamba_jax.outlier_types import LARGEST_FIXED_POINT, OutlierConfig, Planes
 from ouromamba_jax.outliers import for_product, split_outliers
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.kernel_weight import (
@@ -150,13 +150,14 @@ def test_levels_decide_whether_one_accumulator_holds_16_bit_numbers(target, exce
         launched.append(planes.near.shape[0])
         return kernel.run(planes, weight, target=target, tiles=TILES, interpret=plgpu.InterpretGPUParams(), **options)
 
-    planes = rng.integers(-127, 128, size=(2, 1, rows, K))
-    planes[:, 0, 0] = 127 * np.sign(levels[:, 7])  # the largest numbers, all of one sign in the products
+    both = rng.integers(-127, 128, size=(2, 1, rows, K))
+    both[:, 0, 0] = 127 * np.sign(levels[:, 7])  # the largest numbers, all of one sign in the products
     step = jnp.asarray(rng.uniform(0.1, 1, size=(1, rows)).astype(np.float32))
-    split = FixedPointSplit(*jnp.asarray(planes, jnp.int8), step)
-    y = kernel.fixed_point(launch, split, laid_out)
+    shift = jnp.full((1, rows), 8, jnp.int32)
+    planes = Planes(*jnp.asarray(both, jnp.int8), shift, step, K, fixed_point=True)
+    y = kernel.fixed_point(launch, planes, laid_out)
     assert launched == [1 if excess == 0 else 2]
-    np.testing.assert_array_equal(y, matmul._fixed_point_product(split, weight))
+    np.testing.assert_array_equal(y, matmul._fixed_point_product(planes, weight))
 
 
 @pytest.mark.parametrize("bits", ["w4a4", "w4a8", "w8a8"])

@@ -80,17 +80,41 @@ def test_16_bit_outliers_in_fixed_point(act_bits, C, implementation):
     for size, dtype in ((30, jnp.bfloat16), (1e5, jnp.float32), (1e9, jnp.float32)):
         x = activations(np.random.default_rng(7), 9, C, size).at[1, 2].set(0).astype(dtype)
         expected = for_product(split_outliers(x, scale, config, implementation="xla"))
-        got = run(x, scale, config, with_mask=False, fixed_point=True)
-        largest = np.abs(256 * np.asarray(expected.high, np.int32) + np.asarray(expected.low)).max()
+        got = run(x, scale, config, with_mask=False, product=True)
+        assert got.fixed_point
+        assert got.shape == x.shape
+        largest = np.abs(256 * np.asarray(expected.far, np.int32) + np.asarray(expected.near)).max()
         assert 16000 < largest <= 32639
-        for field in ("high", "low"):
+        for field in ("far", "near"):
             a, b = getattr(got, field), getattr(expected, field)
             assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b, err_msg=field)
-        held = np.asarray(expected.high).any(-1) | np.asarray(expected.low).any(-1)
+            np.testing.assert_array_equal(a[..., :C], b, err_msg=field)
+            assert not a[..., C:].any()
+        held = np.asarray(expected.far).any(-1) | np.asarray(expected.near).any(-1)
         assert held.sum() == 2 * 9 - 1
-        np.testing.assert_array_equal(got.step[held], expected.step[held])  # of zeros any step will do
-        assert np.isfinite(got.step).all()
+        np.testing.assert_array_equal(got.row_scale[held], expected.row_scale[held])  # of zeros any step will do
+        assert np.isfinite(got.row_scale).all()
+        np.testing.assert_array_equal(got.shift, expected.shift)
+
+
+@pytest.mark.parametrize(("size", "C"), [(5, 70), (100, 256), (1e30, 130)])
+def test_planes_for_a_product(size, C, implementation):
+    """Levels, shifts and steps, and the outliers of shifted tokens; of others nobody reads them."""
+    config = OutlierConfig(n_refresh=4)
+    scale = search_token_scales(activations(np.random.default_rng(8), 9, C, 1), config)
+    x = activations(np.random.default_rng(7), 9, C, size).at[1, 5, 2].set(jnp.nan)
+    expected = for_product(split_outliers(x, scale, config, implementation="xla"))
+    got = outliers.BACKENDS[implementation].run(x, scale, config, with_mask=False, product=True)
+    assert (got.shape, got.fixed_point) == (x.shape, False)
+    fine, shifted = np.isfinite(expected.row_scale), np.asarray(expected.shift) > 0
+    assert fine.sum() == fine.size - 1
+    assert (0 < shifted.mean() < 1) == (size > 5)
+    np.testing.assert_array_equal(got.shift, expected.shift)
+    np.testing.assert_array_equal(got.row_scale, expected.row_scale)
+    np.testing.assert_array_equal(got.near[fine][:, :C], expected.near[fine])
+    np.testing.assert_array_equal(got.far[shifted][:, :C], expected.far[shifted])
+    assert not got.near[..., C:].any()
+    assert not got.far[shifted][:, C:].any()
 
 
 def test_fixed_point_steps_of_non_finite_tokens_are_nan(implementation):
@@ -99,8 +123,8 @@ def test_fixed_point_steps_of_non_finite_tokens_are_nan(implementation):
     scale = search_token_scales(x, config)
     run = outliers.BACKENDS[implementation].run
     for bad in (jnp.inf, -jnp.inf, jnp.nan):
-        split = run(x.at[1, 2, 3].set(bad), scale, config, with_mask=False, fixed_point=True)
-        assert np.flatnonzero(np.isnan(split.step)).tolist() == [12 + 2]
+        planes = run(x.at[1, 2, 3].set(bad), scale, config, with_mask=False, product=True)
+        assert np.flatnonzero(np.isnan(planes.row_scale)).tolist() == [12 + 2]
 
 
 def test_a_non_finite_token_gets_a_nan_scale_and_other_windows_do_not_see_it(implementation):

@@ -55,7 +55,7 @@ def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, dtype: None)
-    call = split_of((2, 5, 8)), weight_of(8, 6), jnp.float32
+    call = jax.eval_shape(for_product, split_of((2, 5, 8))), weight_of(8, 6), jnp.float32
     reason = triton_matmul.supports(*call)
     assert (reason is None) == (installed == triton_matmul.VERSION)
     assert reason is None or (installed in reason and "ouromamba_jax[triton]" in reason)

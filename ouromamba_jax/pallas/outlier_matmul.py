@@ -8,32 +8,16 @@ s_out = s_in * 2^j the outliers' product is shifted left by j in the accumulator
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, Float, Int32
 
-from ouromamba_jax.outlier_types import FixedPointSplit, OutlierSplit
+from ouromamba_jax.outlier_types import OutlierSplit, Planes
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
 from ouromamba_jax.pallas.kernel_weight import INT32_MAX, KernelWeight, arrange, is_wide, measured
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, max_level
-
-
-class Planes(NamedTuple):
-    """An activation as two planes of integers that one accumulator can add, row_scale * (2^shift * far + near).
-
-    Attributes:
-      near, far: int8 levels in units of s_in and of s_in * 2^shift. far is zero where shift is (or row_scale NaN), and
-        None if every shift is 0.
-      shift: j, at most 126.
-      row_scale: s_in, or NaN for a token with non-finite values.
-    """
-
-    near: Int8[Array, "B L K"]
-    far: Int8[Array, "B L K"] | None
-    shift: Int32[Array, "B L"]
-    row_scale: Float32[Array, "B L"]
 
 
 def largest_shift(inputs: int, weight_bits: int) -> int:
@@ -42,9 +26,9 @@ def largest_shift(inputs: int, weight_bits: int) -> int:
     return (INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= INT32_MAX else -1
 
 
-def supports(split: OutlierSplit | FixedPointSplit, weight: QTensor | KernelWeight, dtype: Any) -> str | None:
+def supports(split: OutlierSplit | Planes, weight: QTensor | KernelWeight, dtype: Any) -> str | None:
     """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
-    if isinstance(split, OutlierSplit) and not split.pow2:
+    if isinstance(split, OutlierSplit):
         return 'outlier_scale="free" needs two accumulators: split with outlier_scale="pow2"'
     if weight.scale.shape[0] != 1:
         return "the accumulator holds all inputs: quantise the weight without groups"
@@ -55,18 +39,18 @@ def supports(split: OutlierSplit | FixedPointSplit, weight: QTensor | KernelWeig
     return device_reason()
 
 
-def prepare(split: OutlierSplit | FixedPointSplit, weight: QTensor | KernelWeight) -> KernelWeight:
-    """`weight` as the default device's kernel reads it for such splits, which `run` else makes of it in every call.
+def prepare(planes: Planes, weight: QTensor | KernelWeight) -> KernelWeight:
+    """`weight` as the default device's kernel reads it for such planes, which `run` else makes of it in every call.
 
     Its levels are looked at, too: if int32 holds their products with 16-bit numbers, those take one accumulator.
     """
     # One accumulator for 16-bit numbers has no room for packed levels, which count sixteenfold.
-    bits = 8 if isinstance(split, FixedPointSplit) else weight.bits
+    bits = 8 if planes.fixed_point else weight.bits
     return measured(arrange(weight, matmul_tiles(device_target(), weight.shape[1], bits)))
 
 
 def largest_shifts(shift: Int32[Array, " M"], tile_m: int) -> Int32[Array, " tiles"]:
-    """Of each tile of rows. Where it is 0, `far` is zero, or the result NaN whatever is read.
+    """Of each tile of rows; where it is 0, `far` is not read.
 
     The last tile of a ragged M starts at M - tile_m.
     """
@@ -98,16 +82,13 @@ def run(
       target, tiles: the default device's kernel and its tiles, unless given.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
-    near, far, shift, row_scale = planes
-    far = near if far is None else far  # not read: every shift is 0
-    B, L, K = near.shape
-    O = weight.shape[1]
+    (B, L, K), O = planes.shape, weight.shape[1]
     target = target or device_target()
     tiles = tiles or matmul_tiles(target, O, weight.bits if limit is None else 8)
     # At least one tile of rows, then whole eights of them: Mosaic copies no tile that starts between two.
     height = (tiles.tile_m if tiles.tile_m > B * L else 8,)
-    near, far = (_pad_to(x.reshape(B * L, K), (*height, TILE_K)) for x in (near, far))
-    rows = [_pad_to(x.reshape(B * L), height) for x in (shift, row_scale)]
+    near, far = (_pad_to(x.reshape(B * L, -1), (*height, TILE_K)) for x in (planes.near, planes.far))
+    rows = [_pad_to(x.reshape(B * L), height) for x in (planes.shift, planes.row_scale)]
     limit = largest_shift(K, weight.bits) if limit is None else limit
     largest = largest_shifts(rows[0], tiles.tile_m)
     columns = _pad_to(weight.scale[0], (tiles.tile_n,))
@@ -117,12 +98,9 @@ def run(
 
 
 def fixed_point(
-    launch: Callable[..., Array],
-    split: FixedPointSplit,
-    weight: QTensor | KernelWeight,
-    dtype: Any = jnp.float32,
+    launch: Callable[..., Array], planes: Planes, weight: QTensor | KernelWeight, dtype: Any = jnp.float32
 ) -> Float[Array, "B L O"]:
-    """step * (256 * high @ W + low @ W) * s_w, to the bit as two products in float32 give it.
+    """row_scale * (256 * high @ W + low @ W) * s_w, to the bit as two products in float32 give it.
 
     Where int32 holds the sum there is one accumulator: then both products are below 2^24, and their sum in float32 is
     rounded once, as the accumulator is. Otherwise the bytes are the rows of one product of twice the height. Then the
@@ -131,13 +109,12 @@ def fixed_point(
     Args:
       launch: `run` of a backend, with what it needs beside planes, weight and dtype.
     """
-    step = split.step[:, :, None]
     if is_wide(weight):
-        shift = jnp.full(split.step.shape, 8, jnp.int32)
-        return launch(Planes(split.low, split.high, shift, split.step), weight, dtype=dtype, limit=8)
-    both = jnp.concatenate([split.high, split.low])
+        return launch(planes, weight, dtype=dtype, limit=8)
+    both, step = jnp.concatenate([planes.far, planes.near]), planes.row_scale[:, :, None]
     none, ones = jnp.zeros(both.shape[:2], jnp.int32), jnp.ones(both.shape[:2], jnp.float32)
-    products = launch(Planes(both, None, none, ones), replace(weight, scale=jnp.ones_like(weight.scale)))
+    rows = Planes(both, both, none, ones, planes.channels)
+    products = launch(rows, replace(weight, scale=jnp.ones_like(weight.scale)))
     high_product, low_product = products.reshape(2, *step.shape[:2], -1)
     return (step * (high_product * 256.0 + low_product) * weight.scale[0][None, None]).astype(dtype)
 

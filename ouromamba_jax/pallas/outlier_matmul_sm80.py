@@ -120,8 +120,7 @@ def matmul(
             # Shifts are at most 126, so once at most; if the compiler knew, it would merge both pipelines and spill.
             rounds = pl.cdiv(same_shift[row_tile], 126)
             acc = lax.fori_loop(0, rounds, lambda _, acc: add(far, acc), zeros(columns))
-            acc = lax.shift_left(acc, lax.broadcast_in_dim(per_row(shift), acc.shape, [0]))
-            acc = add(near, acc)
+            acc = add(near, accumulators.shifted(acc, per_row(shift)))
             write(acc.astype(jnp.float32) * lax.broadcast_in_dim(per_row(row_scale), acc.shape, [0]), columns)
 
         def two_accumulators(i, _):

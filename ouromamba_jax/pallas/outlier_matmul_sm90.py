@@ -195,13 +195,13 @@ def matmul(
                     accumulator = plgpu.ACC((rows, tile_n), jnp.int32)
 
                     def accumulate(acc):
-                        acc[...] = lax.shift_left(products(acc, step, count), across(power, tile_n))
+                        acc[...] = accumulators.shifted(products(acc, step, count), power)
                         return products(acc, step + count, k_tiles)
 
                     if emulated:  # the interpreter cannot store to an accumulator: two of them, added
                         outliers = pl.run_scoped(lambda acc: products(acc, step, count), accumulator)
                         inliers = pl.run_scoped(lambda acc: products(acc, step + count, k_tiles), accumulator)
-                        acc = lax.shift_left(outliers, across(power, tile_n)) + inliers
+                        acc = accumulators.shifted(outliers, power) + inliers
                     else:
                         acc = pl.run_scoped(accumulate, accumulator)
                     for i in range(parts):

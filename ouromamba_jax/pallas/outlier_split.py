@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Float32
 from ouromamba_jax.outlier_types import (
     FRACTION_BITS,
     LARGEST_FIXED_POINT,
-    FixedPointSplit,
     OutlierConfig,
     OutlierSplit,
+    Planes,
 )
 from ouromamba_jax.pallas.device import device_reason
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
@@ -53,14 +53,15 @@ def split(
     theta: Float32[Array, " L"] | None = None,
     channels: None = None,
     with_mask: bool = True,
-    fixed_point: bool = False,
+    product: bool = False,
     interpret: Any = None,
-) -> OutlierSplit | FixedPointSplit:
+) -> OutlierSplit | Planes:
     """`outliers.split_outliers` for what `supports` accepts; `channels` are those of another detection.
 
-    With `fixed_point`, which 16-bit outliers can have, it is `outliers.for_product` of that.
+    With `product` it is `outliers.for_product` of that, with zeros up to whole K-steps of a product.
     """
     # Imported here: Mosaic takes a while, and most processes never run a kernel.
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     B, L, C = x.shape
@@ -68,6 +69,8 @@ def split(
     q_in, q_out = max_level(config.act_bits), max_level(config.outlier_bits)
     floats = config.outlier_bits == 16
     pow2 = config.outlier_scale == "pow2" and not floats
+    planes, fixed_point = product and (pow2 or floats), product and floats
+    with_mask = with_mask and not planes
     online = config.threshold == "online"
     limits = scale if theta is None else theta
 
@@ -93,8 +96,8 @@ def split(
             n = half
         return terms[0]
 
-    def body(x, scale, limits, near, far, outlier_scale, *rest):  # or low and high bytes, and their step
-        *mask, first, second = rest
+    def body(x, scale, limits, near, far, token_scale, *rest):
+        *more, first, second = rest  # the shift, or the mask
         sample, start = lax.axis_index("sample"), lax.axis_index("window") * window
         buffers = (first, second)
         present = iota(width) < C
@@ -137,20 +140,31 @@ def split(
                 high = jnp.round((value + 0.5) * (1 / 256))  # the low byte is in -128..127; Mosaic has no floor
                 near[sample, t] = (value - 256.0 * high).astype(jnp.int8)
                 far[sample, t] = high.astype(jnp.int8)
-                outlier_scale[sample, t] = jnp.where(finite, own, jnp.nan)
+                token_scale[sample, t] = jnp.where(finite, own, jnp.nan)
+                more[0][sample, t] = 8
                 return listed, following
             if pow2:
-                power = _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
-                own, is_far = step * power, is_outlier & ((power > 1) | ~finite)
+                shift, power = _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
+                own, is_far = step * power, is_outlier & ((shift > 0) | ~finite)
             else:
                 own = jnp.float32(1) if floats else divide(jnp.maximum(largest, MIN_SCALE), q_out)
             own = jnp.where(finite, own, jnp.nan)
             outliers = row if floats else _levels(divide(row, own), q_out)
             near[sample, t] = jnp.where(is_far, 0.0, jnp.where(is_outlier, outliers, inliers)).astype(jnp.int8)
-            far[sample, t] = jnp.where(is_far, outliers, 0.0).astype(far.dtype)
+            far_levels = jnp.where(is_far, outliers, 0.0).astype(far.dtype)
+            if planes:
+
+                @pl.when(shift > 0)  # no product reads the others
+                def _():
+                    far[sample, t] = far_levels
+
+                token_scale[sample, t] = jnp.where(finite, step, jnp.nan)
+                more[0][sample, t] = shift
+                return listed, following
+            far[sample, t] = far_levels
+            token_scale[sample, t] = own
             if with_mask:
-                mask[0][sample, t] = listed.astype(jnp.int8)
-            outlier_scale[sample, t] = own
+                more[0][sample, t] = listed.astype(jnp.int8)
             return listed, following
 
         lax.fori_loop(0, count, token, (jnp.zeros((width,), jnp.int32), load(0)))
@@ -160,8 +174,9 @@ def split(
         body,
         out_type=(
             jax.ShapeDtypeStruct(shape, jnp.int8),
-            jax.ShapeDtypeStruct(shape, x.dtype if floats and not fixed_point else jnp.int8),
+            jax.ShapeDtypeStruct(shape, x.dtype if floats and not planes else jnp.int8),
             jax.ShapeDtypeStruct((B, L), jnp.float32),
+            *([jax.ShapeDtypeStruct((B, L), jnp.int32)] if planes else []),
             *([jax.ShapeDtypeStruct(shape, jnp.int8)] if with_mask else []),
         ),
         grid=(B, -(-L // window)),
@@ -170,11 +185,11 @@ def split(
         **({"interpret": interpret} if interpret is not None else {}),
     )
     padded = jnp.pad(x, ((0, 0), (0, 0), (0, width - C)))
-    near, far, outlier_scale, *mask = kernel(padded, scale, limits)
-    if fixed_point:
-        return FixedPointSplit(far[..., :C], near[..., :C], outlier_scale)
-    found = mask[0][..., :C] != 0 if with_mask else None
-    return OutlierSplit(near[..., :C], far[..., :C], outlier_scale, found, scale, pow2)
+    near, far, token_scale, *more = kernel(padded, scale, limits)
+    if planes:
+        return Planes(near, far, more[0], token_scale, C, fixed_point)
+    found = more[0][..., :C] != 0 if with_mask else None
+    return OutlierSplit(near[..., :C], far[..., :C], token_scale, found, scale, pow2)
 
 
 def _levels(ratio, q: int):
@@ -183,7 +198,7 @@ def _levels(ratio, q: int):
 
 
 def _fixed_point(row, inliers, is_outlier, step, largest, finite):
-    """(step of the row's numbers, and these, at most 32639 in magnitude); see `FixedPointSplit`."""
+    """(step of the row's numbers, and these, at most 32639 in magnitude); see `Planes`."""
 
     def too_large(state):
         return finite & (largest > state[0])
@@ -201,13 +216,13 @@ def _fixed_point(row, inliers, is_outlier, step, largest, finite):
 
 
 def _power_that_fits(ratio, q: int):
-    """Smallest 2^j, j >= 0, for which round(ratio / 2^j) <= q."""
+    """(j, 2^j) of the smallest j >= 0 for which round(ratio / 2^j) <= q."""
 
     def halve(state):
-        ratio, power = state
-        return ratio * 0.5, power * 2.0
+        ratio, shift, power = state
+        return ratio * 0.5, shift + 1, power * 2.0
 
     def clips(state):
         return state[0] >= q + 0.5
 
-    return lax.while_loop(clips, halve, (jnp.minimum(ratio, _LARGEST_RATIO), jnp.float32(1)))[1]
+    return lax.while_loop(clips, halve, (jnp.minimum(ratio, _LARGEST_RATIO), jnp.int32(0), jnp.float32(1)))[1:]

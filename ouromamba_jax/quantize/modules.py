@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int8
 
 from ouromamba_jax.matmul import KernelWeight, outlier_matmul, prepare
 from ouromamba_jax.models.layers import QuantPoint, as_tokens
-from ouromamba_jax.outlier_types import FixedPointSplit, OutlierConfig, OutlierSplit
+from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit, Planes
 from ouromamba_jax.outliers import merge, split_for_product, split_outliers
 from ouromamba_jax.qtensor import QTensor
 from ouromamba_jax.quantize.config import QuantConfig
@@ -99,7 +99,7 @@ class ActQuantizer(nnx.Module):
         """
         return split_outliers(*self._checked(x), **self._lists(), with_mask=with_mask)
 
-    def split_for_product(self, x: Float[Array, "B L C"]) -> OutlierSplit | FixedPointSplit:
+    def split_for_product(self, x: Float[Array, "B L C"]) -> OutlierSplit | Planes:
         """What `outlier_matmul` takes. Raises as `split` does."""
         return split_for_product(*self._checked(x), **self._lists())
 
