@@ -125,7 +125,7 @@ def _splitting(module: nnx.Module) -> Callable[..., Any] | None:
 
 def _split_operands(scan: QuantSelectiveScan, *operands: Float[Array, "B L G C"]) -> list[Any]:
     named = zip(("u", "delta", "B", "C"), operands, strict=True)
-    return [q.split(x[:, :, g]) for name, x in named if name in scan.act for g, q in enumerate(scan.act[name])]
+    return [scan.round_operand(name, x) for name, x in named if name in scan.act]
 
 
 class _Recorder:

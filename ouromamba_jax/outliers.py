@@ -18,6 +18,7 @@ from ouromamba_jax.outlier_detection import find_outliers
 from ouromamba_jax.outlier_types import (
     FRACTION_BITS,
     LARGEST_FIXED_POINT,
+    Form,
     OutlierConfig,
     OutlierSplit,
     Planes,
@@ -111,7 +112,26 @@ def split_for_product(
     """`for_product(split_outliers(...))`, by the first backend that supports it; raises as that."""
     _check_arguments(x, scale, config, theta)
     run = choose("split", BACKENDS, None, x, config).run
-    return run(x, scale, config, theta=theta, channels=channels, with_mask=False, product=True)
+    return run(x, scale, config, theta=theta, channels=channels, form="planes")
+
+
+@partial(jax.jit, static_argnames=("config", "implementation"))
+def round_activation(
+    x: Float[Array, "B L C"],
+    scale: Float32[Array, " L"],
+    config: OutlierConfig,
+    *,
+    theta: Float32[Array, " L"] | None = None,
+    channels: Bool[Array, " C"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B L C"]:
+    """`merge(split_outliers(...))` in x's type, in one pass on a GPU; arguments and errors as there.
+
+    It has no gradients, `fake_quant` does.
+    """
+    _check_arguments(x, scale, config, theta)
+    backend = choose("split", BACKENDS, implementation, x, config)
+    return backend.run(x, scale, config, theta=theta, channels=channels, form="floats")
 
 
 def for_product(split: OutlierSplit | Planes) -> OutlierSplit | Planes:
@@ -152,30 +172,33 @@ def _largest(x: Array) -> Array:
     return jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -jnp.min(x, axis=-1, keepdims=True))
 
 
-def _xla(x, scale, config: OutlierConfig, *, theta, channels, with_mask, product=False) -> OutlierSplit | Planes:
+def _xla(
+    x, scale, config: OutlierConfig, *, theta, channels, with_mask=False, form: Form = "split"
+) -> OutlierSplit | Planes | Float[Array, "B L C"]:
     split = _split(x, scale, config, theta, channels, with_mask)
-    return for_product(split) if product else split
+    if form == "planes":
+        return for_product(split)
+    return merge(split).astype(x.dtype) if form == "floats" else split
 
 
 def _split(x, scale, config: OutlierConfig, theta, channels, with_mask) -> OutlierSplit:
     x32 = x.astype(jnp.float32)
     mask = find_outliers(x32, scale, config, theta, channels)
     outlier_scale = _outlier_scale(x32, scale, mask, config)
-    pow2 = config.outlier_bits != 16 and config.outlier_scale == "pow2"
     ratio = divide(x32, scale[None, :, None])
     q = float(max_level(config.act_bits))
     given_mask = mask if with_mask else None
     if config.outlier_bits == 16:
         inlier_q = _round_to_int8(jnp.where(mask, 0.0, jnp.clip(ratio, -q, q)))
         outlier_q = jnp.where(mask, x, jnp.zeros((), x.dtype))
-        return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, given_mask, scale, pow2=pow2)
+        return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, given_mask, scale, pow2=config.pow2)
     # A product with 2^-j has the quotient's bits, and costs less than a second division per entry.
     shrink = power_of_two_ratio(scale[None], outlier_scale)[:, :, None]
-    ratio = jnp.where(mask, ratio * shrink if pow2 else divide(x32, outlier_scale[:, :, None]), ratio)
+    ratio = jnp.where(mask, ratio * shrink if config.pow2 else divide(x32, outlier_scale[:, :, None]), ratio)
     limit = jnp.where(mask, float(max_level(config.outlier_bits)), q)
     levels = lax.optimization_barrier(_round_to_int8(jnp.clip(ratio, -limit, limit)))  # once, not for near and for far
     inlier_q, outlier_q = jnp.where(mask, 0, levels), jnp.where(mask, levels, 0)
-    return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, given_mask, scale, pow2=pow2)
+    return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, given_mask, scale, pow2=config.pow2)
 
 
 def _round_to_int8(ratio: Float32[Array, "..."]) -> Int8[Array, "..."]:

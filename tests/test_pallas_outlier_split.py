@@ -71,6 +71,22 @@ def test_bfloat16_activations(name, implementation):
     assert assert_same(*call, with_mask=False).mask is None
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_rounded_floats_are_the_split_merged(name, dtype, implementation):
+    L, C, config = CASES[name]
+    x = activations(np.random.default_rng(6), L, C, 100).at[1, 2, 3].set(-jnp.inf).astype(dtype)
+    scale = search_token_scales(activations(np.random.default_rng(5), L, C, 1), config)
+    theta = jnp.full(L, 3.0) if config.threshold == "offline" else None
+    split = split_outliers(x, scale, config, theta=theta, implementation="xla")
+    rounded = outliers.round_activation(x, scale, config, theta=theta, implementation=implementation)
+    assert rounded.dtype == dtype
+    assert np.isnan(rounded).sum() == C
+    assert 0 < np.mean(np.asarray(split.mask)) < 1
+    expected = outliers.merge(split).astype(dtype)
+    np.testing.assert_array_equal(*(x.astype(jnp.float32) for x in (rounded, expected)))  # NaN is itself there
+
+
 @pytest.mark.parametrize(("act_bits", "C"), [(8, 130), (4, 64), (6, 256)])
 def test_16_bit_outliers_in_fixed_point(act_bits, C, implementation):
     """Bytes and steps, for outliers within 32639 S and far beyond, where inliers lose bits; a token of zeros is one."""
@@ -80,7 +96,7 @@ def test_16_bit_outliers_in_fixed_point(act_bits, C, implementation):
     for size, dtype in ((30, jnp.bfloat16), (1e5, jnp.float32), (1e9, jnp.float32)):
         x = activations(np.random.default_rng(7), 9, C, size).at[1, 2].set(0).astype(dtype)
         expected = for_product(split_outliers(x, scale, config, implementation="xla"))
-        got = run(x, scale, config, with_mask=False, product=True)
+        got = run(x, scale, config, form="planes")
         assert got.fixed_point
         assert got.shape == x.shape
         largest = np.abs(256 * np.asarray(expected.far, np.int32) + np.asarray(expected.near)).max()
@@ -104,7 +120,7 @@ def test_planes_for_a_product(size, C, implementation):
     scale = search_token_scales(activations(np.random.default_rng(8), 9, C, 1), config)
     x = activations(np.random.default_rng(7), 9, C, size).at[1, 5, 2].set(jnp.nan)
     expected = for_product(split_outliers(x, scale, config, implementation="xla"))
-    got = outliers.BACKENDS[implementation].run(x, scale, config, with_mask=False, product=True)
+    got = outliers.BACKENDS[implementation].run(x, scale, config, form="planes")
     assert (got.shape, got.fixed_point) == (x.shape, False)
     fine, shifted = np.isfinite(expected.row_scale), np.asarray(expected.shift) > 0
     assert fine.sum() == fine.size - 1
@@ -123,7 +139,7 @@ def test_fixed_point_steps_of_non_finite_tokens_are_nan(implementation):
     scale = search_token_scales(x, config)
     run = outliers.BACKENDS[implementation].run
     for bad in (jnp.inf, -jnp.inf, jnp.nan):
-        planes = run(x.at[1, 2, 3].set(bad), scale, config, with_mask=False, product=True)
+        planes = run(x.at[1, 2, 3].set(bad), scale, config, form="planes")
         assert np.flatnonzero(np.isnan(planes.row_scale)).tolist() == [12 + 2]
 
 

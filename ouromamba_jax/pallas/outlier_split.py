@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32
 from ouromamba_jax.outlier_types import (
     FRACTION_BITS,
     LARGEST_FIXED_POINT,
+    Form,
     OutlierConfig,
     OutlierSplit,
     Planes,
@@ -52,13 +53,14 @@ def split(
     *,
     theta: Float32[Array, " L"] | None = None,
     channels: None = None,
-    with_mask: bool = True,
-    product: bool = False,
+    with_mask: bool = False,
+    form: Form = "split",
     interpret: Any = None,
-) -> OutlierSplit | Planes:
+) -> OutlierSplit | Planes | Float[Array, "B L C"]:
     """`outliers.split_outliers` for what `supports` accepts; `channels` are those of another detection.
 
-    With `product` it is `outliers.for_product` of that, with zeros up to whole K-steps of a product.
+    As "planes" it is `outliers.for_product` of that, with zeros up to whole K-steps of a product; as "floats" what that
+    stands for, in x's type. A split with "free" scales has no planes and is returned itself.
     """
     # Imported here: Mosaic takes a while, and most processes never run a kernel.
     from jax.experimental import pallas as pl
@@ -68,9 +70,8 @@ def split(
     width, window = C + -C % LANES, min(config.n_refresh, L)
     q_in, q_out = max_level(config.act_bits), max_level(config.outlier_bits)
     floats = config.outlier_bits == 16
-    pow2 = config.outlier_scale == "pow2" and not floats
-    planes, fixed_point = product and (pow2 or floats), product and floats
-    with_mask = with_mask and not planes
+    planes = form == "planes" and (config.pow2 or floats)
+    fixed_point = planes and floats
     online = config.threshold == "online"
     limits = scale if theta is None else theta
 
@@ -96,8 +97,8 @@ def split(
             n = half
         return terms[0]
 
-    def body(x, scale, limits, near, far, token_scale, *rest):
-        *more, first, second = rest  # the shift, or the mask
+    def body(x, scale, limits, *rest):
+        *results, first, second = rest
         sample, start = lax.axis_index("sample"), lax.axis_index("window") * window
         buffers = (first, second)
         present = iota(width) < C
@@ -134,62 +135,71 @@ def split(
             size = jnp.where(is_outlier, magnitude, jnp.abs(inliers) * step if fixed_point else 0.0)
             largest = jnp.max(jnp.where(magnitude <= _FLOAT32_MAX, size, jnp.inf))
             finite = largest < jnp.inf
-            is_far = is_outlier
             if fixed_point:
                 own, value = _fixed_point(row, inliers, is_outlier, step, largest, finite)
                 high = jnp.round((value + 0.5) * (1 / 256))  # the low byte is in -128..127; Mosaic has no floor
-                near[sample, t] = (value - 256.0 * high).astype(jnp.int8)
-                far[sample, t] = high.astype(jnp.int8)
-                token_scale[sample, t] = jnp.where(finite, own, jnp.nan)
-                more[0][sample, t] = 8
+                write(t, value - 256.0 * high, high, jnp.where(finite, own, jnp.nan), jnp.int32(8))
                 return listed, following
-            if pow2:
+            shift = jnp.int32(0)
+            if config.pow2:
                 shift, power = _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
                 own, is_far = step * power, is_outlier & ((shift > 0) | ~finite)
             else:
                 own = jnp.float32(1) if floats else divide(jnp.maximum(largest, MIN_SCALE), q_out)
+                is_far = is_outlier
             own = jnp.where(finite, own, jnp.nan)
             outliers = row if floats else _levels(divide(row, own), q_out)
-            near[sample, t] = jnp.where(is_far, 0.0, jnp.where(is_outlier, outliers, inliers)).astype(jnp.int8)
-            far_levels = jnp.where(is_far, outliers, 0.0).astype(far.dtype)
-            if planes:
-
-                @pl.when(shift > 0)  # no product reads the others
-                def _():
-                    far[sample, t] = far_levels
-
-                token_scale[sample, t] = jnp.where(finite, step, jnp.nan)
-                more[0][sample, t] = shift
+            known_step = jnp.where(finite, step, jnp.nan)
+            if form == "floats":
+                write(t, jnp.where(is_outlier, outliers * own, inliers * known_step))
                 return listed, following
-            far[sample, t] = far_levels
-            token_scale[sample, t] = own
-            if with_mask:
-                more[0][sample, t] = listed.astype(jnp.int8)
+            near = jnp.where(is_far, 0.0, jnp.where(is_outlier, outliers, inliers))
+            far = jnp.where(is_far, outliers, 0.0)
+            if planes:
+                write(t, near, far, known_step, shift, far_is_read=shift > 0)
+            else:
+                write(t, near, far, own, *([listed] if with_mask else []))
             return listed, following
+
+        def write(t, *values, far_is_read=None):
+            for i, (result, value) in enumerate(zip(results, values, strict=True)):
+
+                def store(result=result, value=value):
+                    result[sample, t] = value.astype(result.dtype)
+
+                if i == 1 and far_is_read is not None:
+                    pl.when(far_is_read)(store)
+                else:
+                    store()
 
         lax.fori_loop(0, count, token, (jnp.zeros((width,), jnp.int32), load(0)))
 
-    shape = (B, L, width)
+    entries, tokens = (B, L, width), (B, L)
+    if form == "floats":
+        written: list[tuple[tuple[int, ...], Any]] = [(entries, x.dtype)]
+    elif planes:
+        written = [(entries, jnp.int8), (entries, jnp.int8), (tokens, jnp.float32), (tokens, jnp.int32)]
+    else:
+        written = [(entries, jnp.int8), (entries, x.dtype if floats else jnp.int8), (tokens, jnp.float32)]
+        written += [(entries, jnp.int8)] if with_mask else []
     kernel = plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct(shape, jnp.int8),
-            jax.ShapeDtypeStruct(shape, x.dtype if floats and not planes else jnp.int8),
-            jax.ShapeDtypeStruct((B, L), jnp.float32),
-            *([jax.ShapeDtypeStruct((B, L), jnp.int32)] if planes else []),
-            *([jax.ShapeDtypeStruct(shape, jnp.int8)] if with_mask else []),
-        ),
+        out_type=tuple(jax.ShapeDtypeStruct(*array) for array in written),
         grid=(B, -(-L // window)),
         grid_names=("sample", "window"),
         scratch_types=[plgpu.SMEM((2 * width,), jnp.float32)] * 2,
         **({"interpret": interpret} if interpret is not None else {}),
     )
     padded = jnp.pad(x, ((0, 0), (0, 0), (0, width - C)))
-    near, far, token_scale, *more = kernel(padded, scale, limits)
+    results = kernel(padded, scale, limits)
+    if form == "floats":
+        return results[0][..., :C]
     if planes:
-        return Planes(near, far, more[0], token_scale, C, fixed_point)
-    found = more[0][..., :C] != 0 if with_mask else None
-    return OutlierSplit(near[..., :C], far[..., :C], token_scale, found, scale, pow2)
+        near, far, row_scale, shift = results
+        return Planes(near, far, shift, row_scale, C, fixed_point)
+    near, far, outlier_scale, *mask = results
+    found = mask[0][..., :C] != 0 if with_mask else None
+    return OutlierSplit(near[..., :C], far[..., :C], outlier_scale, found, scale, config.pow2)
 
 
 def _levels(ratio, q: int):

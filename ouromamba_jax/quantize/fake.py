@@ -46,7 +46,7 @@ class FakeSelectiveScan(RoundedOperands):
         self.directions, self.D, self.dt_bias = scan.directions, scan.D, scan.dt_bias
         self.decay_rates, self.delta_bias = scan.decay_rates, scan.delta_bias
 
-    def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array:
+    def round_operand(self, name: str, x: Float[Array, "B L G C"]) -> Array:
         if name not in self.scales:
             return x
         config, fixed = self.spec.operand_config(name), self.fixed.get(name, [{}] * self.directions)

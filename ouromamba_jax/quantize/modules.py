@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int8
 from ouromamba_jax.matmul import KernelWeight, outlier_matmul, prepare
 from ouromamba_jax.models.layers import QuantPoint, as_tokens
 from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit, Planes
-from ouromamba_jax.outliers import merge, split_for_product, split_outliers
+from ouromamba_jax.outliers import round_activation, split_for_product, split_outliers
 from ouromamba_jax.qtensor import QTensor
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.released import quantize_asymmetric
@@ -104,8 +104,10 @@ class ActQuantizer(nnx.Module):
         return split_for_product(*self._checked(x), **self._lists())
 
     def round(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        """x after rounding, in float32. Raises as `split` does."""
-        return merge(self.split(x)) if self.zero is None else self.round_asymmetric(x)[0]
+        """x after rounding, in its own type. Raises as `split` does."""
+        if self.zero is not None:
+            return self.round_asymmetric(x)[0].astype(x.dtype)
+        return round_activation(*self._checked(x), **self._lists())
 
     def round_asymmetric(self, x: Float[Array, "B L C"]) -> tuple[Float[Array, "B L C"], Bool[Array, "B L C"]]:
         """(x as the published code rounds delta, in float32; where its outliers are). Raises as `split` does."""
@@ -181,7 +183,7 @@ class QuantizedPoint(QuantPoint):
         self.act = ActQuantizer(scales, spec.config)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        return self.act.round(as_tokens(x)).reshape(x.shape).astype(x.dtype)
+        return self.act.round(as_tokens(x)).reshape(x.shape)
 
 
 def prepare_weights(model: nnx.Module) -> None:

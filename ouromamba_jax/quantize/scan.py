@@ -18,7 +18,7 @@ from ouromamba_jax.split_operand import SplitOperand, floats
 class RoundedOperands:
     """How a scan runs on rounded operands; the quantised scan and its trainable stand-in share it.
 
-    Subclasses implement `_round`, `parameter` and `state_transform`.
+    Subclasses implement `round_operand`, `parameter` and `state_transform`.
     """
 
     spec: SiteSpec
@@ -28,7 +28,7 @@ class RoundedOperands:
     decay_rates: Callable[[], Array]
     delta_bias: Callable[[Array], Array]
 
-    def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array | SplitOperand:
+    def round_operand(self, name: str, x: Float[Array, "B L G C"]) -> Array | SplitOperand:
         raise NotImplementedError
 
     def parameter(self, name: str) -> Float[Array, "D N"] | None:
@@ -47,21 +47,21 @@ class RoundedOperands:
         return u, delta, A, B, C, D
 
     def _rounded(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Any, Any, Array, Any, Any, Array]:
-        """`operands`; what `_round` leaves in integers stays so."""
+        """`operands`; what `round_operand` leaves in integers stays so."""
         if is_asymmetric("delta", self.spec.config):  # the published code rounds delta with its bias on
             bias = self.delta_bias(delta)
-            steps: Any = floats(self._round("delta", delta + bias)) - bias
+            steps: Any = floats(self.round_operand("delta", delta + bias)) - bias
         else:
-            steps = self._round("delta", delta)
+            steps = self.round_operand("delta", delta)
         A, D = self.parameter("A"), self.parameter("D")
         A = self.decay_rates() if A is None else A
         D = self.D[...].astype(jnp.float32) if D is None else D[:, 0]
-        return self._round("u", u), steps, A, self._round("B", B), self._round("C", C), D
+        return self.round_operand("u", u), steps, A, self.round_operand("B", B), self.round_operand("C", C), D
 
     def scan(self: Any, u, delta, A, B, C, D, *, collect=None) -> ScanOutput:
         transform = self.state_transform(u)
         out = SelectiveScan.scan(self, u, delta, A, B, C, D, collect=collect, state_transform=transform)
-        return out._replace(y=floats(self._round("y", out.y)))
+        return out._replace(y=floats(self.round_operand("y", out.y)))
 
 
 class QuantSelectiveScan(RoundedOperands, SelectiveScan):
@@ -91,13 +91,13 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
         self.parameter_levels = nnx.Dict({name: Levels(q.values, bits=q.bits) for name, q in parameters.items()})
         self.parameter_scale = nnx.Dict({name: Scale(q.scale) for name, q in parameters.items()})
 
-    def _round(self, name: str, x: Float[Array, "B L G C"]) -> Array | SplitOperand:
+    def round_operand(self, name: str, x: Float[Array, "B L G C"]) -> Array | SplitOperand:
         if name not in self.act:
             return x
         groups = [(q, x[:, :, g]) for g, q in enumerate(self.act[name])]
-        if is_asymmetric(name, self.spec.config):
-            return jnp.stack([q.round(part) for q, part in groups], axis=2).astype(x.dtype)
-        return SplitOperand(tuple(q.split(part) for q, part in groups), x.shape, x.dtype)
+        if name in ("u", "delta") and self.spec.config.splitting.pow2:  # the GPU kernel reads their levels
+            return SplitOperand(tuple(q.split(part) for q, part in groups), x.shape, x.dtype)
+        return jnp.stack([q.round(part) for q, part in groups], axis=2)
 
     def parameter(self, name: str) -> Array | None:
         if name not in self.parameter_levels:
