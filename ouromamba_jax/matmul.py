@@ -82,10 +82,8 @@ def _shifted_products(planes: Planes, weight: Weight) -> Float32[Array, "B L O"]
 
     Tokens at j = 0 get the bits of `_one_product`.
     """
-    shift, row_scale = planes.shift, planes.row_scale
-    far = jnp.where(shift[:, :, None] > 0, planes.far, 0)
-    step, ratio = jnp.ldexp(row_scale, shift), jnp.ldexp(jnp.ones_like(row_scale), -shift)
-    return _two_products(planes.near, far, step, ratio, weight)
+    ratio = jnp.ldexp(jnp.ones_like(planes.row_scale), -planes.shift)
+    return _two_products(planes.near, planes.read_far, planes.step, ratio, weight)
 
 
 def _fixed_point_product(planes: Planes, weight: Weight) -> Float32[Array, "B L O"]:

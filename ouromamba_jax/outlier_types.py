@@ -208,6 +208,21 @@ class Planes:
         B, L, _ = self.near.shape
         return B, L, self.channels
 
+    @property
+    def step(self) -> Float32[Array, "B L"]:
+        """Of far's levels, row_scale * 2^shift."""
+        return jnp.ldexp(self.row_scale, self.shift)
+
+    @property
+    def read_far(self) -> Int8[Array, "B L C"]:
+        """far where it is read, else zeros."""
+        return jnp.where(self.shift[:, :, None] > 0, self.far[..., : self.channels], 0)
+
+    def merge(self) -> Float32[Array, "B L C"]:
+        """The activation that the planes stand for; exact unless they are bytes."""
+        near = self.near[..., : self.channels].astype(jnp.float32) * self.row_scale[:, :, None]
+        return near + self.read_far.astype(jnp.float32) * self.step[:, :, None]
+
 
 def _is_shifted(outlier_scale: Float32[Array, "B L"], inlier_scale: Float32[Array, " L"]) -> Bool[Array, "B L"]:
     return outlier_scale != inlier_scale[None]

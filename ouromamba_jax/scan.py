@@ -99,8 +99,8 @@ def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be of a floating dtype, but it is {array.dtype}; cast it first.")
         groups = B.shape[2] if B.ndim == 4 else 1
-        if isinstance(array, SplitOperand) and len(array.splits) != groups:
-            raise ValueError(f"{name} must be split in {groups} groups, as many as B has, not in {len(array.splits)}.")
+        if isinstance(array, SplitOperand) and len(array.groups) != groups:
+            raise ValueError(f"{name} must be split in {groups} groups, as many as B has, not in {len(array.groups)}.")
 
 
 # In order of preference; B and C come grouped. "xla" is the reference and supports every call.

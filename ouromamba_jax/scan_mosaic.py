@@ -15,18 +15,19 @@ def run(
 ) -> ScanOutput:
     """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA.
 
-    u and delta are read as levels if they have them, and group by group if they came so. B and C are merged first:
-    they are few bytes, but every thread would convert all of a token's, 32 for its 16 exponentials.
+    u and delta are read as levels, and group by group, if they came so. B and C are merged first: they are few bytes,
+    but every thread would convert all of a token's, 32 for its 16 exponentials.
     """
     B, C = floats(B), floats(C)
-    u, delta = (floats(x) if isinstance(x, SplitOperand) and not x.has_levels else x for x in (u, delta))
 
     def step(x):
-        return kernel.Step(x.steps, x.far, x.ratio) if isinstance(x, SplitOperand) else None
+        if not isinstance(x, SplitOperand):
+            return None
+        return kernel.Step(*(tuple(getattr(p, name) for p in x.groups) for name in ("row_scale", "far", "shift")))
 
     def values(x):
         if isinstance(x, SplitOperand):
-            return x.near
+            return tuple(planes.near for planes in x.groups)
         return x.groups if isinstance(x, StackedOperand) else x
 
     levels = kernel.Steps(u=step(u), delta=step(delta))

@@ -6,21 +6,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Float
 
-from ouromamba_jax.outlier_types import OutlierSplit
-from ouromamba_jax.outliers import merge
+from ouromamba_jax.outlier_types import Planes
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["splits"], meta_fields=["shape", "dtype"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["groups"], meta_fields=["shape", "dtype"])
 @dataclass(frozen=True)
 class SplitOperand:
     """A rounded operand as integers, in place of the array (B, L, ...) of `shape` and `dtype` that it stands for.
 
-    Each of G equal groups of its channels, group-major, is a split of its own, (B, L, C / G).
+    Each of G equal groups of its channels, group-major, was split on its own: `Planes` of (B, L, C / G).
     """
 
-    splits: tuple[OutlierSplit, ...]
+    groups: tuple[Planes, ...]
     shape: tuple[int, ...]
     dtype: Any
 
@@ -35,35 +34,7 @@ class SplitOperand:
 
     def merge(self) -> Array:
         """The array."""
-        return jnp.stack([merge(split) for split in self.splits], axis=2).astype(self.dtype).reshape(self.shape)
-
-    @property
-    def has_levels(self) -> bool:
-        """Whether outliers are levels, too, on a multiple of the inliers' step: not "free", nor floats ("16 bits")."""
-        return all(split.pow2 for split in self.splits)
-
-    @property
-    def near(self) -> tuple[Int8[Array, "B L E"], ...]:
-        """Each group's levels on the inliers' step: all of a token's, unless its outliers are shifted."""
-        return tuple(split.near for split in self.splits)
-
-    @property
-    def far(self) -> tuple[Int8[Array, "B L E"], ...]:
-        """Each group's levels of shifted outliers, on `steps`."""
-        return tuple(split.far for split in self.splits)
-
-    @property
-    def steps(self) -> Float32[Array, "B L G"]:
-        """Step of each token's outliers, which is the inliers' too unless they are shifted."""
-        return self._stack("outlier_scale")
-
-    @property
-    def ratio(self) -> Float32[Array, "B L G"]:
-        """Inliers' step over `steps`."""
-        return self._stack("step_ratio")
-
-    def _stack(self, name: str) -> Array:
-        return jnp.stack([getattr(split, name) for split in self.splits], axis=2)
+        return jnp.stack([planes.merge() for planes in self.groups], axis=2).astype(self.dtype).reshape(self.shape)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])

@@ -161,26 +161,26 @@ def scan_gradient(channels: int, states: int, groups: int, dtype: str, collect: 
 
 
 def scan_levels(channels: int, states: int, groups: int, dtype: str = "float32") -> tuple[Callable, list]:
-    """As quantised models call it: stacked floats u; delta, B and C in levels, of which delta's enter the kernel."""
+    """As quantised models call it: stacked floats u, delta in levels."""
     import jax
 
-    from ouromamba_jax.outlier_types import OutlierSplit
+    from ouromamba_jax.outlier_types import Planes
     from ouromamba_jax.scan import selective_scan
     from ouromamba_jax.split_operand import SplitOperand, StackedOperand
 
     def levels(x):
-        shape = (BATCH, TOKENS, x.size // (BATCH * TOKENS * groups))
-        fields = [(shape, "int8"), (shape, "int8"), (shape[:2], "float32"), (shape, "bool"), ((TOKENS,), "float32")]
-        return SplitOperand(
-            (OutlierSplit(*(jax.ShapeDtypeStruct(*f) for f in fields), True),) * groups, x.shape, x.dtype
-        )
+        each = x.size // (BATCH * TOKENS * groups)
+        tokens, shape = (BATCH, TOKENS), (BATCH, TOKENS, each + -each % 128)  # as the split kernel pads them
+        fields = [(shape, "int8"), (shape, "int8"), (tokens, "int32"), (tokens, "float32")]
+        planes = Planes(*(jax.ShapeDtypeStruct(*field) for field in fields), each)
+        return SplitOperand((planes,) * groups, x.shape, x.dtype)
 
     def run(arrays):
         u = StackedOperand(arrays["u"].reshape(BATCH, TOKENS, groups, -1))
         return selective_scan(**(arrays | {"u": u}), delta_softplus=True, implementation="mosaic_gpu")[:2]
 
     arrays = scan_shapes(channels, states, groups, dtype)
-    return run, [{name: levels(x) if name in ("delta", "B", "C") else x for name, x in arrays.items() if name != "z"}]
+    return run, [{name: levels(x) if name == "delta" else x for name, x in arrays.items() if name != "z"}]
 
 
 KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]] = {

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Float, Float32, Int8, Shaped
 
 from ouromamba_jax.pallas.device import device_reason
 from ouromamba_jax.pallas.tiles import SCAN_CHANNELS, ScanTiles, scan_tiles
@@ -16,15 +16,20 @@ Wide = Float[Array, "B L D"] | Int8[Array, "B L D"] | tuple[Float[Array, "B L E"
 """Values of every channel, as one array or as one for each group."""
 
 
-class Step(NamedTuple):
-    """What the levels of an input stand for, per sample, token and group: size * level.
+PerGroup = Shaped[Array, "B L G"] | tuple[Shaped[Array, "B L"], ...]
+"""A number per sample, token and group, as one array or as one for each group."""
 
-    With `far`, shifted outliers are levels of their own: size * (ratio * level + far). u and delta can have them.
+
+class Step(NamedTuple):
+    """What the levels of an input stand for: size * level.
+
+    u and delta can have outliers in units of their own, size * (level + 2^shift * far). They are `Planes` then: far is
+    read where shift is not 0.
     """
 
-    size: Float32[Array, "B L G"]
+    size: PerGroup
     far: Wide | None = None
-    ratio: Float32[Array, "B L G"] | None = None
+    shift: PerGroup | None = None
 
 
 class Steps(NamedTuple):
@@ -94,7 +99,8 @@ def run(
         if x is None:
             return None
         if isinstance(x, tuple):
-            return tuple(pad(part, channel_axis=channel_axis) for part in x)
+            whole = channels + more  # which planes have already
+            return tuple(part if part.shape[2] == whole else pad(part, channel_axis=channel_axis) for part in x)
         if channel_axis is not None and more:
             split = x.reshape(*x.shape[:channel_axis], -1, channels, *x.shape[channel_axis + 1 :])
             padded = jnp.pad(split, [(0, more if i == channel_axis + 1 else 0) for i in range(split.ndim)])
@@ -186,13 +192,20 @@ def _scaled(x, step):
     if step is None:
         return x
 
-    def by_group(levels):
-        return levels.astype(jnp.float32).reshape(*step.size.shape, -1)
+    def stacked(numbers):
+        return jnp.stack(numbers, axis=2) if isinstance(numbers, tuple) else numbers
 
-    value = by_group(x)
+    size = stacked(step.size)
+
+    def by_group(levels):
+        return levels.astype(jnp.float32).reshape(*size.shape, -1)
+
+    value = by_group(x) * size[..., None]
     if step.far is not None:
-        value = value * step.ratio[..., None] + by_group(joined(step.far))
-    return (value * step.size[..., None]).reshape(x.shape)
+        shift = stacked(step.shift)
+        far = jnp.where(shift[..., None] > 0, by_group(joined(step.far)), 0.0)
+        value = value + far * jnp.ldexp(size, shift)[..., None]
+    return value.reshape(x.shape)
 
 
 class _Options(NamedTuple):

@@ -61,65 +61,79 @@ def forward(
     groups, states = B.shape[2:]
     per_group = channels // groups // CHANNELS  # programs of a sample
     steps = pl.cdiv(length, AHEAD)
-    wide = {"u": u, "delta": delta} | ({} if z is None else {"gate": (z,)})
-    optional = {"skip": D, "bias": delta_bias, "h0": None if h0 is None else jnp.swapaxes(h0, 1, 2)}
+    inputs = {"u": u, "delta": delta} | ({} if z is None else {"gate": (z,)})
+    far, numbers = {}, {}
     for name, step in (levels or Steps())._asdict().items():
         if step is not None:
-            wide |= {} if step.far is None else {f"{name}_far": parts(step.far)}
-            optional |= {f"{name}_size": step.size, f"{name}_ratio": step.ratio}
+            numbers[f"{name}_size"] = step.size
+        if step is not None and step.far is not None:
+            far[name], numbers[f"{name}_shift"] = parts(step.far), step.shift
+    optional = {"skip": D, "bias": delta_bias, "h0": None if h0 is None else jnp.swapaxes(h0, 1, 2)}
     optional = {name: x for name, x in optional.items() if x is not None}
-    operands, structure = jax.tree.flatten((wide, A.T * LOG2_E, B, C, optional))
-    apart = any(len(arrays) > 1 for arrays in wide.values())
+    operands, structure = jax.tree.flatten((inputs, far, numbers, A.T * LOG2_E, B, C, optional))
+    apart = any(len(arrays) > 1 for arrays in (*inputs.values(), *far.values()))
 
     def body(*refs):
-        wide, A, B, C, given = jax.tree.unflatten(structure, refs[: len(operands)])
+        inputs, far, numbers, A, B, C, given = jax.tree.unflatten(structure, refs[: len(operands)])
         y, h_last, *starts = refs[len(operands) :]
         sample, block = lax.axis_index("sample"), lax.axis_index("block")
         here = pl.ds(block * CHANNELS, CHANNELS)
         within = pl.ds(lax.rem(block, per_group) * CHANNELS, CHANNELS)
         group = block // per_group
         rates = [A[n, here] for n in range(states)]
-        inputs = [name for name in ("u", "delta", "gate") if name in wide]
 
         def position(i):
             """Past the end the last token comes again; with a step size of 0 it changes nothing."""
             i = jnp.minimum(i, length - 1)
             return length - 1 - i if reverse else i
 
-        def read(tokens, group):
-            """Every wide input at these tokens, as it is in memory."""
+        def vector(arrays, t, index):
+            array, channels = (arrays[0], here) if len(arrays) == 1 else (arrays[index], within)
+            return array[sample, t, channels].astype(jnp.float32)
 
-            def at(arrays, t):
-                array, channels = (arrays[0], here) if len(arrays) == 1 else (arrays[group], within)
-                return array[sample, t, channels]
+        def number(arrays, t, index):
+            return arrays[index][sample, t] if isinstance(arrays, tuple) else arrays[sample, t, group]
 
-            return [{name: at(arrays, t) for name, arrays in wide.items()} for t in tokens]
-
-        def read_mine(tokens, first, count):
-            """`read` for this program's group, one of `count`: between two, the compiler selects addresses instead."""
+        def of_my_group(read, first=0, count=groups if apart else 1):
+            """read(group), one of `count`: between two, the compiler selects addresses instead."""
             if count == 1:
-                return read(tokens, first)
+                return read(first)
             half = count // 2
             lower, upper = (
-                partial(read_mine, tokens, first, half),
-                partial(read_mine, tokens, first + half, count - half),
+                partial(of_my_group, read, first, half),
+                partial(of_my_group, read, first + half, count - half),
             )
             return lax.cond(group < first + half, lower, upper)
 
-        def scaled(name, x, t):
-            return x * given[f"{name}_size"][sample, t, group] if f"{name}_size" in given else x
-
-        def load(name, values, t):
-            x = values[name].astype(jnp.float32)
-            if f"{name}_far" in values:
-                x = x * given[f"{name}_ratio"][sample, t, group]
-                x = x + values[f"{name}_far"].astype(jnp.float32)
-            return scaled(name, x, t)
-
         def fetch(k):
-            tokens = [position(k * AHEAD + i) for i in range(AHEAD)]
-            values = read_mine(tokens, 0, groups if apart else 1)
-            return tuple(tuple(load(name, v, t) for name in inputs) for v, t in zip(values, tokens, strict=True))
+            """Inputs and numbers of the tokens of a step."""
+
+            def read(index):
+                return tuple(
+                    (
+                        {name: vector(arrays, t, index) for name, arrays in inputs.items()},
+                        {name: number(arrays, t, index) for name, arrays in numbers.items()},
+                    )
+                    for t in (position(k * AHEAD + i) for i in range(AHEAD))
+                )
+
+            return of_my_group(read)
+
+        def finished(name, values, numbers, t):
+            """An input in floats. Outliers of its own are rare, and only loaded here."""
+            x = values[name]
+            if name in far:
+                shift = numbers[f"{name}_shift"]
+
+                def with_far():
+                    power = lax.bitcast_convert_type(jnp.full((CHANNELS,), shift + 127) << 23, jnp.float32)
+                    return x + power * of_my_group(partial(vector, far[name], t))
+
+                x = lax.cond(shift > 0, with_far, lambda: x)
+            return scaled(name, x, numbers)
+
+        def scaled(name, x, numbers):
+            return x * numbers[f"{name}_size"] if f"{name}_size" in numbers else x
 
         def step_size(d, i):
             d = d + given["bias"][here] if "bias" in given else d
@@ -137,20 +151,23 @@ def forward(
 
             following = fetch(k + 1)
             outs = []
-            for i, (x, d, *gate) in enumerate(loaded):
-                t, d = position(k * AHEAD + i), step_size(d, k * AHEAD + i)
-                dx = scaled("B", d * x, t)
+            for i, (values, sizes) in enumerate(loaded):
+                t = position(k * AHEAD + i)
+                x, d = finished("u", values, sizes, t), finished("delta", values, sizes, t)
+                d = step_size(d, k * AHEAD + i)
+                dx = scaled("B", d * x, sizes)
                 decays = [jnp.exp2(d * rate) for rate in rates]
                 inflow = [dx * B[sample, t, group, n].astype(jnp.float32) for n in range(states)]
                 h = tuple(a * h_n + b for a, h_n, b in zip(decays, h, inflow, strict=True))
                 out = jnp.zeros((CHANNELS,), jnp.float32)
                 for n in range(states):
                     out = out + h[n] * C[sample, t, group, n].astype(jnp.float32)
-                out = scaled("C", out, t)
+                out = scaled("C", out, sizes)
                 if "skip" in given:
                     out = out + x * given["skip"][here]
-                if gate:
-                    out = out * (gate[0] / (1.0 + jnp.exp(-gate[0])))
+                if "gate" in values:
+                    gate = values["gate"]
+                    out = out * (gate / (1.0 + jnp.exp(-gate)))
                 outs.append((t, out))
             for t, out in outs:
                 y[sample, t, here] = out.astype(y.dtype)

@@ -96,7 +96,7 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
             return x
         groups = [(q, x[:, :, g]) for g, q in enumerate(self.act[name])]
         if name in ("u", "delta") and self.spec.config.splitting.pow2:  # the GPU kernel reads their levels
-            return SplitOperand(tuple(q.split(part) for q, part in groups), x.shape, x.dtype)
+            return SplitOperand(tuple(q.split_for_product(part) for q, part in groups), x.shape, x.dtype)
         return jnp.stack([q.round(part) for q, part in groups], axis=2)
 
     def parameter(self, name: str) -> Array | None:
