@@ -6,8 +6,9 @@ in some programs and not in others: a sample's last bit may then depend on the b
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float32
+
+from ouromamba_jax.cpu_barrier import cpu_barrier
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -19,7 +20,7 @@ def tree_sum(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n % 2)])
         x = x[..., : (n + 1) // 2] + x[..., (n + 1) // 2 :]
         if n > 64 >= (n + 1) // 2:  # XLA would compute the wide halves twice, for two loops over the narrow ones
-            x = lax.optimization_barrier(x)
+            x = cpu_barrier(x)
     return x
 
 

@@ -10,8 +10,9 @@ from flax import nnx
 from tiny_models import FAMILIES, quantised
 
 from ouromamba_jax.models import create_model, pure
-from ouromamba_jax.models.layers import DotProductAttention, LayerNorm, RMSNorm
-from ouromamba_jax.quantize import OPERANDS, QuantConfig, QuantRule, modules
+from ouromamba_jax.models.layers import DotProductAttention, LayerNorm, RMSNorm, as_tokens
+from ouromamba_jax.quantize import OPERANDS, QuantConfig, QuantRule
+from ouromamba_jax.quantize.modules import QuantLinear
 
 BATCH = 8
 IN_THREES = (QuantRule(r"^(stem|patch_embed)\.", weight_group=3),)
@@ -93,13 +94,13 @@ def test_the_cases_are_hard(monkeypatch, family, matmuls):
     """
     seen = []
 
-    def watched(split, weight, **options):
+    def watched(layer, x):
+        split = layer.act.split(as_tokens(x), with_mask=True)
         seen.append((split.mask.mean(), split.shifted.any(axis=1)))
-        return multiply(split, weight, **options)
+        return multiply(layer, x)
 
-    multiply = modules.outlier_matmul
-    monkeypatch.setattr(modules, "split_for_product", modules.split_outliers)  # with its mask
-    monkeypatch.setattr(modules, "outlier_matmul", watched)
+    multiply = QuantLinear.__call__
+    monkeypatch.setattr(QuantLinear, "__call__", watched)
     graphdef, state = nnx.split(quantised(dataclasses.replace(QuantConfig.preset("w4a4"), rules=()), family))
 
     @jax.jit

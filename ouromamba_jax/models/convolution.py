@@ -76,10 +76,11 @@ class Conv3x3(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stride = stride
+        self.dtype = dtype
         self.proj = nnx.Linear(9 * inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
-        return self.proj(jnp.concatenate(conv_taps(x, stride=self.stride), axis=-1))
+        return self.proj(patches3x3(x.astype(self.dtype), self.stride))
 
 
 class HalvingConv(nnx.Module):
@@ -89,13 +90,19 @@ class HalvingConv(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         init = uniform((9 * inputs) ** -0.5)
         self.proj = nnx.Linear(9 * inputs, outputs, kernel_init=init, bias_init=init, rngs=rngs, **types)
         self.norm = LayerNorm(outputs, **types)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
-        return self.norm(self.proj(jnp.concatenate(conv_taps(x, stride=2), axis=-1)))
+        return self.norm(self.proj(patches3x3(x.astype(self.dtype), stride=2)))
+
+
+def patches3x3(x: Float[Array, "B H W C"], stride: int) -> Float[Array, "B h w P"]:
+    """P = 9 C entries of each 3x3 patch as (row, column, channel), with a border of zeros."""
+    return jnp.concatenate(conv_taps(x, stride=stride), axis=-1)
 
 
 def conv_taps(x: Float[Array, "B H W C"], *, stride: int) -> list[Float[Array, "B h w C"]]:

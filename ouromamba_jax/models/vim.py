@@ -93,6 +93,7 @@ class VimStem(nnx.Module):
 
     def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
+        self.dtype = dtype
         self.proj = nnx.Linear(
             config.patch_size**2 * 3, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
@@ -107,7 +108,7 @@ class VimStem(nnx.Module):
                 f"images have shape {images.shape}, but this model takes (batch, {height_width(config.img_size)[0]}, "
                 f"{height_width(config.img_size)[1]}, 3); resize them or build the model with another img_size."
             )
-        patches, _ = extract_patches(images, config.patch_size, config.stride)
+        patches, _ = extract_patches(images.astype(self.dtype), config.patch_size, config.stride)
         x = self.proj(patches).astype(jnp.float32)
         class_token = jnp.broadcast_to(self.class_token[...].astype(jnp.float32), (x.shape[0], 1, config.embed_dim))
         p = config.class_index
