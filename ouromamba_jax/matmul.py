@@ -1,9 +1,9 @@
 """`outlier_matmul`: the product of a split activation with a quantised weight, in integers, and its backends.
 
-    Y[t, o] = s_w[o] * (S[t] * sum_c I[t, c] W[c, o] + s_O[t] * sum_c O[t, c] W[c, o])
+    Y[t, o] = s_w[o] * (S[t] * sum_c I[t, c] W[c, o] + s_O[t] * sum_c O[t, c] W[c, o]) + b[o]
 
 int8 operands, int32 accumulation. The integers are exact, so every backend returns the same ones; only the float
-epilogue rounds. A sample's result never depends on its batch mates.
+epilogue rounds, in the same order everywhere. A sample's result never depends on its batch mates.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from ouromamba_jax.qtensor import QTensor
 
 Activation = OutlierSplit | Planes
 Weight = QTensor | KernelWeight
+Bias = Float[Array, " O"] | None
 
 
 def _dot(levels: Int8[Array, "*rows K"], weight: Int8[Array, "K O"]) -> Int32[Array, "*rows O"]:
@@ -91,37 +92,42 @@ def _fixed_point_product(planes: Planes, weight: Weight) -> Float32[Array, "B L 
     return _two_products(planes.far, planes.near, planes.row_scale, jnp.full_like(planes.row_scale, 256.0), weight)
 
 
-def _xla(split: Activation, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
+def _xla(split: Activation, weight: Weight, bias: Bias = None, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
+    return kernel.with_bias(_xla_product(split, weight), bias).astype(dtype)
+
+
+def _xla_product(split: Activation, weight: Weight) -> Float32[Array, "B L O"]:
     if isinstance(split, OutlierSplit):  # with scales of its own
-        y = _two_products(split.near, split.far, split.outlier_scale, split.step_ratio, weight)
-        return y.astype(dtype)
+        return _two_products(split.near, split.far, split.outlier_scale, split.step_ratio, weight)
     planes = replace(split, near=split.near[..., : split.channels], far=split.far[..., : split.channels])
     if planes.fixed_point:
-        return _fixed_point_product(planes, weight).astype(dtype)
-    return lax.cond(jnp.any(planes.shift > 0), _shifted_products, _one_product, planes, weight).astype(dtype)
+        return _fixed_point_product(planes, weight)
+    return lax.cond(jnp.any(planes.shift > 0), _shifted_products, _one_product, planes, weight)
 
 
 def _one_launch(
-    launch: Callable[..., Array], planes: Planes, weight: Weight, dtype: Any = jnp.float32
+    launch: Callable[..., Array], planes: Planes, weight: Weight, bias: Bias = None, dtype: Any = jnp.float32
 ) -> Float[Array, "B L O"]:
     """One kernel, which is `launch`."""
     if planes.fixed_point:
-        return kernel.fixed_point(launch, planes, weight, dtype)
-    return launch(planes, weight, dtype=dtype)
+        return kernel.fixed_point(launch, planes, weight, bias, dtype)
+    return launch(planes, weight, bias, dtype=dtype)
 
 
-def _mosaic_gpu(planes: Planes, weight: Weight, dtype: Any = jnp.float32, **options) -> Float[Array, "B L O"]:
-    return _one_launch(partial(kernel.run, **options), planes, weight, dtype)
+def _mosaic_gpu(
+    planes: Planes, weight: Weight, bias: Bias = None, dtype: Any = jnp.float32, **options
+) -> Float[Array, "B L O"]:
+    return _one_launch(partial(kernel.run, **options), planes, weight, bias, dtype)
 
 
-def _triton(planes: Planes, weight: Weight, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
-    return _one_launch(triton_matmul.run, planes, weight, dtype)
+def _triton(planes: Planes, weight: Weight, bias: Bias = None, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
+    return _one_launch(triton_matmul.run, planes, weight, bias, dtype)
 
 
 # In order of preference. "xla" is the reference and supports everything, so that only its name chooses what follows it.
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": Backend(kernel.supports, _mosaic_gpu),
-    "xla": Backend(lambda split, weight, dtype: None, _xla),
+    "xla": Backend(lambda split, weight, bias, dtype: None, _xla),
     "triton": Backend(triton_matmul.supports, _triton),
 }
 
@@ -135,7 +141,7 @@ def prepare(split: Activation, weight: Weight, dtype: Any = jnp.float32) -> Weig
       split: an activation like those that the weight will meet; only shapes and types count (`jax.eval_shape`).
     """
     split = jax.eval_shape(for_product, split)
-    backend = choose("matmul", BACKENDS, None, split, weight, jnp.dtype(dtype))
+    backend = choose("matmul", BACKENDS, None, split, weight, None, jnp.dtype(dtype))
     if backend is BACKENDS["mosaic_gpu"] and isinstance(split, Planes):
         return kernel.prepare(split, weight)
     return QTensor(weight.values, weight.scale, weight.bits) if isinstance(weight, KernelWeight) else weight
@@ -143,18 +149,24 @@ def prepare(split: Activation, weight: Weight, dtype: Any = jnp.float32) -> Weig
 
 @partial(jax.jit, static_argnames=("dtype", "implementation"))
 def outlier_matmul(
-    split: Activation, weight: Weight, *, dtype: Any = jnp.float32, implementation: str | None = None
+    split: Activation,
+    weight: Weight,
+    *,
+    bias: Bias = None,
+    dtype: Any = jnp.float32,
+    implementation: str | None = None,
 ) -> Float[Array, "B L O"]:
-    """Multiply a split activation (B, L, C) by a quantised weight (C, O).
+    """Multiply a split activation (B, L, C) by a quantised weight (C, O), and add a bias.
 
     Args:
       split: from `split_outliers`, or from `split_for_product`, which leaves out what a product does not need.
       weight: levels (C, O), with or without groups along C; as a QTensor, or as `prepare` lays it out.
+      bias: floats (O,), added in float32.
       dtype: a float type, to which the float32 result is rounded once; the GPU kernels write float32 or bfloat16 only.
       implementation: a backend's name; None takes the first that supports the call.
 
     Raises:
-      ValueError: inputs that do not agree in C, an unknown implementation, or a named one that refuses the call.
+      ValueError: inputs that do not agree in C or O, an unknown implementation, or a named one that refuses the call.
     """
     if split.shape[-1] != weight.shape[0]:
         raise ValueError(
@@ -162,5 +174,7 @@ def outlier_matmul(
             "pass a (C, O) weight (transpose a PyTorch one)"
         )
     dtype = jnp.dtype(dtype)
-    split = for_product(split)
-    return choose("matmul", BACKENDS, implementation, split, weight, dtype).run(split, weight, dtype)
+    if bias is not None and bias.shape != weight.shape[1:]:
+        raise ValueError(f"the bias must be ({weight.shape[1]},), one number per output, not {bias.shape}")
+    call = for_product(split), weight, bias, dtype
+    return choose("matmul", BACKENDS, implementation, *call).run(*call)

@@ -22,9 +22,9 @@ VERSION = "0.3.1"
 """Of jax-triton. 0.4.1 fails on jax 0.12.0.1: its rule for dead code takes two arguments and is given three."""
 
 
-def supports(split: OutlierSplit | Planes, weight: QTensor, dtype: Any) -> str | None:
+def supports(split: OutlierSplit | Planes, weight: QTensor, bias: Any, dtype: Any) -> str | None:
     """Why this call cannot run here, from shapes, dtypes, the device and what is installed; None if it can."""
-    if reason := mosaic.supports(split, weight, dtype):
+    if reason := mosaic.supports(split, weight, bias, dtype):
         return reason
     assert isinstance(split, Planes)  # or there was a reason
     return _too_large(split, weight) or _missing()
@@ -50,9 +50,14 @@ def _missing() -> str | None:
 
 
 def run(
-    planes: Planes, weight: QTensor, *, dtype: Any = jnp.float32, limit: int | None = None
+    planes: Planes,
+    weight: QTensor,
+    bias: Float[Array, " O"] | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    limit: int | None = None,
 ) -> Float[Array, "B L O"]:
-    """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32; `limit` as in the Mosaic `run`."""
+    """As the Mosaic `run`: row_scale * s_w * (2^shift * far @ W + near @ W) + bias, exact integers in int32."""
     import jax_triton  # here, because it is optional, and sets environment variables
 
     from ouromamba_jax.triton_matmul_kernel import matmul
@@ -62,14 +67,14 @@ def run(
     limit = mosaic.largest_shift(K, 8) if limit is None else limit
     capability = default_device().compute_capability.replace(".", "")
     y = jax_triton.triton_call(
-        *operands(planes, weight, tiles),
+        *operands(planes, weight, bias, tiles),
         kernel=matmul,
         out_shape=jax.ShapeDtypeStruct((B * L, O), dtype),
         grid=(-(-B * L // tiles.tile_m), -(-O // tiles.tile_n)),
         compute_capability=int(capability),  # jax-triton would ask the driver, which a compiling machine may lack
         num_stages=tiles.stages,
         num_warps=warps(tiles),
-        **constants(B * L, O, K, tiles, limit),
+        **constants(B * L, O, K, tiles, limit, bias is not None),
     )
     return y.reshape(B, L, O)
 
@@ -84,7 +89,7 @@ def warps(tiles: MatmulTiles) -> int:
     return 8 if tiles.tile_m * tiles.tile_n >= 128 * 128 else 4
 
 
-def operands(planes: Planes, weight: QTensor, tiles: MatmulTiles) -> tuple[Array, ...]:
+def operands(planes: Planes, weight: QTensor, bias: Float[Array, " O"] | None, tiles: MatmulTiles) -> tuple[Array, ...]:
     """The kernel's inputs: planes of whole K-blocks, shifts of tiles, rows, the weight with K last, columns."""
     B, L, K = planes.shape
     M, whole_steps = B * L, K + -K % TILE_K
@@ -93,10 +98,19 @@ def operands(planes: Planes, weight: QTensor, tiles: MatmulTiles) -> tuple[Array
     shift, row_scale = planes.shift.reshape(M), planes.row_scale.reshape(M)
     # A last tile that is not full begins where it does in the kernel: at a multiple of the tile.
     largest = mosaic.largest_shifts(jnp.pad(shift, (0, -M % tiles.tile_m)), tiles.tile_m)
-    return near, far, largest, shift, row_scale, values, weight.scale[0]
+    columns = weight.scale[0]
+    return near, far, largest, shift, row_scale, values, columns, columns if bias is None else bias
 
 
-def constants(rows: int, outputs: int, inputs: int, tiles: MatmulTiles, limit: int) -> dict[str, int]:
+def constants(
+    rows: int, outputs: int, inputs: int, tiles: MatmulTiles, limit: int, bias: bool = False
+) -> dict[str, int]:
     """What the kernel is compiled for."""
     shape = {"M": rows, "N": outputs, "K": inputs + -inputs % TILE_K, "LIMIT": limit}
-    return shape | {"TILE_M": tiles.tile_m, "TILE_N": tiles.tile_n, "TILE_K": TILE_K, "PART": accumulators.COLUMNS}
+    return shape | {
+        "TILE_M": tiles.tile_m,
+        "TILE_N": tiles.tile_n,
+        "TILE_K": TILE_K,
+        "PART": accumulators.COLUMNS,
+        "BIAS": bias,
+    }

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+
 
 @triton.jit
 def matmul(
@@ -13,6 +15,7 @@ def matmul(
     row_scale_ptr,
     weight_ptr,
     column_scale_ptr,
+    bias_ptr,
     out_ptr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -22,8 +25,11 @@ def matmul(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     PART: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for W (N, K) and K a multiple of TILE_K.
+
+    With BIAS, plus bias (N,).
 
     As in the Mosaic kernels the outlier blocks come first, only in a tile that holds a shift; then every row is
     shifted, or cleared if it has no shift, then come the blocks of `near`, which every tile has: the integers are
@@ -57,6 +63,9 @@ def matmul(
                 tl.load(near_ptr + planes + block), tl.load(weights + block), accumulator, out_dtype=tl.int32
             )
         y = accumulator.to(tl.float32) * row_scale[:, None] * tl.load(column_scale_ptr + read_columns)[None, :]
+        if BIAS:  # not contracted with the product before it
+            y = tl.minimum(y, FLOAT32_MAX, tl.PropagateNan.ALL)
+            y = y + tl.load(bias_ptr + read_columns)[None, :].to(tl.float32)
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         tl.store(out_ptr + rows[:, None] * N + columns[None, :], y, mask=inside)
     else:
@@ -79,5 +88,8 @@ def matmul(
             rounded = outliers.to(tl.float32) + inliers.to(tl.float32) * down[:, None]
             y = tl.where(beyond[:, None], rounded, exact.to(tl.float32)) * scale[:, None]
             y = y * tl.load(column_scale_ptr + read_columns)[None, :]
+            if BIAS:
+                y = tl.minimum(y, FLOAT32_MAX, tl.PropagateNan.ALL)
+                y = y + tl.load(bias_ptr + read_columns)[None, :].to(tl.float32)
             inside = (rows < M)[:, None] & (columns < N)[None, :]
             tl.store(out_ptr + rows[:, None] * N + columns[None, :], y, mask=inside)

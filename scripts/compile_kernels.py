@@ -80,7 +80,13 @@ DEVICES = {
 
 
 def matmul(
-    inputs: int, outputs: int, bits: int, outlier: str = "int8", dtype: str = "float32", batch: int = BATCH
+    inputs: int,
+    outputs: int,
+    bits: int,
+    outlier: str = "int8",
+    dtype: str = "float32",
+    batch: int = BATCH,
+    bias: bool = False,
 ) -> tuple[Callable, list]:
     import jax
     import jax.numpy as jnp
@@ -89,14 +95,15 @@ def matmul(
     from ouromamba_jax.outlier_types import OutlierSplit
     from ouromamba_jax.qtensor import QTensor
 
-    def run(near, far, outlier_scale, mask, scale, values, columns):
+    def run(near, far, outlier_scale, mask, scale, values, columns, bias=None):
         split = OutlierSplit(near, far, outlier_scale, mask, scale, far.dtype == jnp.int8)
-        return outlier_matmul(split, QTensor(values, columns, bits), dtype=dtype, implementation="mosaic_gpu")
+        weight = QTensor(values, columns, bits)
+        return outlier_matmul(split, weight, bias=bias, dtype=dtype, implementation="mosaic_gpu")
 
     levels, f32 = (batch, TOKENS, inputs), jnp.float32
     shapes = [
         (levels, jnp.int8), (levels, outlier), (levels[:2], f32), (levels, jnp.bool_), ((TOKENS,), f32),
-        ((inputs, outputs), jnp.int8), ((1, outputs), f32),
+        ((inputs, outputs), jnp.int8), ((1, outputs), f32), *([((outputs,), jnp.float16)] if bias else []),
     ]  # fmt: skip
     return run, [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
@@ -187,12 +194,12 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     # Layers of Vim: every tile width, packed and not, ragged rows (6304), padded rows (197), inputs (192) and outputs
     # (56, 80), two planes for 16-bit outliers of 8-bit weights and one accumulator of both for 4-bit ones
     "matmul 768x3072 W4": (matmul, (768, 3072, 4)),
-    "matmul 768x3072 W4 bf16": (matmul, (768, 3072, 4, "int8", "bfloat16")),
+    "matmul 768x3072 W4 bf16, bias": (matmul, (768, 3072, 4, "int8", "bfloat16", BATCH, True)),
     "matmul 1536x768 W8 bf16": (matmul, (1536, 768, 8, "int8", "bfloat16")),
     "matmul 192x384 W4 bf16": (matmul, (192, 384, 4, "int8", "bfloat16")),
     "matmul 192x384 W4 16-bit": (matmul, (192, 384, 4, "float32")),
     "matmul 768x384 W8 16-bit": (matmul, (768, 384, 8, "float32")),
-    "matmul 384x56 W4": (matmul, (384, 56, 4)),
+    "matmul 384x56 W4, bias": (matmul, (384, 56, 4, "int8", "float32", BATCH, True)),
     "matmul 384x768 W4 1 image": (matmul, (384, 768, 4, "int8", "float32", 1)),
     "matmul 1536x80 W8 bf16": (matmul, (1536, 80, 8, "int8", "bfloat16")),
     "split 768 pow2, mask": (split, (768, "pow2", "float32", 4, 8, "split_outliers")),

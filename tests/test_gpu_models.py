@@ -44,7 +44,7 @@ def test_the_device_decides(platform, capability, devices, expected, monkeypatch
     split = outliers.split_outliers(x, jnp.ones(5), config, implementation="xla")
     calls = {
         "split": ((x, config), {}),
-        "matmul": ((outliers.for_product(split), quantize_array(x[0].T, 4), jnp.dtype("float32")), {}),
+        "matmul": ((outliers.for_product(split), quantize_array(x[0].T, 4), None, jnp.dtype("float32")), {}),
         "scan": ((), {"A": x[0]}),
     }
     for operation, (arguments, options) in calls.items():

@@ -146,9 +146,11 @@ def test_levels_decide_whether_one_accumulator_holds_16_bit_numbers(target, exce
     assert laid_out.wide == (excess == 0)
     launched = []
 
-    def launch(planes, weight, **options):
+    def launch(planes, weight, bias=None, **options):
         launched.append(planes.near.shape[0])
-        return kernel.run(planes, weight, target=target, tiles=TILES, interpret=plgpu.InterpretGPUParams(), **options)
+        return kernel.run(
+            planes, weight, bias, target=target, tiles=TILES, interpret=plgpu.InterpretGPUParams(), **options
+        )
 
     both = rng.integers(-127, 128, size=(2, 1, rows, K))
     both[:, 0, 0] = 127 * np.sign(levels[:, 7])  # the largest numbers, all of one sign in the products

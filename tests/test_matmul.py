@@ -225,6 +225,8 @@ def test_errors_name_the_way_out():
     split = split_of("pow2", sample(rng, 20))
     with pytest.raises(ValueError, match=r"choose one of .*xla"):
         outlier_matmul(split, weight(rng), implementation="cuda")
+    with pytest.raises(ValueError, match=r"the bias must be \(20,\)"):
+        outlier_matmul(split, weight(rng), bias=jnp.ones(1))
     with pytest.raises(ValueError, match="channels"):
         outlier_matmul(split, weight(rng, K=K + 1))
 

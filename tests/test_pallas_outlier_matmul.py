@@ -46,7 +46,9 @@ def product(name, detect_races=False, dtype="float32"):
         run = partial(matmul._one_launch, triton_interpreter.run)
     else:
         run = partial(matmul._mosaic_gpu, **options(name, detect_races=detect_races))
-    return jax.jit(lambda split, weight: run(unread(for_product(split)), weight, dtype=jnp.dtype(dtype)))
+    return jax.jit(
+        lambda split, weight, bias=None: run(unread(for_product(split)), weight, bias, dtype=jnp.dtype(dtype))
+    )
 
 
 def unread(planes):
@@ -172,13 +174,41 @@ def test_16_bit_outliers_give_the_bits_of_xla(name, bits, K, dtype):
         np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(n, c) for n in (*TILES, "triton") for c in ("shifts", "bytes", "rows of bytes") if c == "shifts" or "_" not in n],
+)
+def test_a_bias_is_added_in_float32(name, case, dtype):
+    """To results of either sign and its own size; to one or two accumulators, to numbers of two bytes, to NaN."""
+    rng = np.random.default_rng(11)
+    B, L, K, O = (3, 67, 150, 70) if case != "rows of bytes" else (1, 40, 640, 30)
+    x = rng.normal(size=(B, L, K)) * np.where(rng.random((B, L, K)) < 0.01, 300, 1)
+    x[0, 5, 3], x[0, 9, 4] = 1e6, np.nan
+    config = OutlierConfig() if case == "shifts" else OutlierConfig(act_bits=8, outlier_bits=16)
+    split = split_outliers(jnp.asarray(x.astype(np.float32)), jnp.full(L, 0.3, jnp.float32), config)
+    bits = 8 if case == "rows of bytes" else 4
+    weight = quantize_array(jnp.asarray(rng.normal(size=(K, O)).astype(np.float32)), bits)
+    if case == "shifts":
+        assert for_product(split).shift.max() > kernel.largest_shift(K, bits)
+    bias = jnp.asarray(30 * rng.normal(size=O), "float32" if name == "triton" else "float16")
+    y, expected = (product(n, dtype=dtype)(split, weight, bias) for n in (name, "xla"))
+    assert y.dtype == dtype
+    y, expected = (np.asarray(x.astype(jnp.float32)) for x in (y, expected))
+    assert np.isnan(y).sum() == O
+    np.testing.assert_array_equal(y, expected)
+    without = np.asarray(product("xla")(split, weight))
+    rounded = (without + np.asarray(bias, np.float32)).astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(expected, rounded)
+
+
 @pytest.mark.parametrize("inputs", [9399, 9400])
 def test_fixed_point_numbers_at_the_limit_of_an_accumulator(inputs):
     """The largest number and weight everywhere: one launch while int32 holds the sum, else twice the rows."""
     weight = QTensor(jnp.full((inputs, 1), 7, jnp.int8), jnp.ones((1, 1), jnp.float32), 4)
     launched = []
 
-    def launch(planes, weight, *, dtype=jnp.float32, limit=None):
+    def launch(planes, weight, bias=None, *, dtype=jnp.float32, limit=None):
         launched.append(planes.near.shape[0])
         near, far, shift = (np.asarray(x, np.int64) for x in (planes.near, planes.far, planes.shift[:, :, None]))
         levels = near + np.where(shift > 0, np.left_shift(far, shift), 0)
@@ -280,13 +310,13 @@ def test_outliers_are_read_where_a_tile_holds_a_shift(M, tile_m, expected):
 def test_reasons_against_a_call():
     split, weight = random_split(np.random.default_rng(6), "small")
     planes = for_product(split)
-    assert "NVIDIA" in kernel.supports(planes, weight, jnp.bfloat16)
-    assert "not float16" in kernel.supports(planes, weight, jnp.dtype(jnp.float16))
-    assert "two accumulators" in kernel.supports(for_product(replace(split, pow2=False)), weight, jnp.float32)
+    assert "NVIDIA" in kernel.supports(planes, weight, None, jnp.bfloat16)
+    assert "not float16" in kernel.supports(planes, weight, None, jnp.dtype(jnp.float16))
+    assert "two accumulators" in kernel.supports(for_product(replace(split, pow2=False)), weight, None, jnp.float32)
     floats = replace(split, far=split.far.astype(jnp.float32), pow2=False)
-    assert "NVIDIA" in kernel.supports(for_product(floats), weight, jnp.float32)
+    assert "NVIDIA" in kernel.supports(for_product(floats), weight, None, jnp.float32)
     grouped = QTensor(weight.values, jnp.ones((3, 20), jnp.float32), 4, 11)
-    assert "groups" in kernel.supports(planes, grouped, jnp.float32)
+    assert "groups" in kernel.supports(planes, grouped, None, jnp.float32)
     with pytest.raises(ValueError, match="NVIDIA"):
         matmul.outlier_matmul(split, weight, implementation="mosaic_gpu")
     assert (target_of("9.0"), target_of("12.1")) == ("sm90", None)

@@ -29,6 +29,7 @@ POINTERS = {
     "row_scale_ptr": "*fp32",
     "weight_ptr": "*i8",
     "column_scale_ptr": "*fp32",
+    "bias_ptr": "*fp16",
     "out_ptr": "*fp32",
 }
 
@@ -54,12 +55,12 @@ def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
         return installed
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, dtype: None)
-    call = jax.eval_shape(for_product, split_of((2, 5, 8))), weight_of(8, 6), jnp.float32
+    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, bias, dtype: None)
+    call = jax.eval_shape(for_product, split_of((2, 5, 8))), weight_of(8, 6), None, jnp.float32
     reason = triton_matmul.supports(*call)
     assert (reason is None) == (installed == triton_matmul.VERSION)
     assert reason is None or (installed in reason and "ouromamba_jax[triton]" in reason)
-    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, dtype: "no GPU")
+    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, bias, dtype: "no GPU")
     assert triton_matmul.supports(*call) == "no GPU"
 
 
@@ -73,10 +74,10 @@ def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
     ],
 )
 def test_no_more_entries_than_its_indices_count(shape, outputs, dtype, fits, monkeypatch):
-    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, dtype: None)
+    monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, bias, dtype: None)
     monkeypatch.setattr(triton_matmul, "_missing", lambda: None)
     split = jax.eval_shape(for_product, split_of(shape, dtype))
-    reason = triton_matmul.supports(split, weight_of(shape[2], outputs), jnp.float32)
+    reason = triton_matmul.supports(split, weight_of(shape[2], outputs), None, jnp.float32)
     assert (reason is None) == fits
     assert fits or "indices are int32" in reason
 
@@ -89,7 +90,7 @@ def test_no_more_entries_than_its_indices_count(shape, outputs, dtype, fits, mon
 def test_it_compiles_without_a_gpu(target, outputs, inputs, out, tmp_path):
     """At the layers of Vim: int8 tensor cores, no spill, no call, no more shared memory than there is."""
     tiles = matmul_tiles(target, outputs, 8)
-    constants = triton_matmul.constants(6304, outputs, inputs, tiles, limit=5)
+    constants = triton_matmul.constants(6304, outputs, inputs, tiles, limit=5, bias=outputs == 3072)
     source = ASTSource(
         matmul,
         signature=POINTERS | {"out_ptr": out} | dict.fromkeys(constants, "constexpr"),

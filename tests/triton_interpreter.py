@@ -46,18 +46,18 @@ class HostTensor:
     copy_ = set_
 
 
-def run(planes, weight, *, dtype=jnp.float32, limit=None):
+def run(planes, weight, bias=None, *, dtype=jnp.float32, limit=None):
     """As `triton_matmul.run`, inside jit as well."""
-    B, L, K = planes.near.shape
+    B, L, K = planes.shape
     O = weight.shape[1]
     out = jax.ShapeDtypeStruct((B * L, O), jnp.float32)
     limit = outlier_matmul.largest_shift(K, 8) if limit is None else limit
-    operands = triton_matmul.operands(planes, weight, TILES)
-    y = jax.pure_callback(lambda *arrays: _launch(arrays, out, K, limit), out, *operands)
+    operands = triton_matmul.operands(planes, weight, bias, TILES)
+    y = jax.pure_callback(lambda *arrays: _launch(arrays, out, K, limit, bias is not None), out, *operands)
     return y.reshape(B, L, O).astype(dtype)
 
 
-def _launch(arrays, out, inputs, limit):
+def _launch(arrays, out, inputs, limit, bias):
     y = np.full(out.shape, np.nan, np.float32)
     tensors = [HostTensor(np.array(x)) for x in (*arrays, y)]
     grid = (-(-y.shape[0] // TILES.tile_m), -(-y.shape[1] // TILES.tile_n))
@@ -70,7 +70,7 @@ def _launch(arrays, out, inputs, limit):
     interpreter._patch_lang_tensor = patch_with_index
     try:
         kernel = interpreter.InterpretedFunction(matmul.fn)
-        kernel[grid](*tensors, **triton_matmul.constants(*y.shape, inputs, TILES, limit))
+        kernel[grid](*tensors, **triton_matmul.constants(*y.shape, inputs, TILES, limit, bias))
     finally:
         interpreter._patch_lang_tensor = patch
     return tensors[-1].array

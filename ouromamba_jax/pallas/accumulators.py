@@ -2,7 +2,9 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
+
+from ouromamba_jax.fixed_order import guard_product
 
 COLUMNS = 32
 """Of a tile at a time: two accumulators of a whole one, 128 x 128 in 128 threads, are 256 registers."""
@@ -34,6 +36,18 @@ def add(
     rounded = outliers.astype(jnp.float32) + inliers.astype(jnp.float32) * across(_power_of_two(-power))
     scale = jnp.where(beyond, row_scale * _power_of_two(power), row_scale)
     return jnp.where(across(beyond), rounded, exact.astype(jnp.float32)) * across(scale)
+
+
+def scaled(
+    y: Float32[Array, "M N"], column_scale: Float32[Array, " N"], bias: Float[Array, " N"] | None = None
+) -> Float32[Array, "M N"]:
+    """y * column_scale + bias, rounded twice, as XLA does it."""
+
+    def down(x):
+        return lax.broadcast_in_dim(x.astype(jnp.float32), y.shape, [1])
+
+    y = y * down(column_scale)
+    return y if bias is None else guard_product(y) + down(bias)
 
 
 def _power_of_two(exponent: Int32[Array, " M"]) -> Float32[Array, " M"]:

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
+from ouromamba_jax.fixed_order import guard_product
 from ouromamba_jax.outlier_types import OutlierSplit, Planes
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
 from ouromamba_jax.pallas.kernel_weight import INT32_MAX, KernelWeight, arrange, is_wide, measured
@@ -26,7 +27,7 @@ def largest_shift(inputs: int, weight_bits: int) -> int:
     return (INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= INT32_MAX else -1
 
 
-def supports(split: OutlierSplit | Planes, weight: QTensor | KernelWeight, dtype: Any) -> str | None:
+def supports(split: OutlierSplit | Planes, weight: QTensor | KernelWeight, bias: Any, dtype: Any) -> str | None:
     """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
     if isinstance(split, OutlierSplit):
         return 'outlier_scale="free" needs two accumulators: split with outlier_scale="pow2"'
@@ -63,9 +64,15 @@ def _pad_to(x: Array, multiples: tuple[int, ...]) -> Array:
     return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
 
 
+def with_bias(y: Float32[Array, "B L O"], bias: Float[Array, " O"] | None) -> Float32[Array, "B L O"]:
+    """y + bias, which no compiler contracts with the products before it: the kernels do the same."""
+    return y if bias is None else guard_product(y) + bias.astype(jnp.float32)[None, None]
+
+
 def run(
     planes: Planes,
     weight: QTensor | KernelWeight,
+    bias: Float[Array, " O"] | None = None,
     *,
     dtype: Any = jnp.float32,
     limit: int | None = None,
@@ -73,7 +80,7 @@ def run(
     tiles: MatmulTiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B L O"]:
-    """row_scale * s_w * (2^shift * far @ W + near @ W), exact integers in int32.
+    """row_scale * s_w * (2^shift * far @ W + near @ W) + bias, exact integers in int32.
 
     Args:
       dtype: of the result, float32 or bfloat16.
@@ -91,32 +98,37 @@ def run(
     rows = [_pad_to(x.reshape(B * L), height) for x in (planes.shift, planes.row_scale)]
     limit = largest_shift(K, weight.bits) if limit is None else limit
     largest = largest_shifts(rows[0], tiles.tile_m)
-    columns = _pad_to(weight.scale[0], (tiles.tile_n,))
+    columns = [_pad_to(x, (tiles.tile_n,)) for x in (weight.scale[0], bias) if x is not None]
     launch = partial(_kernel(target, interpret), tiles=tiles, limit=limit, dtype=dtype, interpret=interpret)
-    y = launch(near, far, largest, *rows, arrange(weight, tiles).rows, columns)
+    y = launch(near, far, largest, *rows, arrange(weight, tiles).rows, *columns)
     return y[: B * L, :O].reshape(B, L, O)
 
 
 def fixed_point(
-    launch: Callable[..., Array], planes: Planes, weight: QTensor | KernelWeight, dtype: Any = jnp.float32
+    launch: Callable[..., Array],
+    planes: Planes,
+    weight: QTensor | KernelWeight,
+    bias: Float[Array, " O"] | None = None,
+    dtype: Any = jnp.float32,
 ) -> Float[Array, "B L O"]:
-    """row_scale * (256 * high @ W + low @ W) * s_w, to the bit as two products in float32 give it.
+    """row_scale * (256 * high @ W + low @ W) * s_w + bias, to the bit as two products in float32 give it.
 
     Where int32 holds the sum there is one accumulator: then both products are below 2^24, and their sum in float32 is
     rounded once, as the accumulator is. Otherwise the bytes are the rows of one product of twice the height. Then the
     result is rounded to `dtype`.
 
     Args:
-      launch: `run` of a backend, with what it needs beside planes, weight and dtype.
+      launch: `run` of a backend, with what it needs beside planes, weight, bias and dtype.
     """
     if is_wide(weight):
-        return launch(planes, weight, dtype=dtype, limit=8)
+        return launch(planes, weight, bias, dtype=dtype, limit=8)
     both, step = jnp.concatenate([planes.far, planes.near]), planes.row_scale[:, :, None]
     none, ones = jnp.zeros(both.shape[:2], jnp.int32), jnp.ones(both.shape[:2], jnp.float32)
     rows = Planes(both, both, none, ones, planes.channels)
     products = launch(rows, replace(weight, scale=jnp.ones_like(weight.scale)))
     high_product, low_product = products.reshape(2, *step.shape[:2], -1)
-    return (step * (high_product * 256.0 + low_product) * weight.scale[0][None, None]).astype(dtype)
+    y = step * (high_product * 256.0 + low_product) * weight.scale[0][None, None]
+    return with_bias(y, bias).astype(dtype)
 
 
 def _kernel(target: Target, interpret: Any):

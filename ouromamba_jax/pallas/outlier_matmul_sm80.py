@@ -38,13 +38,16 @@ def matmul(
     row_scale: Float32[Array, " M"],
     weight: Int8[Array, "N columns"],
     column_scale: Float32[Array, " N"],
+    bias: Float[Array, " N"] | None = None,
     *,
     tiles: MatmulTiles,
     limit: int,
     dtype: Any = jnp.float32,
     interpret=None,
 ) -> Float[Array, "M N"]:
-    """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m; 8, 128, tile_n divide M, K, N.
+    """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale + bias.
+
+    For M >= tile_m; 8, 128 and tile_n divide M, K and N.
 
     Arguments as in the Hopper kernel.
     """
@@ -76,7 +79,8 @@ def matmul(
             return acc + jnp.matmul(a[...], rhs, preferred_element_type=jnp.int32)
         return plgpu.mma(acc, plgpu.load(a, layout=plgpu.Layout.MMA_LHS(jnp.int8), optimized=False), rhs)
 
-    def body(near, far, largest_shift, same_shift, shift, row_scale, weight, column_scale, out):
+    def body(near, far, largest_shift, same_shift, shift, row_scale, weight, column_scale, *rest):
+        *bias, out = rest
         row_tile, first_column = lax.axis_index("row_tile"), lax.axis_index("column_tile") * tile_n
         # The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike.
         rows = pl.ds(jnp.minimum(row_tile * tile_m, M - tile_m), tile_m)
@@ -106,9 +110,12 @@ def matmul(
             return plgpu.load(ref.at[rows], layout=accumulator.reduce(1), optimized=False)
 
         def write(y, columns):
-            w = plgpu.load(column_scale.at[columns], layout=accumulator.reduce(0), optimized=False)
+            w, *offset = (
+                plgpu.load(ref.at[columns], layout=accumulator.reduce(0), optimized=False)
+                for ref in (column_scale, *bias)
+            )
             w = w * 0.0625 if tiles.packed else w
-            store(out.at[rows, columns], y * lax.broadcast_in_dim(w, y.shape, [1]))
+            store(out.at[rows, columns], accumulators.scaled(y, w, *offset))
 
         @pl.when(largest_shift[row_tile] <= limit)
         def _one_accumulator():
@@ -139,7 +146,17 @@ def matmul(
         grid=(pl.cdiv(M, tile_m), N // tile_n),
         grid_names=("row_tile", "column_tile"),
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, largest_shift, largest_shift, shift, row_scale, weight, column_scale)
+    )(
+        near,
+        far,
+        largest_shift,
+        largest_shift,
+        shift,
+        row_scale,
+        weight,
+        column_scale,
+        *([] if bias is None else [bias]),
+    )
 
 
 def _nibbles(both: Int8[Array, "half N"], *, high: bool, emulated: bool) -> Int8[Array, "half N"]:

@@ -45,6 +45,7 @@ def matmul(
     row_scale: Float32[Array, " M"],
     weight: Int8[Array, "N columns"],
     column_scale: Float32[Array, " N"],
+    bias: Float[Array, " N"] | None = None,
     *,
     tiles: MatmulTiles,
     limit: int,
@@ -52,7 +53,9 @@ def matmul(
     dtype: Any = jnp.float32,
     interpret=None,
 ) -> Float[Array, "M N"]:
-    """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale, for M >= tile_m; 8, 128, tile_n divide M, K, N.
+    """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale + bias.
+
+    For M >= tile_m; 8, 128 and tile_n divide M, K and N.
 
     Args:
       largest_shift: of each tile of rows; where it is 0, `far` is not read.
@@ -71,8 +74,10 @@ def matmul(
     width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step, and the swizzle that suits them
     parts = tile_n // EPILOGUE_COLUMNS  # of an output tile, 1 or even; they take turns at the slots that they leave by
     slots = min(2, parts)
+    biases = [] if bias is None else [bias]
 
-    def body(near, far, largest_shift, shift, row_scale, weight, column_scale, out, *scratch):
+    def body(near, far, largest_shift, shift, row_scale, weight, column_scale, *rest):
+        offsets, out, *scratch = rest[: len(biases)], *rest[len(biases) :]
         a, b, c, full, empty, *unpacking = scratch
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
@@ -227,11 +232,13 @@ def matmul(
             def store(y, m, n, i):
                 columns = pl.ds(n + i * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
                 per_column = plgpu.Layout.WGMMA.reduce(0)
-                w = plgpu.load(column_scale.at[columns], layout=per_column, optimized=False)
+                w, *offset = (
+                    plgpu.load(ref.at[columns], layout=per_column, optimized=False) for ref in (column_scale, *offsets)
+                )
                 w = w * 0.0625 if tiles.packed else w
                 staged = c.at[warpgroup, i % slots]
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                staged[...] = (y * lax.broadcast_in_dim(w, y.shape, [1])).astype(dtype)
+                staged[...] = accumulators.scaled(y, w, *offset).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(m, rows), columns])
 
@@ -259,4 +266,4 @@ def matmul(
             *(unpacking_scratch if tiles.packed else []),
         ],
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, largest_shift, shift, row_scale, weight, column_scale)
+    )(near, far, largest_shift, shift, row_scale, weight, column_scale, *biases)

@@ -156,23 +156,16 @@ class QuantLinear(nnx.Module):
         """Lays the weight out once for the backend that will multiply by it (see `matmul.prepare`)."""
         weight = self.weight
         x = jax.ShapeDtypeStruct((1, *self.act.scale.shape, weight.shape[0]), jnp.float32)
-        weight = prepare(jax.eval_shape(self.act.split_for_product, x), weight, self._product_dtype)
+        weight = prepare(jax.eval_shape(self.act.split_for_product, x), weight, self.dtype)
         if isinstance(weight, KernelWeight):
             self.levels = Levels(weight.rows, bits=self.levels.bits, prepared=weight.shape, wide=weight.wide)
         else:
             self.levels = Levels(weight.values, bits=self.levels.bits)
 
-    @property
-    def _product_dtype(self) -> Any:
-        """Of the product: float32 if a bias is still to be added, which is done before the result is rounded."""
-        return self.dtype if self.bias is None else jnp.float32
-
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
-        split = self.act.split_for_product(as_tokens(x))
-        y = outlier_matmul(split, self.weight, dtype=self._product_dtype)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(y.dtype)[None, None]
-        return y.reshape(*x.shape[:-1], -1).astype(self.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        y = outlier_matmul(self.act.split_for_product(as_tokens(x)), self.weight, bias=bias, dtype=self.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class QuantizedPoint(QuantPoint):
