@@ -351,6 +351,7 @@ def test_on_the_device(name, B, K, O, config, bits, request):
     if config.outlier_bits == 8:
         assert split.outlier_scale[0, 50] > scale[50] * 2.0 ** kernel.largest_shift(K, 4)
     weight = quantize_array(jnp.asarray(rng.normal(size=(K, O)).astype(np.float32)), bits)
-    for dtype in (jnp.float32, jnp.bfloat16):
-        y, expected = (matmul.outlier_matmul(split, weight, dtype=dtype, implementation=n) for n in (name, "xla"))
+    bias = jnp.asarray(rng.normal(size=O), jnp.float16)
+    for options in ({"dtype": jnp.float32}, {"dtype": jnp.bfloat16, "bias": bias}):
+        y, expected = (matmul.outlier_matmul(split, weight, **options, implementation=n) for n in (name, "xla"))
         np.testing.assert_array_equal(y, expected)

@@ -3,6 +3,7 @@
 from dataclasses import fields
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -172,6 +173,7 @@ def test_reasons_against_a_call():
         split_outliers(x, scale, OutlierConfig(detection="none"), implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="10000 channels do not fit"):
         split_outliers(jnp.zeros((1, 4, 10000)), scale, OutlierConfig(), implementation="mosaic_gpu")
+    assert "int32" in kernel.unsuitable(jax.ShapeDtypeStruct((1024, 2048, 1024), "bfloat16"), OutlierConfig())
     with pytest.raises(ValueError, match="it needs an NVIDIA GPU"):
         split_outliers(x, scale, OutlierConfig(), implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="unknown split implementation 'cuda'"):

@@ -78,6 +78,7 @@ FLOATS = {
     "max.f32 %r3, %r2, 0f00000000;": lambda x: np.fmax(x, 0),
     "cvt.rni.f32.f32 %r3, %r2;": np.rint,
     "cvt.rzi.s16.f32 %rs1, %r2; cvt.rn.f32.s16 %r3, %rs1;": lambda x: np.nan_to_num(np.trunc(x)) + np.float32(0),
+    "cvt.rn.f16.f32 %rs1, %r2; cvt.f32.f16 %r3, %rs1;": lambda x: x.astype(np.float16).astype(np.float32),
     "cvt.rn.bf16.f32 %rs1, %r2; cvt.f32.bf16 %r3, %rs1;": lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32),
     "cvt.rn.bf16x2.f32 %r4, %r2, 0f00000000; and.b32 %r3, %r4, 0xffff0000;": (
         lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32)

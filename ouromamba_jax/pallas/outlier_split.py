@@ -23,6 +23,7 @@ from ouromamba_jax.outlier_types import (
     Planes,
 )
 from ouromamba_jax.pallas.device import device_reason
+from ouromamba_jax.pallas.kernel_weight import INT32_MAX
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
 
 LANES = 128
@@ -43,6 +44,8 @@ def unsuitable(x: Float[Array, "B L C"], config: OutlierConfig) -> str | None:
         return 'it is Algorithm 2 itself: detection="dynamic" and spec="paper"'
     if x.shape[-1] > 24 * LANES:
         return f"{x.shape[-1]} channels do not fit a warpgroup's registers"
+    if x.size > INT32_MAX - 24 * LANES:
+        return f"{x.size} entries are more than int32 can count"
     return None
 
 
@@ -106,7 +109,10 @@ def split(
         count = jnp.minimum(window, L - start)
 
         def load(t):
-            return x[sample, start + jnp.minimum(t, count - 1)].astype(jnp.float32)
+            """A token's row; what it reads beyond its channels is the next one's."""
+            first = (sample * L + start + jnp.minimum(t, count - 1)) * C
+            row = x[pl.ds(first, width)].astype(jnp.float32)
+            return jnp.where(present, row, 0.0) if width > C else row
 
         def grow(free, limit):
             """The channels that a token which overflows adds to the list."""
@@ -190,8 +196,7 @@ def split(
         scratch_types=[plgpu.SMEM((2 * width,), jnp.float32)] * 2,
         **({"interpret": interpret} if interpret is not None else {}),
     )
-    padded = jnp.pad(x, ((0, 0), (0, 0), (0, width - C)))
-    results = kernel(padded, scale, limits)
+    results = kernel(jnp.pad(x.reshape(-1), (0, width - C)), scale, limits)  # rows as they are: C may be 1
     if form == "floats":
         return results[0][..., :C]
     if planes:

@@ -11,7 +11,7 @@ from .program import Launch, Program, TensorMap
 
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-TYPES: dict[str, Any] = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "pred": np.bool_}
+TYPES: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "pred": np.bool_}
 TYPES |= {f"{letter}{bits}": t for letter in "bu" for bits, t in UNSIGNED.items()}
 TYPES |= {f"s{bits}": t for bits, t in SIGNED.items()}
 
