@@ -5,9 +5,10 @@
 
 Takes a minute on two CPU cores. Every kernel, and every fusion of XLA's, is a pass over its operands and results. Those
 are counted whole, also where only a slice is read or a cache holds them; XLA may fuse otherwise with a GPU at hand, by
-whose times it then chooses. For Vim-B as above: 707 MB in bf16, 1043 at W8A8, 919 at W4A4. So a quantised model
-multiplies faster but moves more: finding outliers is a pass of its own over what every layer reads. "limit" is what
-the bytes alone take at the datasheet's bandwidth; nothing here was timed.
+whose times it then chooses. Apart stand those that kernels leave alone while no token's outliers need a larger step
+than its inliers (0.0 % do: scripts/outlier_columns.py). For Vim-B as above: 707 MB in bf16, VIM_W8 at W8A8, VIM_W4 at
+W4A4. So a quantised model multiplies faster but moves more: finding outliers is a pass of its own over what every layer
+reads. "limit" is what the bytes alone take at the datasheet's bandwidth; nothing here was timed.
 
 Weights are Gaussian. `--depth` leaves so many blocks (per stage), beside stem and head.
 """
@@ -32,15 +33,17 @@ from ouromamba_jax.tables import print_table
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 SHAPE = re.compile(rf"\b({'|'.join(WIDTHS)})\[([\d,]*)\]")
+ALIAS = re.compile(r"^\s+%(\S+) = \S+ (get-tuple-element|bitcast)\(%([\w.-]+)\)(?:, index=(\d))?")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) (fusion|custom-call|copy|convolution)\((.*?)\)")
-HEADERS = ("bits", "MB", "in kernels, MB", "kernels", "other operations", "limit, ms")
+HEADERS = ("bits", "MB", "in kernels, MB", "kernels", "other operations", "limit, ms", "if all tokens shift, MB")
 
 
 class Operation(NamedTuple):
-    """One pass over memory."""
+    """One pass over memory; `if_shifted` are bytes of outliers on larger steps, beside the others."""
 
     name: str
     bytes: int
+    if_shifted: int
     is_kernel: bool
     result: str
 
@@ -60,13 +63,23 @@ def operations(program: str) -> list[Operation]:
     """The passes over memory of a compiled program in HLO text, its entry computation's alone."""
     entry = program[program.index("\nENTRY ") :]
     shapes = dict(re.findall(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) [\w-]+\(", entry, re.MULTILINE))
-    found = []
+    found, splits, far = [], set(), set()
     for line in entry.splitlines():
-        if match := INSTRUCTION.match(line):
+        if match := ALIAS.match(line):
+            name, _, of, index = match.groups()
+            if of in far or (of in splits and index == "1"):
+                far.add(name)
+        elif match := INSTRUCTION.match(line):
             name, result, _, operands = match.groups()
-            read = sum(shape_bytes(shapes.get(operand, "")) for operand in re.findall(r"%([\w.-]+)", operands))
-            kernel = 'custom_call_target="mosaic_gpu' in line
-            found.append(Operation(name, read + shape_bytes(result), kernel, result))
+            read = re.findall(r"%([\w.-]+)", operands)
+            total = shape_bytes(result) + sum(shape_bytes(shapes.get(operand, "")) for operand in read)
+            kernel, rare = 'custom_call_target="mosaic_gpu' in line, 0
+            if kernel:
+                rare = sum(shape_bytes(shapes[operand]) for operand in read if operand in far)
+            if kernel and "outlier_split_planes" in line:
+                splits.add(name)
+                rare += shape_bytes([shape.group() for shape in SHAPE.finditer(result)][1])
+            found.append(Operation(name, total - rare, rare, kernel, result))
     return found
 
 
@@ -88,7 +101,9 @@ def row(bits: str, found: list[Operation], bandwidth: float) -> list:
     total = sum(operation.bytes for operation in found)
     kernels = [operation for operation in found if operation.is_kernel]
     inside = sum(operation.bytes for operation in kernels)
-    return [bits, total / 1e6, inside / 1e6, len(kernels), len(found) - len(kernels), 1e3 * total / bandwidth]
+    counts = len(kernels), len(found) - len(kernels)
+    shifted = total + sum(operation.if_shifted for operation in found)
+    return [bits, total / 1e6, inside / 1e6, *counts, 1e3 * total / bandwidth, shifted / 1e6]
 
 
 def largest(found: list[Operation], count: int) -> list[list]:

@@ -79,7 +79,7 @@ def matmul(
             return acc + jnp.matmul(a[...], rhs, preferred_element_type=jnp.int32)
         return plgpu.mma(acc, plgpu.load(a, layout=plgpu.Layout.MMA_LHS(jnp.int8), optimized=False), rhs)
 
-    def body(near, far, largest_shift, same_shift, shift, row_scale, weight, column_scale, *rest):
+    def outlier_matmul(near, far, largest_shift, same_shift, shift, row_scale, weight, column_scale, *rest):
         *bias, out = rest
         row_tile, first_column = lax.axis_index("row_tile"), lax.axis_index("column_tile") * tile_n
         # The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike.
@@ -141,7 +141,7 @@ def matmul(
         lax.fori_loop(0, parts, two_accumulators, None)
 
     return plgpu.kernel(
-        body,
+        outlier_matmul,
         out_type=jax.ShapeDtypeStruct((M, N), dtype),
         grid=(pl.cdiv(M, tile_m), N // tile_n),
         grid_names=("row_tile", "column_tile"),

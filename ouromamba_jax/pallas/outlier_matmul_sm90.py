@@ -76,7 +76,7 @@ def matmul(
     slots = min(2, parts)
     biases = [] if bias is None else [bias]
 
-    def body(near, far, largest_shift, shift, row_scale, weight, column_scale, *rest):
+    def outlier_matmul(near, far, largest_shift, shift, row_scale, weight, column_scale, *rest):
         offsets, out, *scratch = rest[: len(biases)], *rest[len(biases) :]
         a, b, c, full, empty, *unpacking = scratch
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
@@ -251,7 +251,7 @@ def matmul(
         plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=PAIRS),
     ]
     return plgpu.kernel(
-        body,
+        outlier_matmul,
         out_type=jax.ShapeDtypeStruct((M, N), dtype),
         grid=(programs,),
         grid_names=("program",),

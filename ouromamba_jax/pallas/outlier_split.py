@@ -188,6 +188,7 @@ def split(
     else:
         written = [(entries, jnp.int8), (entries, x.dtype if floats else jnp.int8), (tokens, jnp.float32)]
         written += [(entries, jnp.int8)] if with_mask else []
+    body.__name__ = f"outlier_split_{'bytes' if fixed_point else form}"  # as profilers show it
     kernel = plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct(*array) for array in written),

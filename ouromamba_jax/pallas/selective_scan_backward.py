@@ -67,7 +67,7 @@ def backward(
     outputs = [name for name, x in optional.items() if x is not None]
     optional = {name: x for name, x in {**optional, "d_starts": d_starts}.items() if x is not None}
 
-    def body(u, delta, A, B, C, starts, dy, dh_last, *rest):
+    def selective_scan_backward(u, delta, A, B, C, starts, dy, dh_last, *rest):
         given = dict(zip(optional, rest, strict=False))
         d_u, d_delta, d_A, d_B, d_C, d_h0, *more = rest[len(given) :]
         d_optional = dict(zip(outputs, more, strict=True))
@@ -155,7 +155,7 @@ def backward(
     sums |= {} if z is None else {"z": jax.ShapeDtypeStruct(z.shape, z.dtype)}
     like_u, like_delta = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (u, delta))
     d_u, d_delta, d_A, d_B, d_C, d_h0, *more = plgpu.kernel(
-        body,
+        selective_scan_backward,
         out_type=(like_u, like_delta, state, part, part, state, *sums.values()),
         grid=(blocks, batch),
         grid_names=("block", "sample"),

@@ -73,7 +73,7 @@ def forward(
     operands, structure = jax.tree.flatten((inputs, far, numbers, A.T * LOG2_E, B, C, optional))
     apart = any(len(arrays) > 1 for arrays in (*inputs.values(), *far.values()))
 
-    def body(*refs):
+    def selective_scan(*refs):
         inputs, far, numbers, A, B, C, given = jax.tree.unflatten(structure, refs[: len(operands)])
         y, h_last, *starts = refs[len(operands) :]
         sample, block = lax.axis_index("sample"), lax.axis_index("block")
@@ -185,7 +185,7 @@ def forward(
     if chunk is not None:
         shapes.append(jax.ShapeDtypeStruct((batch, pl.cdiv(length, chunk), *state[1:]), jnp.float32))
     y, h_last, *starts = plgpu.kernel(
-        body,
+        selective_scan,
         out_type=tuple(shapes),
         grid=(channels // CHANNELS, batch),
         grid_names=("block", "sample"),
