@@ -3,12 +3,12 @@
     pip install --no-deps jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION    # VERSION of the installed jax, 150 MB
     python scripts/gpu_traffic.py --model vim_base --depth 1 --bits bf16 w8a8 w4a4
 
-Takes a minute on two CPU cores. Every kernel, and every fusion of XLA's, is a pass over its operands and results. Those
-are counted whole, also where only a slice is read or a cache holds them; XLA may fuse otherwise with a GPU at hand, by
-whose times it then chooses. Apart stand those that kernels leave alone while no token's outliers need a larger step
-than its inliers (0.0 % do: scripts/outlier_columns.py). For Vim-B as above: 707 MB in bf16, VIM_W8 at W8A8, VIM_W4 at
-W4A4. So a quantised model multiplies faster but moves more: finding outliers is a pass of its own over what every layer
-reads. "limit" is what the bytes alone take at the datasheet's bandwidth; nothing here was timed.
+Takes a minute on two CPU cores, ten for VMamba-T. Every kernel, and every fusion of XLA's, is a pass over its operands
+and results. Those are counted whole, also where only a slice is read or a cache holds them; XLA may fuse otherwise with
+a GPU at hand, by whose times it then chooses. Apart stand those that kernels leave alone while no token's outliers need
+a larger step than its inliers (0.0 % do: scripts/outlier_columns.py). For Vim-B as above: 707 MB in bf16, 863 at W8A8,
+751 at W4A4. So a quantised model multiplies faster but moves more: finding outliers is a pass of its own over what
+every layer reads. "limit" is what the bytes alone take at the datasheet's bandwidth; nothing here was timed.
 
 Weights are Gaussian. `--depth` leaves so many blocks (per stage), beside stem and head.
 """

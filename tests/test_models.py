@@ -11,7 +11,7 @@ from flax import nnx
 from tolerances import BFLOAT16_LOGITS, REORDERED
 
 from ouromamba_jax.models import ScanOrder, config_class, create_model, list_models, model_config, pure
-from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
+from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d, HalvingConv, extract_patches
 from ouromamba_jax.models.layers import RMSNorm
 
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
@@ -304,6 +304,20 @@ def test_wrong_images(tiny, shape):
         tiny(x)
     with pytest.raises(ValueError, match="images have shape"):
         tiny.trace(x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_patches_are_cut_in_the_dtype_of_their_layer(dtype, monkeypatch):
+    """Not of the map, which may be wider, and whose every entry they hold several times."""
+    types = dict(dtype=jnp.dtype(dtype), param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    models = Conv3x3(3, 5, **types), HalvingConv(3, 5, **types)
+    stem = create_model("vim_micro", dtype=dtype, rngs=nnx.Rngs(4), **TINY).stem
+    seen = []
+    multiply = nnx.Linear.__call__
+    monkeypatch.setattr(nnx.Linear, "__call__", lambda layer, x: seen.append(x.dtype) or multiply(layer, x))
+    for module in (*models, stem):
+        module(images())
+    assert seen == [jnp.dtype(dtype)] * 3
 
 
 def test_registry_errors_name_the_way_out():

@@ -48,6 +48,17 @@ def test_the_comparison_with_other_methods():
             assert same(sqnr, mean(e["sqnr_db"] for e in found)), (title, source, bits)
 
 
+def test_the_memory_traffic():
+    files = {"Vim-B": "", "MambaVision-T": "_mambavision", "VMamba-T": "_vmamba"}
+    rows = table("memory traffic, MB")
+    assert [row[0] for row in rows] == list(files)
+    for model, *cells in rows:
+        result = json.loads((ROOT / "scripts" / "results" / f"gpu_traffic{files[model]}.json").read_text())
+        assert (result["depth"], result["batch"], result["target"]) == (1, 32, "h100")
+        assert [row[0] for row in result["rows"]] == ["bf16", "w8a8", "w4a4"]
+        assert all(same(cell, row[1]) for cell, row in zip(cells, result["rows"], strict=True)), model
+
+
 @pytest.mark.parametrize("model", ["vim_micro", "vmamba_micro", "mambavision_micro"])
 def test_the_digits(model):
     name = "digits_table" if model == "vim_micro" else f"digits_table_{model}"

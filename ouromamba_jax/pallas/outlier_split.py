@@ -181,14 +181,16 @@ def split(
         lax.fori_loop(0, count, token, (jnp.zeros((width,), jnp.int32), load(0)))
 
     entries, tokens = (B, L, width), (B, L)
+    body.__name__ = "outlier_split"  # as profilers show it
     if form == "floats":
+        body.__name__ += "_floats"
         written: list[tuple[tuple[int, ...], Any]] = [(entries, x.dtype)]
     elif planes:
+        body.__name__ += "_bytes" if fixed_point else "_planes"
         written = [(entries, jnp.int8), (entries, jnp.int8), (tokens, jnp.float32), (tokens, jnp.int32)]
     else:
         written = [(entries, jnp.int8), (entries, x.dtype if floats else jnp.int8), (tokens, jnp.float32)]
         written += [(entries, jnp.int8)] if with_mask else []
-    body.__name__ = f"outlier_split_{'bytes' if fixed_point else form}"  # as profilers show it
     kernel = plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct(*array) for array in written),
