@@ -475,6 +475,7 @@ def test_every_matmul_is_a_site(tiny):
     }
 
 
+@pytest.mark.slow
 def test_no_block_is_skipped():
     fields = {**FIELDS, "depths": (1, 2)}
     weights = random_weights(np.random.default_rng(9), classes=5, layer_scale=True, conv_levels=1, **fields)

@@ -174,10 +174,14 @@ def test_16_bit_outliers_give_the_bits_of_xla(name, bits, K, dtype):
         np.testing.assert_array_equal(y, expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("name", "case"),
-    [(n, c) for n in (*TILES, "triton") for c in ("shifts", "bytes", "rows of bytes") if c == "shifts" or "_" not in n],
+    ("name", "case", "dtype"),
+    [
+        *((name, "shifts", "bfloat16") for name in (*TILES, "triton")),
+        *((name, "bytes", "float32") for name in ("sm90", "sm80", "triton")),
+        ("sm89", "rows of bytes", "float32"),
+        ("triton", "rows of bytes", "bfloat16"),
+    ],
 )
 def test_a_bias_is_added_in_float32(name, case, dtype):
     """To results of either sign and its own size; to one or two accumulators, to numbers of two bytes, to NaN."""

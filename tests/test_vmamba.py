@@ -348,6 +348,7 @@ def test_every_matmul_is_a_site(tiny):
     assert kinds.count(SelectiveScan) == 2
 
 
+@pytest.mark.slow
 def test_no_block_is_skipped():
     fields = dict(dims=(6,), depths=(2,), mlp_ratio=2.0)
     weights = random_weights(np.random.default_rng(9), ratio=1.0, states=1, classes=5, **fields)
