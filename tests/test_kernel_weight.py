@@ -162,9 +162,10 @@ def test_levels_decide_whether_one_accumulator_holds_16_bit_numbers(target, exce
     np.testing.assert_array_equal(y, matmul._fixed_point_product(planes, weight))
 
 
-@pytest.mark.parametrize("bits", ["w4a4", "w4a8", "w8a8"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_that_was_prepared_for_a_gpu(bits, family, on_a_gpu, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "bits"), [("vim", "w4a4"), ("vim", "w4a8"), ("vim", "w8a8"), ("vmamba", "w4a4"), ("mambavision", "w4a4")]
+)
+def test_a_model_that_was_prepared_for_a_gpu(family, bits, on_a_gpu, tmp_path):
     """No call lays a weight out again; file and memory are what they were, and it can go back."""
     model = quantised(QuantConfig.preset(bits), family)
     before = [layer.weight for layer in linears(model)]
