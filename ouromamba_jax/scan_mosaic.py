@@ -23,7 +23,8 @@ def run(
     def step(x):
         if not isinstance(x, SplitOperand):
             return None
-        return kernel.Step(*(tuple(getattr(p, name) for p in x.groups) for name in ("row_scale", "far", "shift")))
+        sizes, far, shifts = zip(*((planes.row_scale, planes.far, planes.shift) for planes in x.groups), strict=True)
+        return kernel.Step(sizes, far, shifts)
 
     def values(x):
         if isinstance(x, SplitOperand):

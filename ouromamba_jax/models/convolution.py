@@ -101,7 +101,10 @@ class HalvingConv(nnx.Module):
 
 
 def patches3x3(x: Float[Array, "B H W C"], stride: int) -> Float[Array, "B h w P"]:
-    """P = 9 C entries of each 3x3 patch as (row, column, channel), with a border of zeros."""
+    """P = 9 C entries of each 3x3 patch as (row, column, channel), with a border of zeros.
+
+    They hold an entry of the map up to nine times, so a layer casts the map to its own dtype, not them.
+    """
     return jnp.concatenate(conv_taps(x, stride=stride), axis=-1)
 
 

@@ -47,9 +47,7 @@ def matmul(
 ) -> Float[Array, "M N"]:
     """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale + bias.
 
-    For M >= tile_m; 8, 128 and tile_n divide M, K and N.
-
-    Arguments as in the Hopper kernel.
+    For M >= tile_m; 8, 128 and tile_n divide M, K and N. Arguments as in the Hopper kernel.
     """
     (M, K), N = near.shape, weight.shape[0]
     tile_m, tile_n = tiles.tile_m, tiles.tile_n
@@ -80,7 +78,7 @@ def matmul(
         return plgpu.mma(acc, plgpu.load(a, layout=plgpu.Layout.MMA_LHS(jnp.int8), optimized=False), rhs)
 
     def outlier_matmul(near, far, largest_shift, same_shift, shift, row_scale, weight, column_scale, *rest):
-        *bias, out = rest
+        *biases, out = rest
         row_tile, first_column = lax.axis_index("row_tile"), lax.axis_index("column_tile") * tile_n
         # The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike.
         rows = pl.ds(jnp.minimum(row_tile * tile_m, M - tile_m), tile_m)
@@ -112,7 +110,7 @@ def matmul(
         def write(y, columns):
             w, *offset = (
                 plgpu.load(ref.at[columns], layout=accumulator.reduce(0), optimized=False)
-                for ref in (column_scale, *bias)
+                for ref in (column_scale, *biases)
             )
             w = w * 0.0625 if tiles.packed else w
             store(out.at[rows, columns], accumulators.scaled(y, w, *offset))
@@ -140,23 +138,15 @@ def matmul(
         parts = jnp.where(largest_shift[row_tile] > limit, tile_n // accumulators.COLUMNS, 0)
         lax.fori_loop(0, parts, two_accumulators, None)
 
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         outlier_matmul,
         out_type=jax.ShapeDtypeStruct((M, N), dtype),
         grid=(pl.cdiv(M, tile_m), N // tile_n),
         grid_names=("row_tile", "column_tile"),
         **({"interpret": interpret} if emulated else {}),
-    )(
-        near,
-        far,
-        largest_shift,
-        largest_shift,
-        shift,
-        row_scale,
-        weight,
-        column_scale,
-        *([] if bias is None else [bias]),
     )
+    biases = [] if bias is None else [bias]
+    return kernel(near, far, largest_shift, largest_shift, shift, row_scale, weight, column_scale, *biases)
 
 
 def _nibbles(both: Int8[Array, "half N"], *, high: bool, emulated: bool) -> Int8[Array, "half N"]:

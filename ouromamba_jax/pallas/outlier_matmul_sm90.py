@@ -60,6 +60,7 @@ def matmul(
     Args:
       largest_shift: of each tile of rows; where it is 0, `far` is not read.
       weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; unpacked they count sixteenfold.
+      bias: of any float type.
       limit: the largest shift at which int32 holds the sum.
       dtype: of the result.
       programs: how many run, one per multiprocessor.
@@ -77,7 +78,7 @@ def matmul(
     biases = [] if bias is None else [bias]
 
     def outlier_matmul(near, far, largest_shift, shift, row_scale, weight, column_scale, *rest):
-        offsets, out, *scratch = rest[: len(biases)], *rest[len(biases) :]
+        bias, (out, *scratch) = rest[: len(biases)], rest[len(biases) :]
         a, b, c, full, empty, *unpacking = scratch
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
@@ -233,7 +234,7 @@ def matmul(
                 columns = pl.ds(n + i * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
                 per_column = plgpu.Layout.WGMMA.reduce(0)
                 w, *offset = (
-                    plgpu.load(ref.at[columns], layout=per_column, optimized=False) for ref in (column_scale, *offsets)
+                    plgpu.load(ref.at[columns], layout=per_column, optimized=False) for ref in (column_scale, *bias)
                 )
                 w = w * 0.0625 if tiles.packed else w
                 staged = c.at[warpgroup, i % slots]

@@ -144,7 +144,7 @@ def split(
             if fixed_point:
                 own, value = _fixed_point(row, inliers, is_outlier, step, largest, finite)
                 high = jnp.round((value + 0.5) * (1 / 256))  # the low byte is in -128..127; Mosaic has no floor
-                write(t, value - 256.0 * high, high, jnp.where(finite, own, jnp.nan), jnp.int32(8))
+                write(t, results, value - 256.0 * high, high, jnp.where(finite, own, jnp.nan), jnp.int32(8))
                 return listed, following
             shift = jnp.int32(0)
             if config.pow2:
@@ -157,26 +157,21 @@ def split(
             outliers = row if floats else _levels(divide(row, own), q_out)
             known_step = jnp.where(finite, step, jnp.nan)
             if form == "floats":
-                write(t, jnp.where(is_outlier, outliers * own, inliers * known_step))
+                write(t, results, jnp.where(is_outlier, outliers * own, inliers * known_step))
                 return listed, following
             near = jnp.where(is_far, 0.0, jnp.where(is_outlier, outliers, inliers))
             far = jnp.where(is_far, outliers, 0.0)
             if planes:
-                write(t, near, far, known_step, shift, far_is_read=shift > 0)
+                near_out, far_out, *numbers_out = results
+                write(t, [near_out, *numbers_out], near, known_step, shift)
+                pl.when(shift > 0)(lambda: write(t, [far_out], far))  # nobody reads the others
             else:
-                write(t, near, far, own, *([listed] if with_mask else []))
+                write(t, results, near, far, own, *([listed] if with_mask else []))
             return listed, following
 
-        def write(t, *values, far_is_read=None):
-            for i, (result, value) in enumerate(zip(results, values, strict=True)):
-
-                def store(result=result, value=value):
-                    result[sample, t] = value.astype(result.dtype)
-
-                if i == 1 and far_is_read is not None:
-                    pl.when(far_is_read)(store)
-                else:
-                    store()
+        def write(t, outputs, *values):
+            for output, value in zip(outputs, values, strict=True):
+                output[sample, t] = value.astype(output.dtype)
 
         lax.fori_loop(0, count, token, (jnp.zeros((width,), jnp.int32), load(0)))
 
