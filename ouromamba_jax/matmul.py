@@ -20,12 +20,14 @@ from ouromamba_jax import triton_matmul
 from ouromamba_jax.fixed_order import guard_product
 from ouromamba_jax.outlier_types import OutlierSplit, Planes
 from ouromamba_jax.outliers import for_product
+from ouromamba_jax.pallas import int4_matmul
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.dispatch import Backend, choose
 from ouromamba_jax.pallas.kernel_weight import KernelWeight
+from ouromamba_jax.pallas.packed_split import PackedSplit
 from ouromamba_jax.qtensor import QTensor
 
-Activation = OutlierSplit | Planes
+Activation = OutlierSplit | Planes | PackedSplit
 Weight = QTensor | KernelWeight
 Bias = Float[Array, " O"] | None
 
@@ -99,6 +101,7 @@ def _xla(split: Activation, weight: Weight, bias: Bias = None, dtype: Any = jnp.
 def _xla_product(split: Activation, weight: Weight) -> Float32[Array, "B L O"]:
     if isinstance(split, OutlierSplit):  # with scales of its own
         return _two_products(split.near, split.far, split.outlier_scale, split.step_ratio, weight)
+    split = split.planes() if isinstance(split, PackedSplit) else split
     planes = replace(split, near=split.near[..., : split.channels], far=split.far[..., : split.channels])
     if planes.fixed_point:
         return _fixed_point_product(planes, weight)
@@ -127,6 +130,7 @@ def _triton(planes: Planes, weight: Weight, bias: Bias = None, dtype: Any = jnp.
 # In order of preference. "xla" is the reference and supports everything, so that only its name chooses what follows it.
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": Backend(kernel.supports, _mosaic_gpu),
+    "mosaic_gpu_int4": Backend(int4_matmul.supports, int4_matmul.run),
     "xla": Backend(lambda split, weight, bias, dtype: None, _xla),
     "triton": Backend(triton_matmul.supports, _triton),
 }

@@ -18,8 +18,8 @@ FRACTION_BITS = 12
 """16-bit outliers are multiplied on steps of at least S / 2^12, the finest at which 4-bit inliers still fit 16 bits."""
 LARGEST_FIXED_POINT = 127 * 256 + 127
 """What two int8 bytes in units of 256 and 1 hold, if the high one stays within +-127."""
-Form = Literal["split", "planes", "floats"]
-"""What becomes of an activation: an OutlierSplit, `Planes` for a product, or floats rounded to what these stand for."""
+Form = Literal["split", "planes", "packed", "floats"]
+"""What becomes of an activation: OutlierSplit, `Planes` or `PackedSplit` for a product, or floats rounded to these."""
 Spec = Literal["paper", "released"]
 StaticList = Literal["mean", "max"]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int8
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from ouromamba_jax.cpu_barrier import cpu_barrier
 from ouromamba_jax.outlier_detection import find_outliers
@@ -24,7 +24,10 @@ from ouromamba_jax.outlier_types import (
     Planes,
 )
 from ouromamba_jax.pallas import outlier_split as kernel
+from ouromamba_jax.pallas import packed_split
 from ouromamba_jax.pallas.dispatch import Backend, choose
+from ouromamba_jax.pallas.kernel_weight import pack_halves
+from ouromamba_jax.pallas.packed_split import PackedSplit
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level, power_of_two_ratio, power_of_two_shift
 
 
@@ -100,7 +103,7 @@ def split_outliers(
     return backend.run(x, scale, config, theta=theta, channels=channels, with_mask=with_mask)
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "packed", "implementation"))
 def split_for_product(
     x: Float[Array, "B L C"],
     scale: Float32[Array, " L"],
@@ -108,11 +111,23 @@ def split_for_product(
     *,
     theta: Float32[Array, " L"] | None = None,
     channels: Bool[Array, " C"] | None = None,
-) -> OutlierSplit | Planes:
-    """`for_product(split_outliers(...))`, by the first backend that supports it; raises as that."""
+    packed: bool = False,
+    implementation: str | None = None,
+) -> OutlierSplit | Planes | PackedSplit:
+    """`for_product(split_outliers(...))`; arguments and errors as there.
+
+    Args:
+      packed: for the product on 4-bit tensor cores ("mosaic_gpu_int4" of `outlier_matmul`): inliers two to a byte, and
+        lists of the outliers' channels.
+
+    Raises:
+      ValueError: packed, but inliers of more than 4 bits, or outliers on scales that are no powers of two apart.
+    """
     _check_arguments(x, scale, config, theta)
-    run = choose("split", BACKENDS, None, x, config).run
-    return run(x, scale, config, theta=theta, channels=channels, form="planes")
+    if packed and (reason := packed_split.unsuitable(config)):
+        raise ValueError(f"this activation cannot be packed: {reason}; leave packed=True out.")
+    backend = choose("split", BACKENDS, implementation, x, config)
+    return backend.run(x, scale, config, theta=theta, channels=channels, form="packed" if packed else "planes")
 
 
 @partial(jax.jit, static_argnames=("config", "implementation"))
@@ -134,18 +149,35 @@ def round_activation(
     return backend.run(x, scale, config, theta=theta, channels=channels, form="floats")
 
 
-def for_product(split: OutlierSplit | Planes) -> OutlierSplit | Planes:
-    """What integer products take: `Planes`, or a split with "free" scales as it is."""
-    if isinstance(split, Planes):
+def for_product(split: OutlierSplit | Planes | PackedSplit) -> OutlierSplit | Planes | PackedSplit:
+    """What integer products take: `Planes`, or a split with "free" scales, or a packed one, as it is."""
+    if not isinstance(split, OutlierSplit):
         return split
     if split.has_float_outliers:
         return _fixed_point(split)
     if not split.pow2:
         return split
+    return Planes(split.near, split.far, *_shift_and_row_scale(split), split.shape[-1])
+
+
+def _shift_and_row_scale(split: OutlierSplit) -> tuple[Int32[Array, "B L"], Float32[Array, "B L"]]:
     outlier_scale, inlier_scale = split.outlier_scale, split.inlier_scale[None]
-    shift = power_of_two_shift(outlier_scale, inlier_scale)
     row_scale = jnp.where(jnp.isfinite(outlier_scale), inlier_scale, outlier_scale)
-    return Planes(split.near, split.far, shift, row_scale, split.shape[-1])
+    return power_of_two_shift(outlier_scale, inlier_scale), row_scale
+
+
+def _packed(split: OutlierSplit, window: int) -> PackedSplit:
+    """Of a split with its mask, of at most 4 bits and with pow2 scales."""
+    B, L, C = split.shape
+    width, windows = C + -C % packed_split.BLOCK, -(-L // window)
+
+    def padded(x, tokens=L):
+        return jnp.pad(x, [(0, 0), (0, tokens - L), (0, width - C)])
+
+    inliers = pack_halves(padded(split.inlier_q).reshape(B * L, width), width).reshape(B, L, width // 2)
+    listed = padded(split.known_mask, windows * window).reshape(B, windows, window, width).any(axis=2)
+    numbers = _shift_and_row_scale(split)
+    return PackedSplit(inliers, padded(split.outlier_q), listed.astype(jnp.int8), *numbers, C, window)
 
 
 def _fixed_point(split: OutlierSplit) -> Planes:
@@ -174,8 +206,10 @@ def _largest(x: Array) -> Array:
 
 def _xla(
     x, scale, config: OutlierConfig, *, theta, channels, with_mask=False, form: Form = "split"
-) -> OutlierSplit | Planes | Float[Array, "B L C"]:
-    split = _split(x, scale, config, theta, channels, with_mask)
+) -> OutlierSplit | Planes | PackedSplit | Float[Array, "B L C"]:
+    split = _split(x, scale, config, theta, channels, with_mask or form == "packed")
+    if form == "packed":
+        return _packed(split, min(config.n_refresh, x.shape[1]))
     if form == "planes":
         return for_product(split)
     return merge(split).astype(x.dtype) if form == "floats" else split

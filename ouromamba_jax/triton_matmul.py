@@ -15,6 +15,7 @@ from ouromamba_jax.outlier_types import OutlierSplit, Planes
 from ouromamba_jax.pallas import accumulators
 from ouromamba_jax.pallas import outlier_matmul as mosaic
 from ouromamba_jax.pallas.device import default_device, device_target
+from ouromamba_jax.pallas.packed_split import PackedSplit
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, matmul_tiles
 from ouromamba_jax.qtensor import QTensor
 
@@ -22,7 +23,7 @@ VERSION = "0.3.1"
 """Of jax-triton. 0.4.1 fails on jax 0.12.0.1: its rule for dead code takes two arguments and is given three."""
 
 
-def supports(split: OutlierSplit | Planes, weight: QTensor, bias: Any, dtype: Any) -> str | None:
+def supports(split: OutlierSplit | Planes | PackedSplit, weight: QTensor, bias: Any, dtype: Any) -> str | None:
     """Why this call cannot run here, from shapes, dtypes, the device and what is installed; None if it can."""
     if reason := mosaic.supports(split, weight, bias, dtype):
         return reason

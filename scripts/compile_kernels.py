@@ -6,7 +6,7 @@
 Needs ptxas, which JAX finds on PATH or under /usr/local/cuda. About 3 s of CPU time per kernel and target, and as
 many at a time as there are CPUs. Prints registers, spills, shared memory and tensor-core instructions (in PTX: wgmma on
 Hopper, mma.sync below), and exits with 1 if a kernel does not compile, spills, calls a function, exceeds the device's
-shared memory, or multiplies without int8 tensor cores. It says nothing about speed.
+shared memory, or multiplies without tensor cores. It says nothing about speed.
 """
 
 import argparse
@@ -108,6 +108,10 @@ def matmul(
     return run, [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
 
+def packed_split(channels: int, dtype: str = "float32") -> tuple[Callable, list]:
+    return split(channels, "pow2", dtype, packed=True)
+
+
 def split(
     channels: int,
     scale: str,
@@ -115,6 +119,7 @@ def split(
     act_bits: int = 4,
     outlier_bits: int = 8,
     function: str = "split_for_product",
+    **options: Any,
 ) -> tuple[Callable, list]:
     import jax
 
@@ -124,9 +129,30 @@ def split(
     config = OutlierConfig(act_bits, outlier_bits, outlier_scale=scale)  # type: ignore[arg-type]
     shapes = [((BATCH, TOKENS, channels), dtype), ((TOKENS,), "float32")]
     return (
-        lambda x, scale: getattr(outliers, function)(x, scale, config),
+        lambda x, scale: getattr(outliers, function)(x, scale, config, **options),
         [jax.ShapeDtypeStruct(*shape) for shape in shapes],
     )
+
+
+def int4_matmul(inputs: int, outputs: int, dtype: str = "float32", bias: bool = False) -> tuple[Callable, list]:
+    """With the dense kernel, which runs where a tile's list or a shift is too large."""
+    import jax
+
+    from ouromamba_jax.matmul import outlier_matmul
+    from ouromamba_jax.outlier_types import OutlierConfig
+    from ouromamba_jax.outliers import split_for_product
+    from ouromamba_jax.qtensor import QTensor
+
+    def run(split, values, columns, bias=None):
+        weight = QTensor(values, columns, 4)
+        return outlier_matmul(split, weight, bias=bias, dtype=dtype, implementation="mosaic_gpu_int4")
+
+    activation = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((BATCH, TOKENS, inputs), (TOKENS,))]
+    split = jax.eval_shape(
+        lambda x, scale: split_for_product(x, scale, OutlierConfig(), packed=True, implementation="xla"), *activation
+    )
+    shapes = [((inputs, outputs), "int8"), ((1, outputs), "float32"), *([((outputs,), "float16")] if bias else [])]
+    return run, [split, *(jax.ShapeDtypeStruct(*shape) for shape in shapes)]
 
 
 def scan_shapes(channels: int, states: int, groups: int, dtype: str, length: int = TOKENS) -> dict[str, Any]:
@@ -202,10 +228,14 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     "matmul 384x56 W4, bias": (matmul, (384, 56, 4, "int8", "float32", BATCH, True)),
     "matmul 384x768 W4 1 image": (matmul, (384, 768, 4, "int8", "float32", 1)),
     "matmul 1536x80 W8 bf16": (matmul, (1536, 80, 8, "int8", "bfloat16")),
+    "int4 matmul 768x3072": (int4_matmul, (768, 3072)),
+    "int4 matmul 384x56 bf16, bias": (int4_matmul, (384, 56, "bfloat16", True)),
     "split 768 pow2, mask": (split, (768, "pow2", "float32", 4, 8, "split_outliers")),
     "split 3072 pow2 bf16": (split, (3072, "pow2", "bfloat16")),
     "split 192 free": (split, (192, "free")),
     "split 768 A8 16-bit bf16": (split, (768, "pow2", "bfloat16", 8, 16)),
+    "split 768 packed": (packed_split, (768,)),
+    "split 3072 packed bf16": (packed_split, (3072, "bfloat16")),
     "split 1536 A8 floats, mask": (split, (1536, "pow2", "bfloat16", 8, 16, "split_outliers")),
     # Directions of Vim, MambaVision and VMamba: groups of 96 channels are padded, the 3136 tokens of stage 1 cut in 4
     "scan 1536x16 bf16": (scan, (1536, 16, 1, "bfloat16")),
@@ -221,6 +251,11 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
 }
 
 
+def targets_of(kernel: str) -> list[str]:
+    """Hopper's tensor cores multiply no 4-bit integers."""
+    return [target for target in DEVICES if target != "h100" or not kernel.startswith("int4")]
+
+
 # Each compilation has a process of its own, since a compiler that cannot go on aborts it. They are forked from a server
 # that has imported these; without it imports take half the time.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -228,6 +263,7 @@ IMPORTED = (
     "matmul",
     "outliers",
     "scan",
+    "pallas.int4_matmul_sm80",
     "pallas.outlier_matmul_sm80",
     "pallas.outlier_matmul_sm90",
     "pallas.outlier_split",
@@ -270,18 +306,21 @@ class Report:
     calls: int
     shared_memory: int
     tensor_core: int
+    int4: int
 
     @classmethod
     def read(cls, printed: str) -> "Report":
         """From what Mosaic prints of a compilation: its resources, the PTX, ptxas -v."""
         spilled = re.findall(r"(\d+) bytes (?:spill|stack)", printed)
         instructions = r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S*s32\.s8\.s8"
+        int4 = r"mma\.sync\.aligned\.\S*s32\.s4\.s4"
         return cls(
             registers=max(map(int, re.findall(r"Used (\d+) registers", printed))),
             spills=sum(map(int, spilled)),
             calls=len(re.findall(r"^\s*call", printed, re.MULTILINE)),
             shared_memory=max(map(int, re.findall(r"smem_scratch_bytes=(\d+)", printed))),
             tensor_core=len(re.findall(instructions, printed)),
+            int4=len(re.findall(int4, printed)),
         )
 
     def problems(self, kernel: str, device: Device) -> list[str]:
@@ -292,20 +331,23 @@ class Report:
             found.append(f"{self.calls} function calls")
         if self.shared_memory > device.shared_memory:
             found.append(f"more than {device.shared_memory} bytes of shared memory")
-        if kernel.startswith("matmul") and not self.tensor_core:
+        if "matmul" in kernel and not self.tensor_core:
             found.append("no int8 tensor-core instruction")
+        if kernel.startswith("int4") and not self.int4:
+            found.append("no int4 tensor-core instruction")
         return found
 
 
 def check(kernel: str, target: str, exitcode: int, printed: str) -> bool:
     if exitcode:
-        print(f"{target:5} {kernel:24} does not compile, exit code {exitcode}:\n{printed[-2000:]}", flush=True)
+        print(f"{target:5} {kernel:30} does not compile, exit code {exitcode}:\n{printed[-2000:]}", flush=True)
         return False
     report = Report.read(printed)
     problems = report.problems(kernel, DEVICES[target])
     print(
-        f"{target:5} {kernel:24} {report.registers:4} registers {report.spills:4} B spilled "
-        f"{report.shared_memory:7} B shared {report.tensor_core:4} tensor-core  {'; '.join(problems) or 'ok'}",
+        f"{target:5} {kernel:30} {report.registers:4} registers {report.spills:4} B spilled "
+        f"{report.shared_memory:7} B shared {report.tensor_core:4} int8 {report.int4:4} int4 tensor-core  "
+        f"{'; '.join(problems) or 'ok'}",
         flush=True,
     )
     return not problems
@@ -342,7 +384,7 @@ def main() -> int:
     PROCESSES.set_forkserver_preload([f"ouromamba_jax.{name}" for name in IMPORTED])
     targets = [args.target] if args.target else list(DEVICES)
     kernels = [args.only] if args.only else list(KERNELS)
-    pairs = [(kernel, target) for target in targets for kernel in kernels]
+    pairs = [(kernel, target) for target in targets for kernel in kernels if target in targets_of(kernel)]
     return 0 if check_all(pairs) else 1
 
 

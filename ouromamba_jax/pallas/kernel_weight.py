@@ -72,16 +72,16 @@ def measured(weight: KernelWeight) -> KernelWeight:
     return replace(weight, wide=largest * LARGEST_FIXED_POINT <= INT32_MAX)
 
 
-def pack_halves(rows: Int8[Array, "N K"]) -> Int8[Array, "N half"]:
-    """4-bit levels two to a byte: of every 128 inputs, the first 64 in the low nibbles, the others in the high ones."""
+def pack_halves(rows: Int8[Array, "N K"], block: int = TILE_K) -> Int8[Array, "N half"]:
+    """4-bit levels two to a byte: the first half of every `block` inputs in low nibbles, the others in high ones."""
     N, K = rows.shape
-    low, high = jnp.moveaxis(rows.reshape(N, K // TILE_K, 2, TILE_K // 2), 2, 0)
+    low, high = jnp.moveaxis(rows.reshape(N, K // block, 2, block // 2), 2, 0)
     return ((low & jnp.int8(15)) | (high << jnp.int8(4))).reshape(N, K // 2)
 
 
-def unpack_halves(packed: Int8[Array, "N half"]) -> Int8[Array, "N K"]:
+def unpack_halves(packed: Int8[Array, "N half"], block: int = TILE_K) -> Int8[Array, "N K"]:
     """Inverse of `pack_halves`."""
     N, half = packed.shape
-    blocks = packed.reshape(N, -1, 1, TILE_K // 2)
+    blocks = packed.reshape(N, -1, 1, block // 2)
     levels = jnp.concatenate([blocks << jnp.int8(4), blocks], axis=2) >> jnp.int8(4)
     return levels.reshape(N, 2 * half)

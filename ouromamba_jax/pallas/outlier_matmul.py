@@ -11,12 +11,14 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from ouromamba_jax.fixed_order import guard_product
 from ouromamba_jax.outlier_types import OutlierSplit, Planes
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
 from ouromamba_jax.pallas.kernel_weight import INT32_MAX, KernelWeight, arrange, is_wide, measured
+from ouromamba_jax.pallas.packed_split import PackedSplit
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, max_level
 
@@ -27,17 +29,26 @@ def largest_shift(inputs: int, weight_bits: int) -> int:
     return (INT32_MAX // product - 1).bit_length() - 1 if 2 * product <= INT32_MAX else -1
 
 
-def supports(split: OutlierSplit | Planes, weight: QTensor | KernelWeight, bias: Any, dtype: Any) -> str | None:
+def supports(
+    split: OutlierSplit | Planes | PackedSplit, weight: QTensor | KernelWeight, bias: Any, dtype: Any
+) -> str | None:
     """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
     if isinstance(split, OutlierSplit):
         return 'outlier_scale="free" needs two accumulators: split with outlier_scale="pow2"'
+    if isinstance(split, PackedSplit):
+        return "it takes dense levels: leave out packed=True when you split"
+    return unsuitable(weight, dtype) or device_reason()
+
+
+def unsuitable(weight: QTensor | KernelWeight, dtype: Any) -> str | None:
+    """Why no kernel can multiply this weight or write this type, whatever the device; None if one can."""
     if weight.scale.shape[0] != 1:
         return "the accumulator holds all inputs: quantise the weight without groups"
     if largest_shift(weight.shape[0], weight.bits) < 0:
         return f"{weight.shape[0]} inputs of {weight.bits}-bit weights could overflow int32"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"it writes float32 or bfloat16, not {dtype}"
-    return device_reason()
+    return None
 
 
 def prepare(planes: Planes, weight: QTensor | KernelWeight) -> KernelWeight:
@@ -51,16 +62,17 @@ def prepare(planes: Planes, weight: QTensor | KernelWeight) -> KernelWeight:
 
 
 def largest_shifts(shift: Int32[Array, " M"], tile_m: int) -> Int32[Array, " tiles"]:
-    """Of each tile of rows; where it is 0, `far` is not read.
-
-    The last tile of a ragged M starts at M - tile_m.
-    """
-    M = shift.shape[0]
-    first = jnp.minimum(jnp.arange(-(-M // tile_m), dtype=jnp.int32) * tile_m, M - tile_m)
-    return jnp.max(shift[first[:, None] + jnp.arange(tile_m, dtype=jnp.int32)[None]], axis=1)
+    """Of each tile of rows; where it is 0, `far` is not read."""
+    return jnp.max(shift[first_rows(len(shift), tile_m)[:, None] + np.arange(tile_m)], axis=1)
 
 
-def _pad_to(x: Array, multiples: tuple[int, ...]) -> Array:
+def first_rows(M: int, tile_m: int) -> np.ndarray:
+    """Of each tile: the last one of a ragged M starts at M - tile_m."""
+    return np.minimum(np.arange(-(-M // tile_m)) * tile_m, M - tile_m).astype(np.int32)
+
+
+def pad_to(x: Array, multiples: tuple[int, ...]) -> Array:
+    """With zeros up to multiples of these sizes, one for each of its first axes."""
     return jnp.pad(x, [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)])
 
 
@@ -94,11 +106,12 @@ def run(
     tiles = tiles or matmul_tiles(target, O, weight.bits if limit is None else 8)
     # At least one tile of rows, then whole eights of them: Mosaic copies no tile that starts between two.
     height = (tiles.tile_m if tiles.tile_m > B * L else 8,)
-    near, far = (_pad_to(x.reshape(B * L, -1), (*height, TILE_K)) for x in (planes.near, planes.far))
-    rows = [_pad_to(x.reshape(B * L), height) for x in (planes.shift, planes.row_scale)]
+    whole = K + -K % TILE_K  # planes may be wider than the weight
+    near, far = (pad_to(x[..., :whole].reshape(B * L, -1), (*height, TILE_K)) for x in (planes.near, planes.far))
+    rows = [pad_to(x.reshape(B * L), height) for x in (planes.shift, planes.row_scale)]
     limit = largest_shift(K, weight.bits) if limit is None else limit
     largest = largest_shifts(rows[0], tiles.tile_m)
-    columns = [_pad_to(x, (tiles.tile_n,)) for x in (weight.scale[0], bias) if x is not None]
+    columns = [pad_to(x, (tiles.tile_n,)) for x in (weight.scale[0], bias) if x is not None]
     launch = partial(_kernel(target, interpret), tiles=tiles, limit=limit, dtype=dtype, interpret=interpret)
     y = launch(near, far, largest, *rows, arrange(weight, tiles).rows, *columns)
     return y[: B * L, :O].reshape(B, L, O)

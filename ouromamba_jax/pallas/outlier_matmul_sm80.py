@@ -15,19 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, vector
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax.pallas import accumulators
+from ouromamba_jax.pallas.mma_pipeline import ACCUMULATOR, multiply_add, zeros
 from ouromamba_jax.pallas.store import store
-from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
-
-HALF = TILE_K // 2
+from ouromamba_jax.pallas.tiles import MatmulTiles
 
 
 def matmul(
@@ -49,33 +45,9 @@ def matmul(
 
     For M >= tile_m; 8, 128 and tile_n divide M, K and N. Arguments as in the Hopper kernel.
     """
-    (M, K), N = near.shape, weight.shape[0]
+    M, N = near.shape[0], weight.shape[0]
     tile_m, tile_n = tiles.tile_m, tiles.tile_n
-    k_tiles = K // TILE_K
     emulated = interpret is not None
-    accumulator = plgpu.Layout.MMA_ACC(jnp.int8)
-    width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step, and the swizzle that suits them
-    tiling = plgpu.TilingTransform((8, width))  # type: ignore[abstract]
-    swizzle = plgpu.SwizzleTransform(width)  # type: ignore[abstract]
-
-    def multiply(_, *blocks):
-        """Adds each plane's product with a block of weights to its accumulator."""
-        *planes, b, accs = blocks
-        if emulated:
-            rhs = b[...].T
-        else:
-            rhs = plgpu.load(b.transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(jnp.int8), optimized=False)
-        if not tiles.packed:
-            return tuple(accumulate(acc, a, rhs) for acc, a in zip(accs, planes, strict=True))
-        for half in range(2):
-            levels, part = _nibbles(rhs, high=half == 1, emulated=emulated), pl.ds(half * HALF, HALF)
-            accs = tuple(accumulate(acc, a.at[:, part], levels) for acc, a in zip(accs, planes, strict=True))
-        return accs
-
-    def accumulate(acc, a, rhs):
-        if emulated:  # the interpreter has no mma
-            return acc + jnp.matmul(a[...], rhs, preferred_element_type=jnp.int32)
-        return plgpu.mma(acc, plgpu.load(a, layout=plgpu.Layout.MMA_LHS(jnp.int8), optimized=False), rhs)
 
     def outlier_matmul(near, far, largest_shift, same_shift, shift, row_scale, weight, column_scale, *rest):
         *biases, out = rest
@@ -84,32 +56,21 @@ def matmul(
         rows = pl.ds(jnp.minimum(row_tile * tile_m, M - tile_m), tile_m)
 
         def products(planes, columns, accs, stages):
-            def spec(height, columns):
-                return plgpu.BlockSpec(
-                    (height, columns),
-                    lambda step: (0, step),
-                    transforms=(tiling, swizzle),
-                    oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
-                )
-
-            pipeline = plgpu.emit_pipeline(
-                multiply,
-                grid=(k_tiles,),
-                in_specs=[*[spec(tile_m, TILE_K)] * len(planes), spec(columns.size, width)],
-                max_concurrent_steps=stages,
-                init_carry=accs,
+            return multiply_add(
+                [plane.at[rows] for plane in planes],
+                weight.at[columns],
+                accs,
+                levels="packed" if tiles.packed else "int8",
+                stages=stages,
+                emulated=emulated,
             )
-            return pipeline(*(plane.at[rows] for plane in planes), weight.at[columns])
-
-        def zeros(columns):
-            return plgpu.layout_cast(jnp.zeros((tile_m, columns.size), jnp.int32), accumulator)
 
         def per_row(ref):
-            return plgpu.load(ref.at[rows], layout=accumulator.reduce(1), optimized=False)
+            return plgpu.load(ref.at[rows], layout=ACCUMULATOR.reduce(1), optimized=False)
 
         def write(y, columns):
             w, *offset = (
-                plgpu.load(ref.at[columns], layout=accumulator.reduce(0), optimized=False)
+                plgpu.load(ref.at[columns], layout=ACCUMULATOR.reduce(0), optimized=False)
                 for ref in (column_scale, *biases)
             )
             w = w * 0.0625 if tiles.packed else w
@@ -124,13 +85,13 @@ def matmul(
 
             # Shifts are at most 126, so once at most; if the compiler knew, it would merge both pipelines and spill.
             rounds = pl.cdiv(same_shift[row_tile], 126)
-            acc = lax.fori_loop(0, rounds, lambda _, acc: add(far, acc), zeros(columns))
+            acc = lax.fori_loop(0, rounds, lambda _, acc: add(far, acc), zeros(tile_m, tile_n))
             acc = add(near, accumulators.shifted(acc, per_row(shift)))
             write(acc.astype(jnp.float32) * lax.broadcast_in_dim(per_row(row_scale), acc.shape, [0]), columns)
 
         def two_accumulators(i, _):
             columns = pl.ds(first_column + i * accumulators.COLUMNS, accumulators.COLUMNS)
-            outliers, inliers = products([far, near], columns, (zeros(columns),) * 2, 1)
+            outliers, inliers = products([far, near], columns, (zeros(tile_m, accumulators.COLUMNS),) * 2, 1)
             y = accumulators.add(outliers, inliers, per_row(shift), per_row(row_scale), limit)
             write(y, columns)
 
@@ -147,29 +108,3 @@ def matmul(
     )
     biases = [] if bias is None else [bias]
     return kernel(near, far, largest_shift, largest_shift, shift, row_scale, weight, column_scale, *biases)
-
-
-def _nibbles(both: Int8[Array, "half N"], *, high: bool, emulated: bool) -> Int8[Array, "half N"]:
-    """16 times the levels in the high or low nibbles. Four to a word, since there is no 8-bit shift."""
-    if emulated:
-        return both & jnp.int8(-16) if high else lax.shift_left(both, jnp.int8(4))
-    layout = plgpu.Layout.MMA_RHS(jnp.int8)
-    result = plgpu.ShapeDtypeStruct(both.shape, both.dtype, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
-    def unpack(_, both):
-        word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-
-        def constant(value):
-            splat = ir.DenseElementsAttr.get_splat(word, ir.IntegerAttr.get(word.element_type, value))
-            return arith.constant(word, splat)  # type: ignore[arg-type]
-
-        four, mask = constant(4), constant(0xF0F0F0F0 - 2**32)
-        registers = np.empty_like(both.registers)
-        for index, register in np.ndenumerate(both.registers):
-            value = vector.bitcast(word, register)
-            value = arith.andi(value if high else arith.shli(value, four), mask)
-            registers[index] = vector.bitcast(register.type, value)
-        return type(both)(_registers=registers, _layout=both.layout, _is_signed=True)
-
-    return unpack(both)

@@ -24,6 +24,7 @@ from ouromamba_jax.outlier_types import (
 )
 from ouromamba_jax.pallas.device import device_reason
 from ouromamba_jax.pallas.kernel_weight import INT32_MAX
+from ouromamba_jax.pallas.packed_split import BLOCK, PackedSplit
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
 
 LANES = 128
@@ -59,18 +60,20 @@ def split(
     with_mask: bool = False,
     form: Form = "split",
     interpret: Any = None,
-) -> OutlierSplit | Planes | Float[Array, "B L C"]:
+) -> OutlierSplit | Planes | PackedSplit | Float[Array, "B L C"]:
     """`outliers.split_outliers` for what `supports` accepts; `channels` are those of another detection.
 
-    As "planes" it is `outliers.for_product` of that, with zeros up to whole K-steps of a product; as "floats" what that
-    stands for, in x's type. A split with "free" scales has no planes and is returned itself.
+    As "planes" it is `outliers.for_product` of that, with zeros up to whole K-steps of a product; as "packed" the
+    `PackedSplit` of it; as "floats" what it stands for, in x's type. A split with "free" scales has no
+    planes and is returned itself.
     """
     # Imported here: Mosaic takes a while, and most processes never run a kernel.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     B, L, C = x.shape
-    width, window = C + -C % LANES, min(config.n_refresh, L)
+    packed = form == "packed"
+    width, window = C + -C % (BLOCK if packed else LANES), min(config.n_refresh, L)
     q_in, q_out = max_level(config.act_bits), max_level(config.outlier_bits)
     floats = config.outlier_bits == 16
     planes = form == "planes" and (config.pow2 or floats)
@@ -159,6 +162,10 @@ def split(
             if form == "floats":
                 write(t, results, jnp.where(is_outlier, outliers * own, inliers * known_step))
                 return listed, following
+            if packed:
+                numbers = jnp.where(is_outlier, outliers, 0.0), known_step, shift
+                write(t, results[:-1], nibbles(jnp.where(is_outlier, 0.0, inliers)), *numbers)
+                return listed, following
             near = jnp.where(is_far, 0.0, jnp.where(is_outlier, outliers, inliers))
             far = jnp.where(is_far, outliers, 0.0)
             if planes:
@@ -169,13 +176,21 @@ def split(
                 write(t, results, near, far, own, *([listed] if with_mask else []))
             return listed, following
 
+        def nibbles(levels):
+            """Bytes of two: another thread holds the other half of the row."""
+            first[:width] = levels
+            low, high = first[: width // 2], first[width // 2 : width]
+            return 16.0 * high + jnp.where(low < 0, low + 16.0, low)
+
         def write(t, outputs, *values):
             for output, value in zip(outputs, values, strict=True):
                 output[sample, t] = value.astype(output.dtype)
 
-        lax.fori_loop(0, count, token, (jnp.zeros((width,), jnp.int32), load(0)))
+        listed, _ = lax.fori_loop(0, count, token, (jnp.zeros((width,), jnp.int32), load(0)))
+        if packed:
+            write(lax.axis_index("window"), results[-1:], listed)
 
-    entries, tokens = (B, L, width), (B, L)
+    entries, tokens, windows = (B, L, width), (B, L), -(-L // window)
     body.__name__ = "outlier_split"  # as profilers show it
     if form == "floats":
         body.__name__ += "_floats"
@@ -183,13 +198,17 @@ def split(
     elif planes:
         body.__name__ += "_bytes" if fixed_point else "_planes"
         written = [(entries, jnp.int8), (entries, jnp.int8), (tokens, jnp.float32), (tokens, jnp.int32)]
+    elif packed:
+        body.__name__ += "_packed"
+        written = [((B, L, width // 2), jnp.int8), (entries, jnp.int8), (tokens, jnp.float32), (tokens, jnp.int32)]
+        written += [((B, windows, width), jnp.int8)]
     else:
         written = [(entries, jnp.int8), (entries, x.dtype if floats else jnp.int8), (tokens, jnp.float32)]
         written += [(entries, jnp.int8)] if with_mask else []
     kernel = plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct(*array) for array in written),
-        grid=(B, -(-L // window)),
+        grid=(B, windows),
         grid_names=("sample", "window"),
         scratch_types=[plgpu.SMEM((2 * width,), jnp.float32)] * 2,
         **({"interpret": interpret} if interpret is not None else {}),
@@ -200,6 +219,9 @@ def split(
     if planes:
         near, far, row_scale, shift = results
         return Planes(near, far, shift, row_scale, C, fixed_point)
+    if packed:
+        inliers, levels, row_scale, shift, lists = results
+        return PackedSplit(inliers, levels, lists, shift, row_scale, C, window)
     near, far, outlier_scale, *mask = results
     found = mask[0][..., :C] != 0 if with_mask else None
     return OutlierSplit(near[..., :C], far[..., :C], outlier_scale, found, scale, config.pow2)

@@ -82,25 +82,29 @@ def matrices(threads, i):
 
 @operation("mma")
 def mma(threads, i):
-    """D (16, 8) = A (16, 32) B (32, 8) + C, int8, a warp each."""
-    if ".".join(i.op) != "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32":
+    """D (16, 8) = A (16, K) B (K, 8) + C, a warp each: 32 bytes along K of int8, or of int4 two to a byte."""
+    instruction = "mma.sync.aligned.m16n8k{}.row.col.s32.s{}.s{}.s32"
+    bits = next((n for n in (8, 4) if ".".join(i.op) == instruction.format(256 // n, n, n)), None)
+    if bits is None:
         raise NotImplementedError(i.text)
     d, a, b, c = map(names, i.operands)
     writes, sums = [threads.write(x) for x in d], [threads.read(x, np.int32) for x in c]
     left, right = ([threads.read(x, np.uint32) for x in operand] for operand in (a, b))
-    group, four = LANE // 4, 4 * (LANE % 4)[:, None] + np.arange(4)
+    each = 32 // bits  # levels of a register
+    group, k = LANE // 4, each * (LANE % 4)[:, None] + np.arange(each)
 
     def step(index, lanes):
         warps = len(threads.whole_warps(lanes, i))
 
         def levels(read):
-            return np.ascontiguousarray(np.broadcast_to(read(index), lanes.shape)).view(np.int8).reshape(warps, 32, 4)
+            both = np.ascontiguousarray(np.broadcast_to(read(index), lanes.shape)).view(np.int8).reshape(warps, 32, 4)
+            return both if bits == 8 else np.stack([(both << 4) >> 4, both >> 4], axis=-1).reshape(warps, 32, 8)
 
-        A, B = np.zeros((warps, 16, 32), np.float32), np.zeros((warps, 32, 8), np.float32)
+        A, B = np.zeros((warps, 16, 256 // bits), np.float32), np.zeros((warps, 256 // bits, 8), np.float32)
         for n, read in enumerate(left):
-            A[:, group[:, None] + 8 * (n % 2), four + 16 * (n // 2)] = levels(read)
+            A[:, group[:, None] + 8 * (n % 2), k + 4 * each * (n // 2)] = levels(read)
         for n, read in enumerate(right):
-            B[:, four + 16 * n, group[:, None]] = levels(read)
+            B[:, k + 4 * each * n, group[:, None]] = levels(read)
         product = (A @ B).astype(np.int32)  # below 2^24, so exact in float32
         for n, (write, read) in enumerate(zip(writes, sums, strict=True)):
             write(index, read(index) + product[:, group + 8 * (n // 2), 2 * (LANE % 4) + n % 2].ravel())

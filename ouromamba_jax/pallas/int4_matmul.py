@@ -1,0 +1,107 @@
+"""The outlier matmul on 4-bit tensor cores (A100, L40S): when it applies, and its operands.
+
+The published split: 4-bit inliers, and of each tile of rows the channels that a window in it lists, in 8 bits. Their
+weights are gathered for every tile, which takes about as long as 4-bit products save (`scripts/outlier_columns.py`):
+`outlier_matmul` runs it by name, and dense levels otherwise. Where a tile lists more channels than there is room for,
+or a shift is too large for the accumulator, the dense kernel runs: results depend on neither.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from ouromamba_jax.pallas import outlier_matmul as dense
+from ouromamba_jax.pallas.device import device_reason, device_target
+from ouromamba_jax.pallas.kernel_weight import KernelWeight, pack_halves
+from ouromamba_jax.pallas.outlier_matmul import first_rows, pad_to
+from ouromamba_jax.pallas.packed_split import BLOCK, PackedSplit
+from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
+from ouromamba_jax.qtensor import QTensor
+
+
+def supports(split: Any, weight: QTensor | KernelWeight, bias: Any, dtype: Any) -> str | None:
+    """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
+    if not isinstance(split, PackedSplit):
+        return "it takes what split_for_product(..., packed=True) returns"
+    if weight.bits > 4:
+        return f"its weights must fit 4 bits, not {weight.bits}"
+    if reason := dense.unsuitable(weight, dtype) or device_reason():
+        return reason
+    return "Hopper's tensor cores multiply no 4-bit integers" if device_target() == "sm90" else None
+
+
+def capacity_of(channels: int) -> int:
+    """Room for half the channels in whole K-steps: of more, the dense product takes less time anyway."""
+    return -(-channels // (2 * TILE_K)) * TILE_K
+
+
+def run(
+    split: PackedSplit,
+    weight: QTensor | KernelWeight,
+    bias: Float[Array, " O"] | None = None,
+    dtype: Any = jnp.float32,
+    *,
+    capacity: int | None = None,
+    target: Target | None = None,
+    tiles: MatmulTiles | None = None,
+    interpret: Any = None,
+) -> Float[Array, "B L O"]:
+    """row_scale * s_w * (2^shift * outliers @ W + inliers @ W) + bias, exact integers in int32.
+
+    Args:
+      dtype: of the result, float32 or bfloat16.
+      capacity: listed channels of a tile that there is room for, whole K-steps; None takes `capacity_of`.
+      target, tiles, interpret: as of the dense `run`.
+    """
+    # Imported here: Mosaic takes a while, and most processes never run a kernel.
+    from ouromamba_jax.pallas import int4_matmul_sm80
+
+    (B, L, K), O = split.shape, weight.shape[1]
+    target = target or device_target()
+    tiles = tiles or matmul_tiles(target, O, 8)
+    capacity = capacity or capacity_of(K)
+    height = (tiles.tile_m if tiles.tile_m > B * L else 8,)
+    inliers, outliers = (pad_to(x.reshape(B * L, -1), (*height, 1)) for x in (split.inliers, split.outliers))
+    shift, row_scale = (pad_to(x.reshape(B * L), height) for x in (split.shift, split.row_scale))
+    columns = [pad_to(x, (tiles.tile_n,)) for x in (weight.scale[0], bias) if x is not None]
+    values = pad_to(weight.values.T, (tiles.tile_n, BLOCK))
+    first = first_rows(len(inliers), tiles.tile_m)
+    listed = merge_lists(split, first, tiles.tile_m)
+    count = jnp.sum(listed, axis=1)
+
+    def compact():
+        channels = jax.vmap(partial(jnp.nonzero, size=capacity, fill_value=listed.shape[1]))(listed)[0]
+
+        def gather(matrix, rows):
+            return matrix.at[rows[:, :, None], channels[:, None, :]].get(mode="fill", fill_value=0)
+
+        blocks = gather(outliers, first[:, None] + np.arange(tiles.tile_m))
+        block_weights = gather(values, np.arange(len(values))[None])
+        weights = pack_halves(values, values.shape[1]), block_weights
+        launch = partial(int4_matmul_sm80.matmul, tiles=tiles, dtype=dtype, interpret=interpret)
+        y = launch(inliers, blocks, -(-count // TILE_K), shift, row_scale, *weights, *columns)
+        return y[: B * L, :O].reshape(B, L, O)
+
+    def full():
+        return dense.run(split.planes(), weight, bias, dtype=dtype, target=target, interpret=interpret)
+
+    fits = jnp.all(count <= capacity) & jnp.all(split.shift <= dense.largest_shift(K, weight.bits))
+    return lax.cond(fits, compact, full)
+
+
+def merge_lists(split: PackedSplit, first: np.ndarray, tile_m: int) -> Bool[Array, "tiles width"]:
+    """Channels that any window lists of which a row is in the tile."""
+    B, L, _ = split.shape
+    windows = split.lists.shape[1]
+
+    def window_of(row):
+        return row // L * windows + row % L // split.window
+
+    start, last = window_of(first), window_of(np.minimum(first + tile_m, B * L) - 1)
+    members = np.minimum(start[:, None] + np.arange(np.max(last - start) + 1), last[:, None])
+    return jnp.any(split.lists.reshape(B * windows, -1)[members] != 0, axis=1)
