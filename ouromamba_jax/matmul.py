@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax import triton_matmul
 from ouromamba_jax.fixed_order import guard_product
-from ouromamba_jax.outlier_types import OutlierSplit, Planes
+from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit, Planes
 from ouromamba_jax.outliers import for_product
-from ouromamba_jax.pallas import int4_matmul
+from ouromamba_jax.pallas import int4_matmul, packed_split
 from ouromamba_jax.pallas import outlier_matmul as kernel
+from ouromamba_jax.pallas.device import int4_reason
 from ouromamba_jax.pallas.dispatch import Backend, choose
 from ouromamba_jax.pallas.kernel_weight import KernelWeight
 from ouromamba_jax.pallas.packed_split import PackedSplit
@@ -134,6 +135,13 @@ BACKENDS: dict[str, Backend] = {
     "xla": Backend(lambda split, weight, bias, dtype: None, _xla),
     "triton": Backend(triton_matmul.supports, _triton),
 }
+
+
+def takes_packed(config: OutlierConfig, weight: Weight, dtype: Any) -> bool:
+    """Whether a layer should split with packed=True: "mosaic_gpu_int4" is first (`bench.preferring`) and can run."""
+    first = next(iter(BACKENDS))
+    reason = packed_split.unsuitable(config) or int4_matmul.unsuitable(weight, jnp.dtype(dtype)) or int4_reason()
+    return first == "mosaic_gpu_int4" and reason is None
 
 
 def prepare(split: Activation, weight: Weight, dtype: Any = jnp.float32) -> Weight:

@@ -10,7 +10,8 @@ XLA on an H100; `scan` within 1.4x of its limit and 20x XLA; `scan backward` at 
 A limit is the longest of what any implementation must do: read its inputs and write its outputs once, multiply on
 tensor cores, take exponentials (16 per clock and multiprocessor), all at datasheet peaks. Every operation runs
 `--inner` times in one compiled loop, in which each waits for the last; operations take turns, and a ratio is the median
-over rounds. Activations are bfloat16 and Gaussian with 1 % of heavy channels, weights have 4 bits.
+over rounds. "int4" is the published split on 4-bit tensor cores, which Hopper lacks. Activations are bfloat16 and
+Gaussian with 1 % of heavy channels, weights have 4 bits.
 
 Before a case is timed, the kernel's results are compared with XLA's: "unequal" counts the integers that differ,
 "off by ppm" is the largest difference of floats, in millionths of the largest float of the same array. A case that
@@ -22,6 +23,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ouromamba_jax.bench import Timing, repeated, time_interleaved, time_ratio, write_results
-from ouromamba_jax.matmul import outlier_matmul, prepare
+from ouromamba_jax.matmul import BACKENDS, outlier_matmul, prepare
 from ouromamba_jax.outlier_calibration import search_token_scales
 from ouromamba_jax.outlier_types import OutlierConfig
-from ouromamba_jax.outliers import split_outliers
+from ouromamba_jax.outliers import split_for_product, split_outliers
 from ouromamba_jax.qtensor import quantize_array
 from ouromamba_jax.scan import selective_scan
 from ouromamba_jax.tables import print_table
 
-OURS, XLA, CUBLAS = "mosaic_gpu", "xla", "cublas bf16"
+OURS, INT4, XLA, CUBLAS = "mosaic_gpu", "mosaic_gpu_int4", "xla", "cublas bf16"
 CONFIG = OutlierConfig(act_bits=4, outlier_bits=8)
 
 
@@ -148,24 +150,31 @@ class Layer:
         x = jnp.asarray(x, jnp.bfloat16)
         scale = search_token_scales(x[:1], CONFIG)
 
-        def split(name):
-            return lambda x, scale: split_outliers(x, scale, CONFIG, with_mask=False, implementation=name)
-
         if self.operation == "split":
+
+            def split(name):
+                return lambda x, scale: split_outliers(x, scale, CONFIG, with_mask=False, implementation=name)
+
             return {name: (split(name), (x, scale)) for name in (OURS, XLA)}
         float_weight = jnp.asarray(rng.normal(size=(self.K, self.O)), jnp.float32)
         weight = quantize_array(float_weight, 4)
+
+        def levels(name, x, scale):
+            splitter = XLA if name == XLA else OURS
+            return split_for_product(x, scale, CONFIG, packed=name == INT4, implementation=splitter)
 
         def matmul(name):
             return lambda split, weight: outlier_matmul(split, weight, dtype=jnp.bfloat16, implementation=name)
 
         def linear(name):
-            return lambda x, scale, weight: matmul(name)(split(name)(x, scale), weight)
+            return lambda x, scale, weight: matmul(name)(levels(name, x, scale), weight)
 
-        levels = split(XLA)(x, scale)
-        weights = {OURS: prepare(levels, weight, jnp.bfloat16), XLA: weight}  # as models keep them
+        like = {name: jax.eval_shape(partial(levels, name), x, scale) for name in (OURS, INT4, XLA)}
+        weights = {OURS: prepare(like[OURS], weight, jnp.bfloat16), XLA: weight}  # as models keep them
+        if BACKENDS[INT4].supports(like[INT4], weight, None, jnp.dtype(jnp.bfloat16)) is None:
+            weights[INT4] = weight
         if self.operation == "matmul":
-            calls = {name: (matmul(name), (levels, weight)) for name, weight in weights.items()}
+            calls = {name: (matmul(name), (levels(name, x, scale), weight)) for name, weight in weights.items()}
         else:
             calls = {name: (linear(name), (x, scale, weight)) for name, weight in weights.items()}
         return {**calls, CUBLAS: (jnp.matmul, (x.reshape(-1, self.K), float_weight.astype(jnp.bfloat16)))}
@@ -210,8 +219,9 @@ def measure(case: Scan | Layer, batch: int, inner: int, repeats: int) -> tuple[d
         return lambda: compiled(inputs)
 
     calls = {name: call(*operation) for name, operation in case.calls(batch).items()}
-    apart = difference(calls[OURS](), calls[XLA]())
-    return time_interleaved(calls, repeats=repeats), *apart
+    reference = calls[XLA]()
+    unequal, off = zip(*(difference(calls[name](), reference) for name in (OURS, INT4) if name in calls), strict=True)
+    return time_interleaved(calls, repeats=repeats), max(unequal), max(off)
 
 
 def difference(ours: Any, reference: Any) -> tuple[int, float]:
@@ -234,7 +244,17 @@ def limits(case: Scan | Layer, batch: int) -> list[Any]:
 
 
 LIMIT_HEADERS = ("model", "operation", "shape", "MB", "int8 Gop", "G exp")
-TIME_HEADERS = ("ours us", "xla us", "cublas us", "limit us", "set by", "ours / limit", "xla / ours", "cublas / ours")
+TIME_HEADERS = (
+    "ours us",
+    "int4 us",
+    "xla us",
+    "cublas us",
+    "limit us",
+    "set by",
+    "ours / limit",
+    "xla / ours",
+    "cublas / ours",
+)
 HEADERS = (*LIMIT_HEADERS, *TIME_HEADERS, "unequal", "off by ppm")
 
 
@@ -253,7 +273,7 @@ def bench(case: Scan | Layer, batch: int, inner: int, repeats: int) -> list[Any]
     us = {name: 1e6 * timing.median / inner for name, timing in timings.items()}
     limit, bound = device.limit(case.work(batch)) if device else (None, None)
     ratios = [time_ratio(timings[name], timings[OURS]) if name in timings else None for name in (XLA, CUBLAS)]
-    times = [us.get(OURS), us.get(XLA), us.get(CUBLAS), limit and 1e6 * limit, bound]
+    times = [*(us.get(name) for name in (OURS, INT4, XLA, CUBLAS)), limit and 1e6 * limit, bound]
     return limits(case, batch) + times + [limit and us[OURS] / (1e6 * limit), *ratios, *apart]
 
 

@@ -15,8 +15,9 @@ loop run on one); vim_base 1.18x as fast as float at W8A8 and 1.40x at W4A4 (1.2
 outliers take a second int8 product). Trained models have other outliers.
 
 `--device gpu` times six published models at batch 32 in bfloat16, W8A8 and W4A4, through XLA and on our kernels
-(`bench.preferring`), then says what share of the time on the kernels goes into finding and splitting outliers, into
-products, into scans and into the rest. A model that fails is recorded with its error, and the next one starts.
+(`bench.preferring`), below Hopper also on 4-bit tensor cores, then says what share of the time on the kernels goes into
+finding and splitting outliers, into products, into scans and into the rest. A model that fails is recorded with its
+error, and the next one starts.
 
 What a kernel refuses runs on XLA: "kernels" counts the kernels' calls in the compiled program.
 Not run on a GPU yet: no time and no number is known.
@@ -50,12 +51,14 @@ from ouromamba_jax.bench import (
 from ouromamba_jax.breakdown import BREAKDOWN_HEADERS, KINDS, block_breakdown, model_breakdown
 from ouromamba_jax.models import VisionModel, create_model, model_config, pure
 from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.pallas.device import int4_reason
 from ouromamba_jax.quantize.modules import prepare_weights
 from ouromamba_jax.quantize.sites import set_module
 from ouromamba_jax.scan_types import ScanOutput
 from ouromamba_jax.tables import print_table
 
-OURS, XLA, FLOAT = "mosaic_gpu", "xla", "bf16"
+OURS, INT4, XLA, FLOAT = "mosaic_gpu", "mosaic_gpu_int4", "xla", "bf16"
+INT4_KERNEL = "int4_matmul"
 GPU_MODELS = ("vim_tiny", "vim_small", "vim_base", "vmamba_tiny_s1l8", "vmamba_base_s1l20", "mambavision_t")
 GPU_HEADERS = ("bits", "backend", "ms", "spread %", "images/s", "bf16 / this", "xla / this", "kernels")
 SHARE_HEADERS = ("bits", "ms", *(f"{kind} %" for kind in KINDS))
@@ -128,19 +131,22 @@ def bench_gpu(models: dict[str, nnx.Module], batch: int, repeats: int) -> tuple[
     """Rows under GPU_HEADERS and SHARE_HEADERS."""
     images = random_images(models[FLOAT], batch)
     calls, kernels, shares = {}, {}, []
-    for backend in (XLA, OURS):
+    for backend in (XLA, OURS, *([INT4] if int4_reason() is None else [])):
         with preferring(backend):
             for bits, model in models.items():
                 log(f"compiling {bits} on {backend}")
                 prepare_weights(model)
                 function, state = pure(model)
                 compiled = jax.jit(function).lower(state, images).compile()
+                if backend == INT4 and INT4_KERNEL not in compiled.as_text():
+                    continue  # nothing in it has 4 bits
                 calls[bits, backend] = partial(compiled, state, images)
                 kernels[bits, backend] = compiled.as_text().count('custom_call_target="mosaic_gpu')
     timings = time_interleaved(calls, repeats=repeats)
     rows = []
     for (bits, backend), timing in timings.items():
-        ratios = [time_ratio(timings[other], timing) for other in ((FLOAT, backend), (bits, XLA))]
+        float_backend = OURS if backend == INT4 else backend
+        ratios = [time_ratio(timings[other], timing) for other in ((FLOAT, float_backend), (bits, XLA))]
         times = [1e3 * timing.median, 100 * timing.spread, batch / timing.median]
         rows.append([bits, backend, *times, *ratios, kernels[bits, backend]])
     with preferring(OURS):

@@ -71,6 +71,8 @@ def test_its_tables_and_results(script, gpu, capsys, monkeypatch, tmp_path):
     pure = script.pure
     monkeypatch.setattr(script, "pure", lambda model: pure(model.stem))  # compiles in no time
     monkeypatch.setattr(script, "OURS", "xla also")
+    monkeypatch.setattr(script, "int4_reason", lambda: None)
+    monkeypatch.setattr(script, "INT4_KERNEL", "HloModule")  # in any program
     monkeypatch.setattr(script, "quantize_untuned", lambda model, preset, **_: other)
     preferred = []
 
@@ -90,17 +92,18 @@ def test_its_tables_and_results(script, gpu, capsys, monkeypatch, tmp_path):
     path = tmp_path / "results.json"
     arguments = ("--model", "vim_tiny", "--batch", "2", "--bits", "w4a4", "--repeats", "2", "--json", str(path))
     assert run(script, monkeypatch, *arguments) == 0
-    assert preferred == ["xla", "xla also", "xla also"]
+    backends = ["xla", "xla also", "mosaic_gpu_int4"]
+    assert preferred == [*backends, "xla also"]
     assert broken_down == [(False, 2), (True, 2)]
     written = json.loads(path.read_text())
     assert written["machine"]["devices"].endswith("a GPU")
     assert written["machine"]["jax"] == jax.__version__
     rows = written["models"]["vim_tiny"]["rows"]
-    assert [row[:2] for row in rows] == [[bits, b] for b in ("xla", "xla also") for bits in ("bf16", "w4a4")]
+    assert [row[:2] for row in rows] == [[bits, b] for b in backends for bits in ("bf16", "w4a4")]
     assert all(len(row) == len(written["headers"]) for row in rows)
     named = [dict(zip(written["headers"], row, strict=True)) for row in rows]
     assert all(row["images/s"] == pytest.approx(2 / (row["ms"] / 1e3)) for row in named)
-    assert all(row["bf16 / this"] == 1 for row in named if row["bits"] == "bf16")
+    assert all(row["bf16 / this"] == 1 for row in named if row["bits"] == "bf16" and row["backend"] != script.INT4)
     assert all(row["xla / this"] == 1 for row in named if row["backend"] == "xla")
     assert all(row["kernels"] == 0 for row in named)
     assert written["models"]["vim_tiny"]["shares"] == [[bits, 10, 10, 20, 30, 40] for bits in ("bf16", "w4a4")]

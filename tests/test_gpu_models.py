@@ -14,6 +14,7 @@ from tiny_models import FAMILIES, filled, quantised
 from ouromamba_jax import GenConfig, bench, generate_images, matmul, outliers, quantize, scan
 from ouromamba_jax.models import create_model, pure
 from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.pallas.device import int4_reason
 from ouromamba_jax.pallas.dispatch import choose
 from ouromamba_jax.preprocessing import height_width
 from ouromamba_jax.qtensor import quantize_array
@@ -125,6 +126,23 @@ def test_models_take_the_kernels(bits, family, monkeypatch):
     tolerance = tolerances.LOGITS_GPU["float" if bits == "float32" else "quantised"]
     assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
     assert np.ptp(expected, axis=0).max() > 10 * tolerance * np.abs(expected).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_take_4_bit_products_if_told_to(family, monkeypatch):
+    """In their layers of 4 bits; 8-bit ones at either end stay with the dense kernel."""
+    if reason := int4_reason():
+        pytest.skip(reason)
+    model = quantised(QuantConfig.preset("w4a4"), family)
+    images = jax.random.normal(jax.random.key(0), (3, *height_width(model.config.img_size), 3))
+    dense = jax.jit(pure(model)[0])(pure(model)[1], images)
+    with bench.preferring("mosaic_gpu_int4"):
+        seen = recorded(monkeypatch)
+        function, state = pure(model)
+        logits = jax.jit(function)(state, images)
+    assert seen == {("matmul", "mosaic_gpu_int4"), *((operation, "mosaic_gpu") for operation in OPERATIONS)}
+    np.testing.assert_array_equal(logits, dense)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from ouromamba_jax import matmul, outliers
 from ouromamba_jax.outlier_calibration import search_token_scales
 from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.outliers import split_for_product, split_outliers
-from ouromamba_jax.pallas import int4_matmul, outlier_split
+from ouromamba_jax.pallas import device, int4_matmul, outlier_split
 from ouromamba_jax.pallas import outlier_matmul as dense
 from ouromamba_jax.pallas.dispatch import Backend
 from ouromamba_jax.pallas.tiles import MatmulTiles
@@ -178,8 +178,8 @@ def test_reasons_against_a_call(monkeypatch):
     with pytest.raises(ValueError, match="NVIDIA"):
         matmul.outlier_matmul(packed, weight, implementation="mosaic_gpu_int4")
     for target, reason in (("sm90", "Hopper"), ("sm80", None), ("sm89", None)):
-        monkeypatch.setattr(int4_matmul, "device_reason", lambda: None)
-        monkeypatch.setattr(int4_matmul, "device_target", lambda target=target: target)
+        monkeypatch.setattr(device, "device_reason", lambda: None)
+        monkeypatch.setattr(device, "device_target", lambda target=target: target)
         assert (int4_matmul.supports(packed, weight, None, dtype) or "").startswith(reason or "")
     for config in (OutlierConfig(act_bits=5), OutlierConfig(outlier_scale="free"), OutlierConfig(outlier_bits=16)):
         with pytest.raises(ValueError, match="cannot be packed"):

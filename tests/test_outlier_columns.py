@@ -19,12 +19,13 @@ def test_shares_of_tiles():
     x = jnp.asarray((rng.normal(size=(3, 50, 40)) * np.where(rng.random((3, 50, 40)) < 0.02, 30, 1)).astype(np.float32))
     split = split_outliers(x, jnp.full(50, 0.2, jnp.float32), OutlierConfig())
     mask, shifted = np.asarray(split.mask).reshape(150, 40), np.asarray(split.shifted).reshape(150)
-    inputs, outliers, of_64, of_128, tokens, tiles, time = load_script("outlier_columns").describe(split)
+    inputs, outliers, of_64, of_128, over_half, tokens, tiles, time = load_script("outlier_columns").describe(split)
     assert inputs == 40
     assert 0 < tokens == shifted.mean() < 1
     assert 0 < outliers == mask.mean()
     assert of_64 == pytest.approx(np.mean([mask[a:b].any(0).mean() for a, b in ((0, 64), (64, 128), (128, 150))]))
     assert of_128 == pytest.approx((mask[:128].any(0).mean() + mask[128:].any(0).mean()) / 2)
+    assert over_half == np.mean([mask[a:b].any(0).sum() > 20 for a, b in ((0, 128), (128, 150))])
     assert tiles == np.mean([shifted[:128].any(), shifted[128:].any()])
     assert outliers < of_64 < of_128
     assert time == 0.5 + of_128

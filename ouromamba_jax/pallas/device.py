@@ -22,6 +22,13 @@ def device_reason() -> str | None:
     return None if target_of(capability) else f"there is no kernel for compute capability {capability}"
 
 
+def int4_reason() -> str | None:
+    """Why no kernel can multiply 4-bit integers on the default device; None if one can."""
+    if reason := device_reason():
+        return reason
+    return "Hopper's tensor cores multiply no 4-bit integers" if device_target() == "sm90" else None
+
+
 def device_target() -> Target:
     """The architecture of the default device.
 

@@ -1,9 +1,12 @@
 """The outlier matmul on 4-bit tensor cores (A100, L40S): when it applies, and its operands.
 
-The published split: 4-bit inliers, and of each tile of rows the channels that a window in it lists, in 8 bits. Their
-weights are gathered for every tile, which takes about as long as 4-bit products save (`scripts/outlier_columns.py`):
-`outlier_matmul` runs it by name, and dense levels otherwise. Where a tile lists more channels than there is room for,
-or a shift is too large for the accumulator, the dense kernel runs: results depend on neither.
+The published split: 4-bit inliers, and of each tile of rows the channels that a window in it lists, in 8 bits. Where a
+tile lists more than there is room for, or a shift is too large for the accumulator, the dense kernel runs: results
+depend on neither.
+
+Models take it within `bench.preferring("mosaic_gpu_int4")`, not by themselves. 4-bit products save a fifth of the dense
+kernel's time at best (`scripts/outlier_columns.py`), and the weights of every tile's list must be gathered first: 59 MB
+at the largest layer of Vim-B, written and read again, where the dense kernel moves 45.
 """
 
 from functools import partial
@@ -16,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ouromamba_jax.pallas import outlier_matmul as dense
-from ouromamba_jax.pallas.device import device_reason, device_target
+from ouromamba_jax.pallas.device import device_target, int4_reason
 from ouromamba_jax.pallas.kernel_weight import KernelWeight, pack_halves
 from ouromamba_jax.pallas.outlier_matmul import first_rows, pad_to
 from ouromamba_jax.pallas.packed_split import BLOCK, PackedSplit
@@ -28,11 +31,14 @@ def supports(split: Any, weight: QTensor | KernelWeight, bias: Any, dtype: Any) 
     """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
     if not isinstance(split, PackedSplit):
         return "it takes what split_for_product(..., packed=True) returns"
+    return unsuitable(weight, dtype) or int4_reason()
+
+
+def unsuitable(weight: QTensor | KernelWeight, dtype: Any) -> str | None:
+    """Why the kernel cannot multiply this weight or write this type, whatever the device; None if it can."""
     if weight.bits > 4:
         return f"its weights must fit 4 bits, not {weight.bits}"
-    if reason := dense.unsuitable(weight, dtype) or device_reason():
-        return reason
-    return "Hopper's tensor cores multiply no 4-bit integers" if device_target() == "sm90" else None
+    return dense.unsuitable(weight, dtype)
 
 
 def capacity_of(channels: int) -> int:
@@ -76,12 +82,10 @@ def run(
 
     def compact():
         channels = jax.vmap(partial(jnp.nonzero, size=capacity, fill_value=listed.shape[1]))(listed)[0]
-
-        def gather(matrix, rows):
-            return matrix.at[rows[:, :, None], channels[:, None, :]].get(mode="fill", fill_value=0)
-
-        blocks = gather(outliers, first[:, None] + np.arange(tiles.tile_m))
-        block_weights = gather(values, np.arange(len(values))[None])
+        # Beyond a list's end outliers are zero, and weights whatever they may be.
+        blocks = outliers[first[:, None] + np.arange(tiles.tile_m)]
+        blocks = jax.vmap(partial(jnp.take, axis=1, mode="fill", fill_value=0))(blocks, channels)
+        block_weights = jax.vmap(partial(jnp.take, values, axis=1, mode="clip"))(channels)
         weights = pack_halves(values, values.shape[1]), block_weights
         launch = partial(int4_matmul_sm80.matmul, tiles=tiles, dtype=dtype, interpret=interpret)
         y = launch(inliers, blocks, -(-count // TILE_K), shift, row_scale, *weights, *columns)

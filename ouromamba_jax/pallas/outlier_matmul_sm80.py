@@ -4,8 +4,8 @@ One warpgroup per output tile. As on Hopper the tile's outlier steps come first 
 holds a shift), then a shift of every row, then the steps of `near`, which every tile has: the integers are exact. A
 tile with a shift that int32 is too small for takes two accumulators, a few columns at a time.
 `near` is dense int8 although these GPUs multiply 4-bit integers at twice the speed: 4-bit inliers and an int8 product
-of the outliers' channels take 0.76 to 1.09 times as long at best (`scripts/outlier_columns.py`; dt_proj, of few inputs
-and no outliers, aside), before any channel is gathered.
+of the outliers' channels (`int4_matmul`) take 0.76 to 1.09 times as long at best (`scripts/outlier_columns.py`;
+dt_proj, of few inputs and no outliers, aside), before any channel is gathered.
 
 4-bit weights may travel packed and are unpacked in registers. A stage in flight is then a quarter to a third smaller,
 so that two programs share a multiprocessor and one can load while the other multiplies.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int8
 
-from ouromamba_jax.matmul import KernelWeight, outlier_matmul, prepare
+from ouromamba_jax.matmul import KernelWeight, PackedSplit, outlier_matmul, prepare, takes_packed
 from ouromamba_jax.models.layers import QuantPoint, as_tokens
 from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit, Planes
 from ouromamba_jax.outliers import round_activation, split_for_product, split_outliers
@@ -99,9 +99,11 @@ class ActQuantizer(nnx.Module):
         """
         return split_outliers(*self._checked(x), **self._lists(), with_mask=with_mask)
 
-    def split_for_product(self, x: Float[Array, "B L C"]) -> OutlierSplit | Planes:
+    def split_for_product(
+        self, x: Float[Array, "B L C"], *, packed: bool = False
+    ) -> OutlierSplit | Planes | PackedSplit:
         """What `outlier_matmul` takes. Raises as `split` does."""
-        return split_for_product(*self._checked(x), **self._lists())
+        return split_for_product(*self._checked(x), **self._lists(), packed=packed)
 
     def round(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         """x after rounding, in its own type. Raises as `split` does."""
@@ -156,7 +158,7 @@ class QuantLinear(nnx.Module):
         """Lays the weight out once for the backend that will multiply by it (see `matmul.prepare`)."""
         weight = self.weight
         x = jax.ShapeDtypeStruct((1, *self.act.scale.shape, weight.shape[0]), jnp.float32)
-        weight = prepare(jax.eval_shape(self.act.split_for_product, x), weight, self.dtype)
+        weight = prepare(jax.eval_shape(self._split, x), weight, self.dtype)
         if isinstance(weight, KernelWeight):
             self.levels = Levels(weight.rows, bits=self.levels.bits, prepared=weight.shape, wide=weight.wide)
         else:
@@ -164,8 +166,11 @@ class QuantLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
         bias = None if self.bias is None else self.bias[...]
-        y = outlier_matmul(self.act.split_for_product(as_tokens(x)), self.weight, bias=bias, dtype=self.dtype)
+        y = outlier_matmul(self._split(as_tokens(x)), self.weight, bias=bias, dtype=self.dtype)
         return y.reshape(*x.shape[:-1], -1)
+
+    def _split(self, x: Float[Array, "B L K"]) -> OutlierSplit | Planes | PackedSplit:
+        return self.act.split_for_product(x, packed=takes_packed(self.act.config, self.weight, self.dtype))
 
 
 class QuantizedPoint(QuantPoint):
