@@ -175,9 +175,15 @@ def _packed(split: OutlierSplit, window: int) -> PackedSplit:
         return jnp.pad(x, [(0, 0), (0, tokens - L), (0, width - C)])
 
     inliers = pack_halves(padded(split.inlier_q).reshape(B * L, width), width).reshape(B, L, width // 2)
-    listed = padded(split.known_mask, windows * window).reshape(B, windows, window, width).any(axis=2)
-    numbers = _shift_and_row_scale(split)
-    return PackedSplit(inliers, padded(split.outlier_q), listed.astype(jnp.int8), *numbers, C, window)
+    mask, levels = (
+        padded(x, windows * window).reshape(B, windows, window, width) for x in (split.known_mask, split.outlier_q)
+    )
+    tokens = jnp.sum(mask, axis=2)  # of a window that have the channel listed: the more, the earlier it was
+    order = jnp.argsort(-tokens, axis=-1, stable=True)
+    places = jnp.where(tokens > 0, jnp.argsort(order, axis=-1) + 1, 0).astype(jnp.int16)
+    outliers = jnp.take_along_axis(levels, order[:, :, None], axis=-1).reshape(B, -1, width)[:, :L]
+    counts = jnp.sum(split.known_mask, axis=-1, dtype=jnp.int32)
+    return PackedSplit(inliers, outliers, places, counts, *_shift_and_row_scale(split), C, window)
 
 
 def _fixed_point(split: OutlierSplit) -> Planes:

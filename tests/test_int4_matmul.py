@@ -40,6 +40,13 @@ def activations(seed, B, L, K, *, share=0.01, size=12):
     return jnp.asarray(x * np.where(rng.random((B, L, K)) < share, size, 1), jnp.float32), scale
 
 
+def unread(packed):
+    """With levels where no product may look, as memory that nobody wrote holds them."""
+    noise = jax.random.randint(jax.random.key(0), packed.outliers.shape, -128, 128, jnp.int8)
+    written = jnp.arange(packed.outliers.shape[-1])[None, None] < packed.counts[:, :, None]
+    return replace(packed, outliers=jnp.where(written, packed.outliers, noise))
+
+
 def launch(target, tiles, **interpreter):
     return {"target": target, "tiles": tiles, "interpret": plgpu.InterpretGPUParams(**interpreter)}
 
@@ -66,12 +73,15 @@ def test_the_split_kernel_packs_the_reference(L, K, config, dtype, splitter):
     fine = np.isfinite(expected.row_scale)
     assert fine.sum() == fine.size - 1
     assert (expected.shift > 0).any()
-    for name in ("inliers", "outliers", "shift", "row_scale"):
+    for name in ("inliers", "counts", "shift", "row_scale"):
         a, b = (np.asarray(getattr(split, name)) for split in (got, expected))
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a[fine], b[fine], err_msg=name)
+    np.testing.assert_array_equal(got.places, expected.places)
+    written = (np.arange(expected.outliers.shape[-1]) < np.asarray(expected.counts)[:, :, None]) & fine[:, :, None]
+    assert 0 < written.sum() < written.size
+    np.testing.assert_array_equal(np.asarray(got.outliers)[written], np.asarray(expected.outliers)[written])
     np.testing.assert_array_equal(np.isnan(got.row_scale), ~fine)
-    np.testing.assert_array_equal(got.lists != 0, expected.lists != 0)
 
 
 def test_a_packed_split_holds_the_levels_of_the_dense_one():
@@ -85,9 +95,14 @@ def test_a_packed_split_holds_the_levels_of_the_dense_one():
     np.testing.assert_array_equal(planes.read_far, expected.read_far)
     assert not planes.near[..., 150:].any()
     np.testing.assert_array_equal(planes.merge(), expected.merge())
-    listed = np.zeros((2, 30, 256), bool)
-    listed[:, :23, :150] = split.mask
-    np.testing.assert_array_equal(packed.lists != 0, listed.reshape(2, 3, 10, 256).any(2))
+    for sample, window in ((0, 0), (1, 2)):
+        mask = np.asarray(split.mask[sample, 10 * window : 10 * window + 10])
+        when = np.where(mask.any(0), mask.argmax(0), 10)  # a channel was listed
+        order = np.argsort(when, stable=True)[: mask.any(0).sum()]
+        assert 1 < len(order) < 150
+        assert np.unique(when[order]).size > 1
+        np.testing.assert_array_equal(packed.places[sample, window][order], np.arange(len(order)) + 1)
+        assert np.count_nonzero(packed.places[sample, window]) == len(order)
 
 
 CASES = {
@@ -117,7 +132,7 @@ def test_integers_are_exact(target, kind, monkeypatch, capfd):
     values = np.random.default_rng(3).integers(-7, 8, size=(K, O))
     expected = (inlier + (outlier << np.asarray(packed.shift)[:, :, None])) @ values
     assert np.abs(expected).max() < 2**24  # a float32 holds them all
-    packed = replace(packed, row_scale=jnp.ones_like(packed.row_scale))
+    packed = replace(unread(packed), row_scale=jnp.ones_like(packed.row_scale))
     weight = QTensor(jnp.asarray(values, jnp.int8), jnp.ones((1, O), jnp.float32), 4)
     call = partial(run, packed, weight, target, capacity=capacity, detect_races=B * L % 64 == 0)
     y = call()
@@ -137,7 +152,7 @@ def test_real_scales_and_a_bias_give_the_bits_of_xla(target, size):
     rng = np.random.default_rng(5)
     weight = quantize_array(jnp.asarray(rng.normal(size=(150, 70)), jnp.float32), 4)
     bias = jnp.asarray(rng.normal(size=70), jnp.float16)
-    y = run(packed, weight, target, bias, jnp.dtype("bfloat16"))
+    y = run(unread(packed), weight, target, bias, jnp.dtype("bfloat16"))
     expected = matmul.outlier_matmul(split_outliers(x, scale, CONFIG), weight, bias=bias, dtype=jnp.bfloat16)
     assert y.dtype == jnp.bfloat16
     y, expected = (np.asarray(a, np.float32) for a in (y, expected))
@@ -153,17 +168,19 @@ def test_other_backends_take_a_packed_split():
 
 
 @pytest.mark.parametrize(("B", "L", "window", "tile_m"), [(3, 67, 10, 64), (2, 5, 2, 16), (1, 256, 300, 128)])
-def test_a_tile_lists_what_the_windows_of_its_rows_list(B, L, window, tile_m):
+def test_a_tile_has_the_places_of_all_its_windows(B, L, window, tile_m):
     rng = np.random.default_rng(8)
     windows = -(-L // window)
-    lists = rng.random((B, windows, 24)) < 0.2
-    first = dense.first_rows(-(-max(B * L, tile_m) // 8) * 8, tile_m)
-    row_lists = np.repeat(lists, window, axis=1)[:, :L].reshape(B * L, -1)
-    expected = np.stack([row_lists[row : row + tile_m].any(0) for row in first])
+    places = rng.integers(0, 30, size=(B, windows, 24)).astype(np.int16)
     x, scale = activations(9, B, L, 24)
     split = split_for_product(x, scale, replace(CONFIG, n_refresh=window), packed=True)
-    packed = replace(split, lists=jnp.asarray(lists, jnp.int8), window=window)
-    np.testing.assert_array_equal(int4_matmul.merge_lists(packed, first, tile_m), expected)
+    first = dense.first_rows(-(-max(B * L, tile_m) // 8) * 8, tile_m)
+    tile_rows = first[:, None] + np.arange(tile_m)
+    found, member = int4_matmul.places_in_tiles(replace(split, places=jnp.asarray(places), window=window), tile_rows)
+    of_tokens = np.repeat(places, window, axis=1)[:, :L].reshape(B * L, -1)
+    expected = of_tokens[np.minimum(tile_rows, B * L - 1)]
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(found), member[:, :, None], axis=1), expected)
+    np.testing.assert_array_equal((np.asarray(found) > 0).any(1), (expected > 0).any(1))
 
 
 def test_reasons_against_a_call(monkeypatch):

@@ -117,6 +117,26 @@ $meet:
     np.testing.assert_array_equal(run(code, words()), mine[thread ^ 1])
 
 
+def test_a_warp_waits_for_threads_that_run_far_away():
+    """Odd threads take a way whose code lies behind the exchange, to which all then come together."""
+    code = """
+	mov.b32 %r3, 7;
+	and.b32 %r4, %r1, 1;
+	setp.eq.b32 %p1, %r4, 1;
+	@%p1 bra $far;
+$back:
+	shfl.sync.bfly.b32 %r3, %r3, 1, 31, -1;
+	bra $end;
+$far:
+	mov.b32 %r3, %r1;
+	bra $back;
+$end:
+"""
+    thread = np.arange(128)
+    mine = np.where(thread % 2, thread, 7)
+    np.testing.assert_array_equal(run(code, words()), mine[thread ^ 1])
+
+
 EXCHANGE = """
 	mov.b64 %rd6, __dynamic_shmem__0;
 	add.s64 %rd7, %rd6, %rd3;
@@ -184,8 +204,14 @@ def test_faults(fault):
         run("mov.b32 %r3, 0; " + FAULTS[fault], words())
 
 
-def test_the_tensor_cores_product():
-    """A warp multiplies A (16, 32) by B (8, 32) transposed, which ldmatrix loads as the manual lays their rows out."""
+@pytest.mark.parametrize(
+    ("instruction", "bits"), [("m16n8k32.row.col.s32.s8.s8", 8), ("m16n8k64.row.col.s32.s4.s4", 4)]
+)
+def test_the_tensor_cores_product(instruction, bits):
+    """A warp multiplies A (16, 32) by B (8, 32) transposed, which ldmatrix loads as the manual lays their rows out.
+
+    Of 4 bits it multiplies rows twice as long, the lower half of each byte first.
+    """
     rng = np.random.default_rng(0)
     A, B = (rng.integers(-128, 128, (n, 32), np.int8) for n in (16, 8))
     copies = "".join(
@@ -214,7 +240,7 @@ def test_the_tensor_cores_product():
 	{rows(7, 3)}
 	ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r24, %r25, %r26, %r27}}, [%rd9+512];
 	mov.b32 %r30, 1;
-	mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32
+	mma.sync.aligned.{instruction}.s32
 		{{%r34,%r35,%r36,%r37}}, {{%r20,%r21,%r22,%r23}}, {{%r24,%r25}}, {{%r30,%r30,%r30,%r30}};
 	mul.lo.s32 %r16, %r1, 8;
 	cvt.u64.u32 %rd11, %r16;
@@ -226,6 +252,8 @@ def test_the_tensor_cores_product():
 """
     x = np.concatenate([A, B]).view(np.uint32).ravel()
     result = run(code, x, threads=32, out=np.zeros((16, 8), np.int32), tail="")
+    if bits == 4:
+        A, B = (np.stack([(levels << 4) >> 4, levels >> 4], axis=-1).reshape(len(levels), 64) for levels in (A, B))
     np.testing.assert_array_equal(result, A.astype(np.int32) @ B.T.astype(np.int32) + 1)
 
 

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int16
 
 from ouromamba_jax.pallas import outlier_matmul as dense
 from ouromamba_jax.pallas.device import device_target, int4_reason
 from ouromamba_jax.pallas.kernel_weight import KernelWeight, pack_halves
 from ouromamba_jax.pallas.outlier_matmul import first_rows, pad_to
-from ouromamba_jax.pallas.packed_split import BLOCK, PackedSplit
+from ouromamba_jax.pallas.packed_split import BLOCK, PackedSplit, levels_at
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
 from ouromamba_jax.qtensor import QTensor
 
@@ -73,18 +73,20 @@ def run(
     capacity = capacity or capacity_of(K)
     height = (tiles.tile_m if tiles.tile_m > B * L else 8,)
     inliers, outliers = (pad_to(x.reshape(B * L, -1), (*height, 1)) for x in (split.inliers, split.outliers))
-    shift, row_scale = (pad_to(x.reshape(B * L), height) for x in (split.shift, split.row_scale))
+    counts, shift, row_scale = (pad_to(x.reshape(B * L), height) for x in (split.counts, split.shift, split.row_scale))
     columns = [pad_to(x, (tiles.tile_n,)) for x in (weight.scale[0], bias) if x is not None]
     values = pad_to(weight.values.T, (tiles.tile_n, BLOCK))
-    first = first_rows(len(inliers), tiles.tile_m)
-    listed = merge_lists(split, first, tiles.tile_m)
+    tile_rows = first_rows(len(inliers), tiles.tile_m)[:, None] + np.arange(tiles.tile_m)
+    places, window = places_in_tiles(split, tile_rows)
+    listed = jnp.any(places > 0, axis=1)
     count = jnp.sum(listed, axis=1)
 
     def compact():
         channels = jax.vmap(partial(jnp.nonzero, size=capacity, fill_value=listed.shape[1]))(listed)[0]
-        # Beyond a list's end outliers are zero, and weights whatever they may be.
-        blocks = outliers[first[:, None] + np.arange(tiles.tile_m)]
-        blocks = jax.vmap(partial(jnp.take, axis=1, mode="fill", fill_value=0))(blocks, channels)
+        # Beyond a list's end places are 0, so outliers too, and weights whatever they may be.
+        of_listed = jax.vmap(partial(jnp.take, axis=1, mode="fill", fill_value=0))(places, channels)
+        of_rows = jax.vmap(partial(jnp.take, axis=0))(of_listed, window)
+        blocks = levels_at(of_rows, outliers[tile_rows], counts[tile_rows])
         block_weights = jax.vmap(partial(jnp.take, values, axis=1, mode="clip"))(channels)
         weights = pack_halves(values, values.shape[1]), block_weights
         launch = partial(int4_matmul_sm80.matmul, tiles=tiles, dtype=dtype, interpret=interpret)
@@ -98,14 +100,18 @@ def run(
     return lax.cond(fits, compact, full)
 
 
-def merge_lists(split: PackedSplit, first: np.ndarray, tile_m: int) -> Bool[Array, "tiles width"]:
-    """Channels that any window lists of which a row is in the tile."""
+def places_in_tiles(
+    split: PackedSplit, tile_rows: np.ndarray
+) -> tuple[Int16[Array, "tiles windows width"], np.ndarray]:
+    """Of each tile the places of all windows of which it holds a row, and of each of its rows the window among these.
+
+    Args:
+      tile_rows: (tiles, tile_m) rows of the batch's tokens; those beyond the last one count as the last one.
+    """
     B, L, _ = split.shape
-    windows = split.lists.shape[1]
-
-    def window_of(row):
-        return row // L * windows + row % L // split.window
-
-    start, last = window_of(first), window_of(np.minimum(first + tile_m, B * L) - 1)
-    members = np.minimum(start[:, None] + np.arange(np.max(last - start) + 1), last[:, None])
-    return jnp.any(split.lists.reshape(B * windows, -1)[members] != 0, axis=1)
+    windows = split.places.shape[1]
+    row = np.minimum(tile_rows, B * L - 1)
+    window = row // L * windows + row % L // split.window
+    first, last = window[:, :1], window[:, -1:]
+    members = np.minimum(first + np.arange(np.max(last - first) + 1), last)
+    return split.places.reshape(B * windows, -1)[members], window - first

@@ -71,6 +71,8 @@ def split(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    from ouromamba_jax.pallas.store import store_listed
+
     B, L, C = x.shape
     packed = form == "packed"
     width, window = C + -C % (BLOCK if packed else LANES), min(config.n_refresh, L)
@@ -103,17 +105,27 @@ def split(
             n = half
         return terms[0]
 
+    def running_count(flags, buffers):
+        """How many flags there are up to each channel; to the left of the row lie zeros."""
+        source, target = buffers
+        source[:width] = target[:width] = jnp.zeros((width,), jnp.float32)
+        source[width:] = jnp.where(flags, 1.0, 0.0)
+        for step in (2**i for i in range((width - 1).bit_length())):
+            target[width:] = source[width:] + source[width - step : 2 * width - step]
+            source, target = target, source
+        return source[width:].astype(jnp.int32)
+
     def body(x, scale, limits, *rest):
         *results, first, second = rest
         sample, start = lax.axis_index("sample"), lax.axis_index("window") * window
         buffers = (first, second)
         present = iota(width) < C
 
-        count = jnp.minimum(window, L - start)
+        tokens_here = jnp.minimum(window, L - start)
 
         def load(t):
             """A token's row; what it reads beyond its channels is the next one's."""
-            first = (sample * L + start + jnp.minimum(t, count - 1)) * C
+            first = (sample * L + start + jnp.minimum(t, tokens_here - 1)) * C
             row = x[pl.ds(first, width)].astype(jnp.float32)
             return jnp.where(present, row, 0.0) if width > C else row
 
@@ -127,16 +139,24 @@ def split(
             std = jnp.sqrt(divide(tree_sum(square, buffers), max(C - 1, 1)))
             return (deviation >= config.sigma * std) & present
 
+        def extend(listed, count, found):
+            """The list, as places from 1 on where somebody asks for these, and how many it holds."""
+            if not packed:
+                return jnp.where(found, 1, listed), count
+            found = found & (listed == 0)
+            order = running_count(found, buffers)
+            return jnp.where(found, count + order, listed), count + jnp.max(order)
+
         def token(i, carry):
-            listed, row = carry
+            listed, count, row = carry
             following, t = load(i + 1), start + i  # which arrives while this token is split
             step, limit = scale[t], limits[t]
             magnitude = jnp.abs(row)
             free = jnp.where(listed > 0, 0.0, magnitude)
-            listed = lax.cond(
+            listed, count = lax.cond(
                 divide(jnp.max(free), q_in) > step,
-                lambda: jnp.where(grow(free, limit), 1, listed),
-                lambda: listed,
+                lambda: extend(listed, count, grow(free, limit)),
+                lambda: (listed, count),
             )
             is_outlier = listed > 0
             inliers = _levels(divide(row, step), q_in)
@@ -148,7 +168,7 @@ def split(
                 own, value = _fixed_point(row, inliers, is_outlier, step, largest, finite)
                 high = jnp.round((value + 0.5) * (1 / 256))  # the low byte is in -128..127; Mosaic has no floor
                 write(t, results, value - 256.0 * high, high, jnp.where(finite, own, jnp.nan), jnp.int32(8))
-                return listed, following
+                return listed, count, following
             shift = jnp.int32(0)
             if config.pow2:
                 shift, power = _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
@@ -161,11 +181,13 @@ def split(
             known_step = jnp.where(finite, step, jnp.nan)
             if form == "floats":
                 write(t, results, jnp.where(is_outlier, outliers * own, inliers * known_step))
-                return listed, following
+                return listed, count, following
             if packed:
-                numbers = jnp.where(is_outlier, outliers, 0.0), known_step, shift
-                write(t, results[:-1], nibbles(jnp.where(is_outlier, 0.0, inliers)), *numbers)
-                return listed, following
+                inliers_only = jnp.where(is_outlier, 0.0, inliers)
+                inliers_out, outliers_out, _, *numbers_out = results
+                write(t, [inliers_out, *numbers_out], nibbles(inliers_only), count, shift, known_step)
+                store_listed(outliers_out.at[sample, t], listed, outliers.astype(jnp.int8), emulated=interpret)
+                return listed, count, following
             near = jnp.where(is_far, 0.0, jnp.where(is_outlier, outliers, inliers))
             far = jnp.where(is_far, outliers, 0.0)
             if planes:
@@ -174,7 +196,7 @@ def split(
                 pl.when(shift > 0)(lambda: write(t, [far_out], far))  # nobody reads the others
             else:
                 write(t, results, near, far, own, *([listed] if with_mask else []))
-            return listed, following
+            return listed, count, following
 
         def nibbles(levels):
             """Bytes of two: another thread holds the other half of the row."""
@@ -186,9 +208,10 @@ def split(
             for output, value in zip(outputs, values, strict=True):
                 output[sample, t] = value.astype(output.dtype)
 
-        listed, _ = lax.fori_loop(0, count, token, (jnp.zeros((width,), jnp.int32), load(0)))
+        nothing = jnp.zeros((width,), jnp.int32), jnp.int32(0)
+        places, *_ = lax.fori_loop(0, tokens_here, token, (*nothing, load(0)))
         if packed:
-            write(lax.axis_index("window"), results[-1:], listed)
+            write(lax.axis_index("window"), results[2:3], places)
 
     entries, tokens, windows = (B, L, width), (B, L), -(-L // window)
     body.__name__ = "outlier_split"  # as profilers show it
@@ -200,8 +223,8 @@ def split(
         written = [(entries, jnp.int8), (entries, jnp.int8), (tokens, jnp.float32), (tokens, jnp.int32)]
     elif packed:
         body.__name__ += "_packed"
-        written = [((B, L, width // 2), jnp.int8), (entries, jnp.int8), (tokens, jnp.float32), (tokens, jnp.int32)]
-        written += [((B, windows, width), jnp.int8)]
+        written = [((B, L, width // 2), jnp.int8), (entries, jnp.int8), ((B, windows, width), jnp.int16)]
+        written += [(tokens, jnp.int32), (tokens, jnp.int32), (tokens, jnp.float32)]
     else:
         written = [(entries, jnp.int8), (entries, x.dtype if floats else jnp.int8), (tokens, jnp.float32)]
         written += [(entries, jnp.int8)] if with_mask else []
@@ -220,8 +243,8 @@ def split(
         near, far, row_scale, shift = results
         return Planes(near, far, shift, row_scale, C, fixed_point)
     if packed:
-        inliers, levels, row_scale, shift, lists = results
-        return PackedSplit(inliers, levels, lists, shift, row_scale, C, window)
+        packed_inliers, levels, places, counts, shift, row_scale = results
+        return PackedSplit(packed_inliers, levels, places, counts, shift, row_scale, C, window)
     near, far, outlier_scale, *mask = results
     found = mask[0][..., :C] != 0 if with_mask else None
     return OutlierSplit(near[..., :C], far[..., :C], outlier_scale, found, scale, config.pow2)

@@ -22,6 +22,8 @@ if it has set the program counters."""
 OPERATIONS: dict[str, Callable[["Threads", Any], Step]] = {}
 """By the first word of an instruction, or the first three."""
 
+TOGETHER = ("elect", "ldmatrix", "mma", "shfl", "stmatrix")
+"""Whoever of a warp comes to one of these waits for its other threads."""
 GLOBAL, SHARED, WINDOW = 1 << 33, 1 << 10, 1 << 24
 """Where global and shared memory start, and the length of the latter's window."""
 GAP = 256
@@ -77,7 +79,8 @@ class Threads:
         self.mbarriers: dict[tuple[int, int], Any] = {}
         self.unfenced = np.zeros(self.shared.size, np.int64)  # writers (plus 1) that have not fenced since
         self.steps = [self._compile(i) for i in program.instructions]
-        self.joins = set(program.labels.values())
+        self.together = {n for n, i in enumerate(program.instructions) if i.op[0] in TOGETHER}
+        self.joins = self.together.union(program.labels.values())
 
     def _place(self, launch: Launch) -> None:
         starts = np.cumsum([0, *(-(-a.nbytes // GAP) * GAP + GAP for a in self.arrays)])
@@ -137,8 +140,7 @@ class Threads:
         ready = warp[~(self.done[warp] | self.blocked[warp] | (self.barrier[warp] >= 0))]
         if not ready.size:
             return False
-        at = int(self.at[ready].min())
-        lanes = ready[self.at[ready] == at]
+        at, lanes = self._furthest_behind(ready)
         index = slice(None) if lanes.size == self.count else lanes
         start = at
         while not self.steps[at](index, lanes):
@@ -148,6 +150,18 @@ class Threads:
                 break
         self.progress |= at > start or not self.blocked[lanes].all()
         return True
+
+    def _furthest_behind(self, ready: np.ndarray) -> tuple[int, np.ndarray]:
+        """An instruction, and the threads that are there: whole warps, if it is one that these execute together."""
+        at = int(self.at[ready].min())
+        lanes = ready[self.at[ready] == at]
+        if at not in self.together:
+            return at, lanes
+        whole = lanes[np.bincount(lanes // 32)[lanes // 32] == 32]
+        others = ready[self.at[ready] > at]
+        if whole.size or not others.size:
+            return at, whole if whole.size else lanes
+        return self._furthest_behind(others)
 
     def _release(self) -> bool:
         waiting = np.flatnonzero(self.barrier >= 0)
