@@ -74,10 +74,10 @@ def rows_of(name: str, bits: str) -> list[list]:
     found = defaultdict(list)
     for_product = ActQuantizer.split_for_product
 
-    def recording(self, x):
+    def recording(self, x, **options):
         if id(self) in kinds:
             found[kinds[id(self)]].append(describe(self.split(x, with_mask=True)))
-        return for_product(self, x)
+        return for_product(self, x, **options)
 
     with mock.patch.object(ActQuantizer, "split_for_product", recording):
         quantised(images["test"])

@@ -63,9 +63,9 @@ def split(
 ) -> OutlierSplit | Planes | PackedSplit | Float[Array, "B L C"]:
     """`outliers.split_outliers` for what `supports` accepts; `channels` are those of another detection.
 
-    As "planes" it is `outliers.for_product` of that, with zeros up to whole K-steps of a product; as "packed" the
-    `PackedSplit` of it; as "floats" what it stands for, in x's type. A split with "free" scales has no
-    planes and is returned itself.
+    As "planes" it is `outliers.for_product` of that, with zeros up to whole K-steps of a product, as "packed" the
+    `PackedSplit`, as "floats" what it stands for, in x's type. A split with "free" scales has no planes and is returned
+    itself.
     """
     # Imported here: Mosaic takes a while, and most processes never run a kernel.
     from jax.experimental import pallas as pl
