@@ -4,9 +4,9 @@ The published split: 4-bit inliers, and of each tile of rows the channels that a
 tile lists more than there is room for, or a shift is too large for the accumulator, the dense kernel runs: results
 depend on neither.
 
-Models take it within `bench.preferring("mosaic_gpu_int4")`, not by themselves. 4-bit products save a fifth of the dense
-kernel's time at best (`scripts/outlier_columns.py`), and the weights of every tile's list must be gathered first: 59 MB
-at the largest layer of Vim-B, written and read again, where the dense kernel moves 45.
+Models take it within `bench.preferring("mosaic_gpu_int4")`, not by themselves. 4-bit products save a quarter of the
+dense kernel's time at best (`scripts/outlier_columns.py`), and the weights of every tile's list must be gathered first:
+59 MB at the largest layer of Vim-B, written and read again, where the dense kernel moves 45.
 """
 
 from functools import partial
