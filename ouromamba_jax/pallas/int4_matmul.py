@@ -6,7 +6,8 @@ depend on neither.
 
 Models take it within `bench.preferring("mosaic_gpu_int4")`, not by themselves. 4-bit products save a quarter of the
 dense kernel's time at best (`scripts/outlier_columns.py`), and the weights of every tile's list must be gathered first:
-59 MB at the largest layer of Vim-B, written and read again, where the dense kernel moves 45.
+59 MB at the largest layer of Vim-B (50 tiles of 3072 x 384), written and read again, where a dense product moves 46
+(`scripts/bench_kernels.py --dry-run`).
 """
 
 from functools import partial
