@@ -10,18 +10,26 @@ from jaxtyping import Array, Float32
 
 from ouromamba_jax.cpu_barrier import cpu_barrier
 
+LANES = 128
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def tree_sum(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
-    """Sum over the last axis in a fixed order: halves are added until one column is left."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 64)])
-    while (n := x.shape[-1]) > 1:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n % 2)])
-        x = x[..., : (n + 1) // 2] + x[..., (n + 1) // 2 :]
-        if n > 64 >= (n + 1) // 2:  # XLA would compute the wide halves twice, for two loops over the narrow ones
-            x = cpu_barrier(x)
-    return x
+    """Sum over the last axis in a fixed order, which is also that of 128 GPU threads.
+
+    Columns that are `LANES` apart are added one after the other, then neighbours in pairs until one is left.
+    """
+    columns = x.shape[-1]
+    lanes = min(LANES, 1 << (columns - 1).bit_length())
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -columns % lanes)])
+    total = x[..., :lanes]
+    for first in range(lanes, x.shape[-1], lanes):
+        total = total + x[..., first : first + lanes]
+    if columns > lanes:  # or XLA would compute these sums twice, for both neighbours of a pair
+        total = cpu_barrier(total)
+    while total.shape[-1] > 1:
+        total = total[..., 0::2] + total[..., 1::2]
+    return total
 
 
 def tree_mean(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:

@@ -36,6 +36,8 @@ def _detect(x: Float32[Array, "B L C"], scale: Float32[Array, " L"], config: Out
 
     def grow(x_t, listed, extra_t, is_token):
         free = jnp.where(listed, 0.0, jnp.abs(x_t))
+        if not online:  # or whether a NaN counts would depend on the backend's maximum
+            free = jnp.where(jnp.isnan(free), jnp.inf, free)
         overflows = divide(jnp.max(free, axis=-1, keepdims=True), q) > extra_t[..., :1]
         if config.spec == "released":
             overflows = jnp.any(overflows & is_token[..., None])[None, None, None]

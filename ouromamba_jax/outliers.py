@@ -77,7 +77,7 @@ def split_outliers(
     with_mask: bool = True,
     implementation: str | None = None,
 ) -> OutlierSplit:
-    """Algorithm 2: split an activation into inlier levels and outliers, each sample on its own.
+    """Algorithm 2: split an activation into inlier levels and outliers, each sample on its own, without gradients.
 
     A token whose largest unlisted magnitude exceeds q * scale[t] adds to its window's list every unlisted channel
     that reaches the threshold: mean + sigma * std (ddof=1) over all channels, listed ones counted as zero ("online"),
@@ -98,9 +98,7 @@ def split_outliers(
       ValueError: shapes that do not agree, theta or channels missing where the config needs them, an unknown
         implementation, or a named one that does not support the call.
     """
-    _check_arguments(x, scale, config, theta)
-    backend = choose("split", BACKENDS, implementation, x, config)
-    return backend.run(x, scale, config, theta=theta, channels=channels, with_mask=with_mask)
+    return _run(x, scale, config, theta, channels, implementation, with_mask=with_mask)
 
 
 @partial(jax.jit, static_argnames=("config", "packed", "implementation"))
@@ -123,11 +121,9 @@ def split_for_product(
     Raises:
       ValueError: packed, but inliers of more than 4 bits, or outliers on scales that are no powers of two apart.
     """
-    _check_arguments(x, scale, config, theta)
     if packed and (reason := packed_split.unsuitable(config)):
         raise ValueError(f"this activation cannot be packed: {reason}; leave packed=True out.")
-    backend = choose("split", BACKENDS, implementation, x, config)
-    return backend.run(x, scale, config, theta=theta, channels=channels, form="packed" if packed else "planes")
+    return _run(x, scale, config, theta, channels, implementation, form="packed" if packed else "planes")
 
 
 @partial(jax.jit, static_argnames=("config", "implementation"))
@@ -140,13 +136,15 @@ def round_activation(
     channels: Bool[Array, " C"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B L C"]:
-    """`merge(split_outliers(...))` in x's type, in one pass on a GPU; arguments and errors as there.
+    """`merge(split_outliers(...))` in x's type, in one pass on a GPU; arguments and errors as there."""
+    return _run(x, scale, config, theta, channels, implementation, form="floats")
 
-    It has no gradients, `fake_quant` does.
-    """
+
+def _run(x, scale, config: OutlierConfig, theta, channels, implementation: str | None, **form):
     _check_arguments(x, scale, config, theta)
+    x, scale, theta = lax.stop_gradient((x, scale, theta))  # or it would depend on the backend whether there is one
     backend = choose("split", BACKENDS, implementation, x, config)
-    return backend.run(x, scale, config, theta=theta, channels=channels, form="floats")
+    return backend.run(x, scale, config, theta=theta, channels=channels, **form)
 
 
 def for_product(split: OutlierSplit | Planes | PackedSplit) -> OutlierSplit | Planes | PackedSplit:

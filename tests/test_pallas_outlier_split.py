@@ -63,6 +63,12 @@ def test_the_kernel_gives_the_reference(name, implementation):
         assert 0 < float(jnp.mean(expected.mask.astype(jnp.float32))) < 0.5
 
 
+def test_a_row_that_is_too_wide_to_be_loaded_ahead(implementation):
+    config = OutlierConfig(n_refresh=2)
+    x = activations(np.random.default_rng(9), 3, kernel.WIDEST_AHEAD + 5, 30)
+    assert assert_same(implementation, x, search_token_scales(x, config), config).mask.any()
+
+
 @pytest.mark.parametrize("name", ["pow2", "floats"])
 def test_bfloat16_activations(name, implementation):
     L, C, config = CASES[name]
@@ -155,6 +161,27 @@ def test_a_non_finite_token_gets_a_nan_scale_and_other_windows_do_not_see_it(imp
         np.testing.assert_array_equal(broken.outlier_q[1, config.n_refresh :], fine.outlier_q[1, config.n_refresh :])
 
 
+def test_a_nan_counts_as_infinite_beside_thresholds(implementation):
+    """So that the list that it leaves to later tokens does not depend on what a backend's maximum makes of it."""
+    L, C, config = CASES["offline"]
+    x = activations(np.random.default_rng(10), L, C, 3).at[0, 1].set(0.5).at[0, 1, 7].set(jnp.nan)
+    scale, theta = jnp.ones(L), jnp.full(L, 9.0)
+    masks = [
+        split_outliers(x, scale, config, theta=theta, implementation=name).mask for name in ("xla", implementation)
+    ]
+    np.testing.assert_array_equal(*masks)
+    assert masks[0][0, 1:10, 7].all()
+
+
+def test_a_split_has_no_gradients(implementation):
+    """Not those of a "free" scale or of 16-bit outliers either, which a kernel has not."""
+    for config in (CASES["free"][2], CASES["floats"][2]):
+        x = activations(np.random.default_rng(11), 4, 40, 30)
+        scale = search_token_scales(x, config)
+        split = partial(outliers.round_activation, config=config, implementation=implementation)
+        assert not jax.grad(lambda x, split=split, scale=scale: jnp.sum(split(x, scale)))(x).any()
+
+
 def test_no_outlier_and_nothing_but_outliers(implementation):
     """Scales that hold everything, and thresholds below everything."""
     config = OutlierConfig(threshold="offline")
@@ -173,6 +200,7 @@ def test_reasons_against_a_call():
     with pytest.raises(ValueError, match="10000 channels do not fit"):
         split_outliers(jnp.zeros((1, 4, 10000)), scale, OutlierConfig(), implementation="mosaic_gpu")
     assert "int32" in kernel.unsuitable(jax.ShapeDtypeStruct((1024, 2048, 1024), "bfloat16"), OutlierConfig())
+    assert kernel.unsuitable(jnp.zeros((0, 4, 8)), OutlierConfig()) == "there is nothing to split"
     with pytest.raises(ValueError, match="it needs an NVIDIA GPU"):
         split_outliers(x, scale, OutlierConfig(), implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="unknown split implementation 'cuda'"):

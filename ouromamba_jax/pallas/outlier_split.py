@@ -1,10 +1,12 @@
 """Algorithm 2 in one GPU kernel: one program per window of one sample walks its tokens and reads each entry once.
 
-A token's row arrives while the token before it is split, and the statistics of the threshold are taken only where a
-token overflows. Their sums follow the reference's tree of halves, staged through shared memory until few terms are
-left, and no product feeds a sum unrounded, so the lists are the reference's bit for bit wherever division and square
-root are. Mosaic compiles those two to their fast forms (div.full, sqrt.approx): on a GPU a level at an exact tie may
-differ by one from a CPU's.
+What takes the time is a chain of reductions over the channels, each of which waits for the one before it: one for a
+token that fits its scale while nothing is listed, two with a list, four for one that overflows. Its row arrives while
+the token before it is split.
+
+Mosaic adds in the order of `fixed_order.tree_sum`, and no product feeds a sum unrounded, so the lists are the
+reference's bit for bit wherever division and square root are. Mosaic compiles those two to their fast forms (div.full,
+sqrt.approx): on a GPU a level at an exact tie may differ by one from a CPU's.
 """
 
 from typing import Any
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from ouromamba_jax.fixed_order import LANES, tree_sum
 from ouromamba_jax.outlier_types import (
     FRACTION_BITS,
     LARGEST_FIXED_POINT,
@@ -27,9 +30,10 @@ from ouromamba_jax.pallas.kernel_weight import INT32_MAX
 from ouromamba_jax.pallas.packed_split import BLOCK, PackedSplit
 from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
 
-LANES = 128
-LAST_TERMS = 48
-"""Of a sum: so few every thread adds by itself, which takes less time than the barriers of another six halvings."""
+WIDEST = 49 * LANES
+"""Channels that a warpgroup's registers have room for: those of MambaVision-L's widest layer."""
+WIDEST_AHEAD = 32 * LANES
+"""Channels of which there is room for the next token, too."""
 _FLOAT32_MAX = 3.4028234663852886e38
 _LARGEST_RATIO = 2.0**126
 
@@ -43,9 +47,11 @@ def unsuitable(x: Float[Array, "B L C"], config: OutlierConfig) -> str | None:
     """Why the kernel cannot split this, whatever the device; None if it can."""
     if config.detection != "dynamic" or config.spec != "paper":
         return 'it is Algorithm 2 itself: detection="dynamic" and spec="paper"'
-    if x.shape[-1] > 24 * LANES:
-        return f"{x.shape[-1]} channels do not fit a warpgroup's registers"
-    if x.size > INT32_MAX - 24 * LANES:
+    if x.size == 0:
+        return "there is nothing to split"
+    if x.shape[-1] > WIDEST:
+        return f"{x.shape[-1]} channels do not fit a warpgroup's registers, {WIDEST} do"
+    if x.size > INT32_MAX - WIDEST:
         return f"{x.size} entries are more than int32 can count"
     return None
 
@@ -76,6 +82,7 @@ def split(
     B, L, C = x.shape
     packed = form == "packed"
     width, window = C + -C % (BLOCK if packed else LANES), min(config.n_refresh, L)
+    ahead = width <= WIDEST_AHEAD
     q_in, q_out = max_level(config.act_bits), max_level(config.outlier_bits)
     floats = config.outlier_bits == 16
     planes = form == "planes" and (config.pow2 or floats)
@@ -86,89 +93,78 @@ def split(
     def iota(size):
         return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WG_STRIDED((size,), vec_size=1))
 
-    def tree_sum(values, buffers):
-        """Halves are added until one entry is left, in the order of the reference (whose rows are padded to 64)."""
-        source, target = buffers
-        source[:width] = values  # Pallas puts a barrier before and behind every store
-        n = C + -C % 64
-        while n > LAST_TERMS:
-            half = (n + 1) // 2
-            span = half + -half % LANES
-            inside = iota(span) < n - half
-            upper = jnp.where(inside, source[half : half + span], 0.0)
-            target[:span] = source[:span] + upper
-            source, target, n = target, source, half
-        terms = [source[i] for i in range(n)]
-        while n > 1:
-            half = (n + 1) // 2
-            terms = [a + b for a, b in zip(terms, terms[half:], strict=False)] + terms[n - half : half]
-            n = half
-        return terms[0]
+    def total(values):
+        return tree_sum(values)[0] if interpret is not None else jnp.sum(values)
 
-    def running_count(flags, buffers):
+    def running_count(flags, buffer):
         """How many flags there are up to each channel; to the left of the row lie zeros."""
-        source, target = buffers
-        source[:width] = target[:width] = jnp.zeros((width,), jnp.float32)
-        source[width:] = jnp.where(flags, 1.0, 0.0)
+        buffer[:width] = jnp.zeros((width,), jnp.float32)
+        buffer[width:] = jnp.where(flags, 1.0, 0.0)
         for step in (2**i for i in range((width - 1).bit_length())):
-            target[width:] = source[width:] + source[width - step : 2 * width - step]
-            source, target = target, source
-        return source[width:].astype(jnp.int32)
+            # Pallas puts a barrier before and behind the store.
+            buffer[width:] = buffer[width:] + buffer[width - step : 2 * width - step]
+        return buffer[width:].astype(jnp.int32)
 
     def body(x, scale, limits, *rest):
-        *results, first, second = rest
+        results, buffer = rest[: len(written)], rest[len(written) :]
         sample, start = lax.axis_index("sample"), lax.axis_index("window") * window
-        buffers = (first, second)
         present = iota(width) < C
 
         tokens_here = jnp.minimum(window, L - start)
 
-        def load(t):
-            """A token's row; what it reads beyond its channels is the next one's."""
-            first = (sample * L + start + jnp.minimum(t, tokens_here - 1)) * C
-            row = x[pl.ds(first, width)].astype(jnp.float32)
-            return jnp.where(present, row, 0.0) if width > C else row
+        def load(i):
+            """A token's row, scale and limit; what it reads beyond its channels is the next one's."""
+            t = start + jnp.minimum(i, tokens_here - 1)
+            row = x[pl.ds((sample * L + t) * C, width)].astype(jnp.float32)
+            return jnp.where(present, row, 0.0) if width > C else row, scale[t], limits[t]
 
         def grow(free, limit):
             """The channels that a token which overflows adds to the list."""
             if not online:
                 return (free >= limit) & present
-            mean = divide(tree_sum(free, buffers), C)
+            mean = divide(total(free), C)
             deviation = free - mean
             square = jnp.where(present, jnp.minimum(deviation * deviation, _FLOAT32_MAX), 0.0)
-            std = jnp.sqrt(divide(tree_sum(square, buffers), max(C - 1, 1)))
+            std = jnp.sqrt(divide(total(square), max(C - 1, 1)))
             return (deviation >= config.sigma * std) & present
 
         def extend(listed, count, found):
-            """The list, as places from 1 on where somebody asks for these, and how many it holds."""
+            """The list, as places from 1 on where somebody asks for these, and how many it holds, or at most."""
             if not packed:
-                return jnp.where(found, 1, listed), count
+                return jnp.where(found, 1, listed), jnp.int32(C)
             found = found & (listed == 0)
-            order = running_count(found, buffers)
+            order = running_count(found, *buffer)
             return jnp.where(found, count + order, listed), count + jnp.max(order)
 
         def token(i, carry):
-            listed, count, row = carry
-            following, t = load(i + 1), start + i  # which arrives while this token is split
-            step, limit = scale[t], limits[t]
+            listed, count, *loaded = carry
+            row, step, limit = loaded[0] if ahead else load(i)
+            following, t = [load(i + 1)] if ahead else [], start + i  # which arrives while this token is split
             magnitude = jnp.abs(row)
+            if interpret is not None or not online:
+                # A NaN counts as infinite: the reference says so of thresholds, and a CPU may drop it from a maximum.
+                magnitude = jnp.where(magnitude <= _FLOAT32_MAX, magnitude, jnp.inf)
             free = jnp.where(listed > 0, 0.0, magnitude)
+            largest_free = jnp.max(free)
             listed, count = lax.cond(
-                divide(jnp.max(free), q_in) > step,
+                divide(largest_free, q_in) > step,
                 lambda: extend(listed, count, grow(free, limit)),
                 lambda: (listed, count),
             )
             is_outlier = listed > 0
             inliers = _levels(divide(row, step), q_in)
-            # What counts of an entry; infinity stands for NaN too, which the interpreter, on a CPU, may drop.
-            size = jnp.where(is_outlier, magnitude, jnp.abs(inliers) * step if fixed_point else 0.0)
-            largest = jnp.max(jnp.where(magnitude <= _FLOAT32_MAX, size, jnp.inf))
-            finite = largest < jnp.inf
+            if fixed_point:
+                size = jnp.where(is_outlier, magnitude, jnp.abs(inliers) * step)
+                largest = jnp.max(jnp.where(magnitude < jnp.inf, size, jnp.inf))
+            else:
+                outliers_only = jnp.where(is_outlier, magnitude, 0.0)
+                largest = lax.cond(count > 0, lambda: jnp.max(outliers_only), lambda: jnp.float32(0))
+            finite = (largest_free < jnp.inf) & (largest < jnp.inf)
             if fixed_point:
                 own, value = _fixed_point(row, inliers, is_outlier, step, largest, finite)
                 high = jnp.round((value + 0.5) * (1 / 256))  # the low byte is in -128..127; Mosaic has no floor
                 write(t, results, value - 256.0 * high, high, jnp.where(finite, own, jnp.nan), jnp.int32(8))
-                return listed, count, following
+                return listed, count, *following
             shift = jnp.int32(0)
             if config.pow2:
                 shift, power = _power_that_fits(jnp.where(finite, divide(largest, step), 0.0), q_out)
@@ -181,13 +177,13 @@ def split(
             known_step = jnp.where(finite, step, jnp.nan)
             if form == "floats":
                 write(t, results, jnp.where(is_outlier, outliers * own, inliers * known_step))
-                return listed, count, following
+                return listed, count, *following
             if packed:
                 inliers_only = jnp.where(is_outlier, 0.0, inliers)
                 inliers_out, outliers_out, _, *numbers_out = results
                 write(t, [inliers_out, *numbers_out], nibbles(inliers_only), count, shift, known_step)
                 store_listed(outliers_out.at[sample, t], listed, outliers.astype(jnp.int8), emulated=interpret)
-                return listed, count, following
+                return listed, count, *following
             near = jnp.where(is_far, 0.0, jnp.where(is_outlier, outliers, inliers))
             far = jnp.where(is_far, outliers, 0.0)
             if planes:
@@ -196,12 +192,13 @@ def split(
                 pl.when(shift > 0)(lambda: write(t, [far_out], far))  # nobody reads the others
             else:
                 write(t, results, near, far, own, *([listed] if with_mask else []))
-            return listed, count, following
+            return listed, count, *following
 
         def nibbles(levels):
             """Bytes of two: another thread holds the other half of the row."""
-            first[:width] = levels
-            low, high = first[: width // 2], first[width // 2 : width]
+            (row,) = buffer
+            row[:width] = levels
+            low, high = row[: width // 2], row[width // 2 : width]
             return 16.0 * high + jnp.where(low < 0, low + 16.0, low)
 
         def write(t, outputs, *values):
@@ -209,7 +206,7 @@ def split(
                 output[sample, t] = value.astype(output.dtype)
 
         nothing = jnp.zeros((width,), jnp.int32), jnp.int32(0)
-        places, *_ = lax.fori_loop(0, tokens_here, token, (*nothing, load(0)))
+        places, *_ = lax.fori_loop(0, tokens_here, token, (*nothing, *([load(0)] if ahead else [])))
         if packed:
             write(lax.axis_index("window"), results[2:3], places)
 
@@ -233,7 +230,9 @@ def split(
         out_type=tuple(jax.ShapeDtypeStruct(*array) for array in written),
         grid=(B, windows),
         grid_names=("sample", "window"),
-        scratch_types=[plgpu.SMEM((2 * width,), jnp.float32)] * 2,
+        scratch_types=[plgpu.SMEM((2 * width,), jnp.float32)] if packed else [],
+        # Only places and nibbles cross shared memory: nothing else needs the barriers that Pallas puts around stores.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not packed),
         **({"interpret": interpret} if interpret is not None else {}),
     )
     results = kernel(jnp.pad(x.reshape(-1), (0, width - C)), scale, limits)  # rows as they are: C may be 1
