@@ -118,6 +118,19 @@ def test_a_split_activation_gives_the_bits_of_xla(name):
     np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.parametrize("name", ["sm90_packed", "sm80_packed"])
+def test_packed_levels_do_not_overflow_float32(name):
+    """They count sixteenfold, but not where floats are large."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(1, 5, 33)).astype(np.float32)
+    x[0, 2, ::4] = 1e37
+    split = split_outliers(jnp.asarray(x), jnp.full(5, 0.3), OutlierConfig(sigma=0.5))
+    weight = quantize_array(jnp.asarray(np.abs(rng.normal(size=(33, 20))).astype(np.float32) / 100), 4)
+    y, expected = (np.asarray(product(n)(split, weight)) for n in (name, "xla"))
+    assert 1e35 < np.abs(expected).max() < np.inf
+    np.testing.assert_array_equal(y, expected)
+
+
 @pytest.mark.parametrize("name", [*TILES, "triton"])
 def test_only_some_tiles_hold_a_shift(name):
     """Row 150 of 201, which for tiles of 128 rows is in the last one, and two or more tiles of columns."""

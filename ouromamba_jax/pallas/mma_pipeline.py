@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, vector
-from jaxtyping import Array, Int8, Int32
+from jaxtyping import Array, Int32
 
+from ouromamba_jax.pallas.nibbles import as_int4, sixteenfold
 from ouromamba_jax.pallas.tiles import TILE_K
 
 Levels = Literal["int8", "packed", "int4"]
@@ -57,14 +55,12 @@ def multiply_add(
 
     def products(*blocks):
         *lefts, right, accs = blocks
-        if emulated:
-            rhs = right[...].T
-        else:
-            rhs = plgpu.load(right.transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(jnp.int8), optimized=False)
+        layout = None if emulated else plgpu.Layout.MMA_RHS(jnp.int8)
+        rhs = right[...].T if emulated else plgpu.load(right.transpose((1, 0)), layout=layout, optimized=False)
         if levels != "packed":
             return tuple(accumulate(acc, left, rhs) for acc, left in zip(accs, lefts, strict=True))
         for half in range(2):
-            unpacked, part = _nibbles(rhs, high=half == 1, emulated=emulated), pl.ds(half * HALF, HALF)
+            unpacked, part = sixteenfold(rhs, high=half == 1, layout=layout), pl.ds(half * HALF, HALF)
             accs = tuple(accumulate(acc, left.at[:, part], unpacked) for acc, left in zip(accs, lefts, strict=True))
         return accs
 
@@ -72,11 +68,11 @@ def multiply_add(
         if emulated:
             pairs = [(left[...], rhs)]
             if levels == "int4":
-                pairs = [[_nibbles(x, high=high, emulated=True) >> 4 for x in pairs[0]] for high in (False, True)]
+                pairs = [[sixteenfold(x, high=high, layout=None) >> 4 for x in pairs[0]] for high in (False, True)]
             return acc + sum(jnp.matmul(a, b, preferred_element_type=jnp.int32) for a, b in pairs)
         lhs = plgpu.load(left, layout=plgpu.Layout.MMA_LHS(jnp.int8), optimized=False)
         if levels == "int4":
-            lhs, rhs = _as_int4(lhs, axis=1), _as_int4(rhs, axis=0)
+            lhs, rhs = as_int4(lhs, axis=1), as_int4(rhs, axis=0)
         return plgpu.mma(acc, lhs, rhs)
 
     def column(step):
@@ -99,47 +95,3 @@ def multiply_add(
         init_carry=accumulators,
     )
     return pipeline(*planes, weight)
-
-
-def _nibbles(both: Int8[Array, "..."], *, high: bool, emulated: bool) -> Int8[Array, "..."]:
-    """16 times the levels in the high or low nibbles. Four to a word, since there is no 8-bit shift."""
-    if emulated:
-        return both & jnp.int8(-16) if high else lax.shift_left(both, jnp.int8(4))
-    layout = plgpu.Layout.MMA_RHS(jnp.int8)
-    result = plgpu.ShapeDtypeStruct(both.shape, both.dtype, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
-    def unpack(_, both):
-        word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-
-        def constant(value):
-            splat = ir.DenseElementsAttr.get_splat(word, ir.IntegerAttr.get(word.element_type, value))
-            return arith.constant(word, splat)  # type: ignore[arg-type]
-
-        four, mask = constant(4), constant(0xF0F0F0F0 - 2**32)
-        registers = np.empty_like(both.registers)
-        for index, register in np.ndenumerate(both.registers):
-            value = vector.bitcast(word, register)
-            value = arith.andi(value if high else arith.shli(value, four), mask)
-            registers[index] = vector.bitcast(register.type, value)
-        return type(both)(_registers=registers, _layout=both.layout, _is_signed=True)
-
-    return unpack(both)
-
-
-def _as_int4(both: Int8[Array, "..."], *, axis: int) -> Array:
-    """Bytes along K as the two levels in each; a register of either product holds the same bytes."""
-    operand = plgpu.Layout.MMA_RHS if axis == 0 else plgpu.Layout.MMA_LHS
-    shape = tuple(size * (2 if i == axis else 1) for i, size in enumerate(both.shape))
-    int4 = operand(jnp.int4)
-    result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.int4), layout=int4)
-
-    @plgpu.inline_mgpu(arg_types=(operand(jnp.int8),), return_type=result)
-    def reinterpret(_, both):
-        eight = ir.VectorType.get((8,), ir.IntegerType.get_signless(4))
-        registers = np.empty_like(both.registers)
-        for index, register in np.ndenumerate(both.registers):
-            registers[index] = vector.bitcast(eight, register)
-        return type(both)(_registers=registers, _layout=int4.to_mgpu(), _is_signed=True)
-
-    return reinterpret(both)

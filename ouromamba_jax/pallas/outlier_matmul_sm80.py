@@ -68,12 +68,14 @@ def matmul(
         def per_row(ref):
             return plgpu.load(ref.at[rows], layout=ACCUMULATOR.reduce(1), optimized=False)
 
+        def scale_of_rows():
+            return per_row(row_scale) * 0.0625 if tiles.packed else per_row(row_scale)
+
         def write(y, columns):
             w, *offset = (
                 plgpu.load(ref.at[columns], layout=ACCUMULATOR.reduce(0), optimized=False)
                 for ref in (column_scale, *biases)
             )
-            w = w * 0.0625 if tiles.packed else w
             store(out.at[rows, columns], accumulators.scaled(y, w, *offset))
 
         @pl.when(largest_shift[row_tile] <= limit)
@@ -87,12 +89,12 @@ def matmul(
             rounds = pl.cdiv(same_shift[row_tile], 126)
             acc = lax.fori_loop(0, rounds, lambda _, acc: add(far, acc), zeros(tile_m, tile_n))
             acc = add(near, accumulators.shifted(acc, per_row(shift)))
-            write(acc.astype(jnp.float32) * lax.broadcast_in_dim(per_row(row_scale), acc.shape, [0]), columns)
+            write(acc.astype(jnp.float32) * lax.broadcast_in_dim(scale_of_rows(), acc.shape, [0]), columns)
 
         def two_accumulators(i, _):
             columns = pl.ds(first_column + i * accumulators.COLUMNS, accumulators.COLUMNS)
             outliers, inliers = products([far, near], columns, (zeros(tile_m, accumulators.COLUMNS),) * 2, 1)
-            y = accumulators.add(outliers, inliers, per_row(shift), per_row(row_scale), limit)
+            y = accumulators.add(outliers, inliers, per_row(shift), scale_of_rows(), limit)
             write(y, columns)
 
         # The compiler would unroll a loop whose end it knows, and spill.

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax.pallas import accumulators
+from ouromamba_jax.pallas.nibbles import sixteenfold
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 
 COMPUTE_WARPGROUPS = 2
@@ -114,9 +115,9 @@ def matmul(
                 for i in range(tile_n // UNPACKED_ROWS):
                     part = pl.ds(i * UNPACKED_ROWS, UNPACKED_ROWS)
                     both = plgpu.load(packed.at[slot, part], layout=layout)
-                    low = lax.shift_left(both.astype(jnp.int32), 4)  # there is no 8-bit shift
-                    b[pair, 0, part] = low.astype(jnp.int8)
-                    b[pair, 1, part] = both & jnp.int8(-16)
+                    for half in range(2):
+                        levels = sixteenfold(both, high=half == 1, layout=None if emulated else layout)
+                        b[pair, half, part] = levels
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(empty.at[slot])
                 plgpu.barrier_arrive(ready.at[pair])
@@ -192,6 +193,7 @@ def matmul(
                     plgpu.load(ref.at[pl.ds(m, rows)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                     for ref in (shift, row_scale)
                 )
+                scale = scale * 0.0625 if tiles.packed else scale
 
                 def across(x, columns):
                     return lax.broadcast_in_dim(x, (rows, columns), [0])
@@ -236,7 +238,6 @@ def matmul(
                 w, *offset = (
                     plgpu.load(ref.at[columns], layout=per_column, optimized=False) for ref in (column_scale, *bias)
                 )
-                w = w * 0.0625 if tiles.packed else w
                 staged = c.at[warpgroup, i % slots]
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
                 staged[...] = accumulators.scaled(y, w, *offset).astype(dtype)
@@ -266,5 +267,7 @@ def matmul(
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + tiles.packed, num_barriers=stages),
             *(unpacking_scratch if tiles.packed else []),
         ],
+        # No warpgroup reads what it has written, and commits and waits have barriers of their own.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         **({"interpret": interpret} if emulated else {}),
     )(near, far, largest_shift, shift, row_scale, weight, column_scale, *biases)
