@@ -34,7 +34,7 @@ def selective_scan(
 
     The step sizes are `delta + delta_bias`, through a softplus if `delta_softplus`. They, `exp(delta * A)` and
     the state are float32 whatever the inputs are. Gradients reach every array in reverse mode; the backward pass keeps
-    one state per chunk of up to 8 tokens and recomputes the others.
+    one state per chunk of up to 8 tokens and recomputes the others. Second derivatives need implementation="xla".
 
     A `SplitOperand` is merged into floats first, unless the backend reads its levels; a `StackedOperand` is its array,
     unless the backend reads group by group.

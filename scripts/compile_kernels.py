@@ -193,8 +193,10 @@ def scan_gradient(channels: int, states: int, groups: int, dtype: str, collect: 
     return jax.grad(loss), [scan_shapes(channels, states, groups, dtype)]
 
 
-def scan_levels(channels: int, states: int, groups: int, dtype: str = "float32") -> tuple[Callable, list]:
-    """As quantised models call it: stacked floats u, delta in levels."""
+def scan_levels(
+    channels: int, states: int, groups: int, dtype: str = "float32", names: tuple[str, ...] = ("delta",)
+) -> tuple[Callable, list]:
+    """As quantised models call it: these inputs in levels, and u, if it is not one of them, in stacked floats."""
     import jax
 
     from ouromamba_jax.outlier_types import Planes
@@ -209,11 +211,12 @@ def scan_levels(channels: int, states: int, groups: int, dtype: str = "float32")
         return SplitOperand((planes,) * groups, x.shape, x.dtype)
 
     def run(arrays):
-        u = StackedOperand(arrays["u"].reshape(BATCH, TOKENS, groups, -1))
-        return selective_scan(**(arrays | {"u": u}), delta_softplus=True, implementation="mosaic_gpu")[:2]
+        if "u" not in names:
+            arrays = arrays | {"u": StackedOperand(arrays["u"].reshape(BATCH, TOKENS, groups, -1))}
+        return selective_scan(**arrays, delta_softplus=True, implementation="mosaic_gpu")[:2]
 
     arrays = scan_shapes(channels, states, groups, dtype)
-    return run, [{name: levels(x) if name == "delta" else x for name, x in arrays.items() if name != "z"}]
+    return run, [{name: levels(x) if name in names else x for name, x in arrays.items() if name != "z"}]
 
 
 KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]] = {
@@ -222,26 +225,33 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     "matmul 768x3072 W4": (matmul, (768, 3072, 4)),
     "matmul 768x3072 W4 bf16, bias": (matmul, (768, 3072, 4, "int8", "bfloat16", BATCH, True)),
     "matmul 1536x768 W8 bf16": (matmul, (1536, 768, 8, "int8", "bfloat16")),
+    "matmul 1536x768 W8 16-bit bf16, bias": (matmul, (1536, 768, 8, "float32", "bfloat16", BATCH, True)),
     "matmul 192x384 W4 bf16": (matmul, (192, 384, 4, "int8", "bfloat16")),
     "matmul 192x384 W4 16-bit": (matmul, (192, 384, 4, "float32")),
     "matmul 768x384 W8 16-bit": (matmul, (768, 384, 8, "float32")),
     "matmul 384x56 W4, bias": (matmul, (384, 56, 4, "int8", "float32", BATCH, True)),
     "matmul 384x768 W4 1 image": (matmul, (384, 768, 4, "int8", "float32", 1)),
     "matmul 1536x80 W8 bf16": (matmul, (1536, 80, 8, "int8", "bfloat16")),
-    "int4 matmul 768x3072": (int4_matmul, (768, 3072)),
-    "int4 matmul 384x56 bf16, bias": (int4_matmul, (384, 56, "bfloat16", True)),
+    "int4 matmul 768x3072 bf16, bias": (int4_matmul, (768, 3072, "bfloat16", True)),
+    "int4 matmul 384x56": (int4_matmul, (384, 56)),
+    # Inputs of layers; 3072 and 6272 are the widest of Vim-B and MambaVision-L, B and C of Vim have 16 channels
     "split 768 pow2, mask": (split, (768, "pow2", "float32", 4, 8, "split_outliers")),
     "split 3072 pow2 bf16": (split, (3072, "pow2", "bfloat16")),
     "split 192 free": (split, (192, "free")),
     "split 768 A8 16-bit bf16": (split, (768, "pow2", "bfloat16", 8, 16)),
     "split 768 packed": (packed_split, (768,)),
-    "split 3072 packed bf16": (packed_split, (3072, "bfloat16")),
-    "split 1536 A8 floats, mask": (split, (1536, "pow2", "bfloat16", 8, 16, "split_outliers")),
+    "split 6272 pow2 bf16": (split, (6272, "pow2", "bfloat16")),
+    "split 6272 A8 16-bit bf16": (split, (6272, "pow2", "bfloat16", 8, 16)),
+    "split 6272 A8 floats, mask": (split, (6272, "pow2", "bfloat16", 8, 16, "split_outliers")),
+    "split 6272 packed bf16": (packed_split, (6272, "bfloat16")),
+    "round 1536 A8 bf16": (split, (1536, "pow2", "bfloat16", 8, 16, "round_activation")),
+    "round 16": (split, (16, "pow2", "float32", 4, 8, "round_activation")),
     # Directions of Vim, MambaVision and VMamba: groups of 96 channels are padded, the 3136 tokens of stage 1 cut in 4
     "scan 1536x16 bf16": (scan, (1536, 16, 1, "bfloat16")),
     "scan 160x8": (scan, (160, 8, 1)),
     "scan 384x1 in 4 bf16": (scan, (384, 1, 4, "bfloat16", 3136)),
     "scan 768x16 in 2 int8": (scan_levels, (768, 16, 2)),
+    "scan 768x16 in 2 int8, u too": (scan_levels, (768, 16, 2, "float32", ("u", "delta"))),
     "scan 160x8 int8, bf16": (scan_levels, (160, 8, 1, "bfloat16")),
     "scan 384x1 in 4 int8": (scan_levels, (384, 1, 4)),
     "scan gradient 384x16": (scan_gradient, (384, 16, 1, "float32", False)),

@@ -53,6 +53,16 @@ def test_the_device_decides(platform, capability, devices, expected, monkeypatch
         assert choose(operation, backends, None, *arguments, **options) is backends[expected], operation
 
 
+def test_kernels_leave_64_bit_programs_to_xla(monkeypatch):
+    device = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr("ouromamba_jax.pallas.device.default_device", lambda: device)
+    A, x = jnp.ones((8, 4)), jnp.ones((2, 5, 8))
+    for enabled, expected in ((False, "mosaic_gpu"), (True, "xla")):
+        with jax.enable_x64(enabled):
+            assert choose("scan", scan.BACKENDS, None, A=A) is scan.BACKENDS[expected]
+            assert choose("split", outliers.BACKENDS, None, x, OutlierConfig()) is outliers.BACKENDS[expected]
+
+
 def control_flow(jaxpr) -> Counter[str]:
     """Kernels, and what XLA decides or repeats around them on a GPU."""
     found = Counter()

@@ -16,6 +16,8 @@ def device_reason() -> str | None:
     device = default_device()
     if device.platform != "gpu":
         return f"it needs an NVIDIA GPU, and the default device is a {device.platform}"
+    if jax.config.jax_enable_x64:
+        return "jax_enable_x64 is on, and Mosaic counts in 32 bits"
     if len(jax.devices()) > 1:
         return "a kernel runs on one device, and this process sees several"
     capability = getattr(device, "compute_capability", "unknown")

@@ -32,6 +32,8 @@ def supports(split: Any, weight: QTensor | KernelWeight, bias: Any, dtype: Any) 
     """Why this call cannot run here, from shapes, dtypes and the device; None if it can."""
     if not isinstance(split, PackedSplit):
         return "it takes what split_for_product(..., packed=True) returns"
+    if 0 in split.shape:
+        return dense.NOTHING
     return unsuitable(weight, dtype) or int4_reason()
 
 

@@ -22,6 +22,8 @@ from ouromamba_jax.pallas.packed_split import PackedSplit
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
 from ouromamba_jax.qtensor import QTensor, max_level
 
+NOTHING = "there is nothing to multiply"
+
 
 def largest_shift(inputs: int, weight_bits: int) -> int:
     """Largest j at which `inputs` int8 outliers shifted by j and as many inliers cannot overflow int32; -1 if none."""
@@ -37,6 +39,8 @@ def supports(
         return 'outlier_scale="free" needs two accumulators: split with outlier_scale="pow2"'
     if isinstance(split, PackedSplit):
         return "it takes dense levels: leave out packed=True when you split"
+    if 0 in split.shape:
+        return NOTHING
     return unsuitable(weight, dtype) or device_reason()
 
 
