@@ -139,3 +139,14 @@ def test_float_parts_keep_their_bits(part):
     expected = np.asarray(fn(*inputs))
     for size in (1, 2, 3, 5):
         assert_same_bits(fn(*(x[:size] for x in inputs)), expected[:size], f"the first {size}")
+
+
+@pytest.mark.parametrize("part", ["LayerNorm", "RMSNorm"])
+def test_norms_keep_their_bits_in_large_batches(part):
+    """XLA orders the sums of small arrays in one way and those of large ones in others."""
+    make, (shape,) = FLOAT_PARTS[part]
+    fn = jax.jit(make())
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((96, *shape)), jnp.float32)
+    expected = np.asarray(fn(x))
+    for size in (1, 24, 64):
+        assert_same_bits(fn(x[:size]), expected[:size], f"the first {size}")

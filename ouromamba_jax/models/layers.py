@@ -29,7 +29,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        x = x * jax.lax.rsqrt(tree_mean(guard_product(x * x)) + self.eps)
         return (x * broadcast_last(self.scale[...].astype(jnp.float32), x)).astype(self.dtype)
 
 
