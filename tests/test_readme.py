@@ -1,4 +1,4 @@
-"""The numbers of README's tables are the committed results', rounded once."""
+"""The numbers of the tables in README and docs are the committed results', rounded once."""
 
 import json
 import re
@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "docs" / "study" / "vim_micro_cifar10"
 
 
-def table(first_header: str) -> list[list[str]]:
-    """Body rows of the README table whose header line starts so, as cells without bold."""
-    lines = iter((ROOT / "README.md").read_text().splitlines())
+def table(first_header: str, page: str = "README.md") -> list[list[str]]:
+    """Body rows of the table whose header line starts so, as cells without bold."""
+    lines = iter((ROOT / page).read_text().splitlines())
     next(line for line in lines if line.startswith(f"| {first_header}"))
     next(lines)
     rows = []
@@ -50,7 +50,7 @@ def test_the_comparison_with_other_methods():
 
 def test_the_memory_traffic():
     files = {"Vim-B": "", "MambaVision-T": "_mambavision", "VMamba-T": "_vmamba"}
-    rows = table("memory traffic, MB")
+    rows = table("memory traffic, MB", "docs/gpu.md")
     assert [row[0] for row in rows] == list(files)
     for model, *cells in rows:
         result = json.loads((ROOT / "scripts" / "results" / f"gpu_traffic{files[model]}.json").read_text())
