@@ -26,11 +26,15 @@ def line_chart(
     heading: str | None = None,
     reference: tuple[str, float] | None = None,
 ) -> None:
-    """A value against the bit width: one line per name in `series`, one tick per setting, None where nothing was run.
+    """One line per name in `series` over labelled settings; None leaves a gap.
 
-    More than eight ticks are rotated by 90 degrees.
+    With more than eight ticks the labels are rotated.
 
-    `reference` is a (name, value) drawn as a horizontal line, e.g. ("float", 99.0).
+    Args:
+      reference: (name, value) drawn as a horizontal line, e.g. ("float", 99.0).
+
+    Raises:
+      ValueError: if a name has another number of values than there are ticks.
     """
     for name, values in series.items():
         if len(values) != len(ticks):

@@ -13,12 +13,14 @@ from ouromamba_jax.metrics import agreement, sqnr_db, top1, topk
 from ouromamba_jax.models.base import VisionModel, apply_stage
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
+_NO_IMAGES = "there are no images to evaluate on; name a data set that has some."
+
 
 class _Runner:
     """A model ready for batches of one size: its stages on every device, the samples of a batch spread over them.
 
-    Stage by stage, what compiles is one block, however deep the model. On a single device all stays where it is: arrays
-    that were placed are others to `jax.jit`, which would compile the stages that `quantize` has run once more.
+    Stage by stage, what compiles is one block, however deep the model. On one device nothing is placed: `jax.jit` would
+    compile again for explicitly placed arrays the stages that `quantize` has already compiled.
     """
 
     def __init__(self, model: VisionModel, batch_size: int):
@@ -39,7 +41,13 @@ class _Runner:
 def predict(
     model: VisionModel, images: Float[Array | np.ndarray, "N H W 3"], *, batch_size: int = 128
 ) -> Float[np.ndarray, "N classes"]:
-    """Logits of all images, in batches under `jax.jit`, spread over all devices."""
+    """Logits of all images, in batches under `jax.jit`, spread over all devices.
+
+    Raises:
+      ValueError: if there are no images.
+    """
+    if not len(images):
+        raise ValueError(_NO_IMAGES)
     run = _Runner(model, min(batch_size, len(images)))
     return np.concatenate([run(np.asarray(images[i : i + run.size])) for i in range(0, len(images), run.size)])
 
@@ -74,7 +82,7 @@ def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]
     """Accuracy over (images, labels) batches of one size; only the last may be smaller.
 
     Raises:
-      ValueError: if there are no batches, or a label is negative.
+      ValueError: if there are no batches, or a label is no class of the model.
     """
     run = None
     logits, labels, timed, seconds = [], [], 0, 0.0
@@ -87,7 +95,7 @@ def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]
             timed += len(images)
         labels.append(batch_labels)
     if not logits:
-        raise ValueError("there are no images to evaluate on; name a data set that has some.")
+        raise ValueError(_NO_IMAGES)
     everything, truth = np.concatenate(logits), np.concatenate(labels)
     return Accuracy(
         top1(everything, truth),

@@ -7,17 +7,26 @@ from jaxtyping import Array, Float, Int
 
 
 def top1(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarray, " N"]) -> float:
-    """Share of the samples whose largest logit is their label's, in [0, 1]."""
+    """Share of the samples whose largest logit is their label's, in [0, 1]; raises as `topk` does."""
     return topk(logits, labels, 1)
 
 
 def topk(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarray, " N"], k: int) -> float:
-    """Share of the samples whose label is among the k largest logits, in [0, 1]; all of them if there are k classes."""
+    """Share of the samples whose label is among the k largest logits, in [0, 1]; all of them if there are k classes.
+
+    Raises:
+      ValueError: if there are not as many labels as rows of logits, or one is not in [0, K).
+    """
     logits, labels = np.asarray(logits), np.asarray(labels)
     if labels.shape != logits.shape[:1]:
         raise ValueError(f"there are {logits.shape[0]} rows of logits but labels of shape {labels.shape}.")
     if labels.size and labels.min() < 0:
         raise ValueError(f"there is a label {labels.min()}, which is no class; score on images whose class is known.")
+    if labels.size and labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f"there is a label {labels.max()}, but the model has {logits.shape[1]} classes: use another data set or "
+            "model."
+        )
     best = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
     return float(np.mean(np.any(best == labels[:, None], axis=-1)))
 

@@ -64,7 +64,7 @@ def calibration_images(source: str, model, train, count: int, seed: int, iterati
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vim_micro", help="checkpoint")
-    parser.add_argument("--seeds", type=int, default=3, help="calibration sets per source")
+    parser.add_argument("--seeds", type=int, default=3, help="calibration sets per source, from seed 0 on")
     parser.add_argument("--images", type=int, default=64, help="calibration images")
     parser.add_argument("--iterations", type=int, default=GenConfig.iterations, help="of the generation")
     parser.add_argument("--sources", nargs="+", default=["real", "synthetic", "noise"])
@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--tune-epochs", type=int, default=QuantConfig.tune_epochs)
     parser.add_argument("--json", type=Path, help="write the rows and the versions here")
     arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds is {arguments.seeds}, but it is how many there are; use at least 1.")
 
     model = load(arguments.model)
     config = model.config

@@ -14,12 +14,17 @@ Weights are Gaussian. `--depth` leaves so many blocks (per stage), beside stem a
 """
 
 import argparse
+import os
 import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
+
+# JAX reads them when it is imported.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 from bench_model import FLOAT, gpu_models, shortened

@@ -15,9 +15,10 @@ activations, which take the model, come at the end only. `--tables` names the co
 out unless named: `strengths` halves and doubles one default at a time (80 minutes per seed), and the features of
 `attention` cost as many times more as there are tokens.
 
-Calibration images are the model's own (synthetic), drawn from the training split (real), or noise; a seed draws them
-anew. All scores are on the test split, against the float model: top-1, agreement and the logits' signal to
-quantisation noise (SQNR, dB). Nothing is chosen on them: for that, `--test-split train` scores on training images.
+Calibration images are the model's own (synthetic), drawn from the training split (real), or noise; each of the
+`--seeds` draws them anew. All scores are on the test split, against the float model: top-1, agreement and the logits'
+signal to quantisation noise (SQNR, dB). Nothing is chosen on them: for that, `--test-split train` scores on training
+images.
 """
 
 import argparse
@@ -197,12 +198,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="test images, evenly spaced; all by default")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tables", nargs="+", choices=list(tables(1)), help="all but the long ones by default")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, default=3, help="draws of the calibration images, from seed 0 on")
     parser.add_argument("--images", type=int, default=GenConfig.num_images, help="calibration images")
     parser.add_argument("--iterations", type=int, default=GenConfig.iterations, help="of the generation")
     parser.add_argument("--batch-size", type=int, default=GenConfig.batch_size, help="images generated together")
     parser.add_argument("--summarise", action="store_true", help="compute nothing new")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.seeds < 1:
+        parser.error(f"--seeds is {parsed.seeds}, but it is how many there are; use at least 1.")
+    return parsed
 
 
 def compute(study: Study, wanted: list[tuple[Run, int]], done: dict[str, dict[str, Any]]) -> int:
@@ -227,7 +231,7 @@ def main() -> None:
     arguments = parse()
     every = tables(arguments.images, iterations=arguments.iterations, batch_size=arguments.batch_size)
     chosen = arguments.tables or [name for name in every if name not in OPTIONAL]
-    failed = 0
+    seeds, failed = range(arguments.seeds), 0
     try:
         study = Study(
             arguments.model,
@@ -240,13 +244,13 @@ def main() -> None:
         done = read_runs(arguments.out / "runs.jsonl")
         if not arguments.summarise:
             # Seed by seed, so that a study that is stopped early has whole tables.
-            wanted = [(run, seed) for seed in arguments.seeds for name in chosen for run in every[name]]
+            wanted = [(run, seed) for seed in seeds for name in chosen for run in every[name]]
             failed = compute(study, wanted, done)
         write_summary(study, every, done)
         draw_charts(study, every["methods"], done)
         if not arguments.summarise:
-            draw_images(study, every["methods"][0])
-            draw_activations(study, every["calibration"])
+            draw_images(study, every["methods"][0], seeds[0])
+            draw_activations(study, every["calibration"], seeds)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(str(error)) from error
     if failed:

@@ -1,6 +1,7 @@
 """The figures of a study: charts of its runs, the synthetic images, and the activations that images cause."""
 
 import dataclasses
+from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
@@ -59,12 +60,13 @@ def _forward_order(site: str) -> tuple[Any, ...]:
     return {"stem": 0, "head": 2}.get(stage, 1), numbers[:1], place, numbers
 
 
-def draw_images(study: Any, run: Run) -> None:
-    """generated.png: synthetic images of the first seed with their targets; outliers.png: what they lead to."""
-    config, images = study.config, study.images(run, 0)
+def draw_images(study: Any, run: Run, seed: int) -> None:
+    """generated.png: synthetic images of one seed with their targets; outliers.png: what they lead to."""
+    config, images = study.config, study.images(run, seed)
     sample = load_images(study.data, study.train_split, config.img_size, config.preprocessing, limit=1)
     names = sample.classes or [str(label) for label in range(config.num_classes)]
-    titles = [names[target] for target in class_targets(run.gen_config, config.num_classes, jax.random.key(0)).tolist()]
+    targets = class_targets(run.gen_config, config.num_classes, jax.random.key(seed))
+    titles = [names[target] for target in targets.tolist()]
     heading = "Synthetic images and the class each was made for"
     image_grid(study.out / "generated.png", to_pixels(images[:40], config.preprocessing), titles[:40], heading=heading)
     low, _ = study.quantize(dataclasses.replace(run, bits="w4a4"), images)
@@ -72,16 +74,16 @@ def draw_images(study: Any, run: Run) -> None:
     outlier_figure(study.out / "outliers.png", low, test.images)
 
 
-def draw_activations(study: Any, calibration: list[Run]) -> None:
+def draw_activations(study: Any, calibration: list[Run], seeds: Sequence[int]) -> None:
     """activations.png: the static scale of every token position in the middle block, as found from each kind of image.
 
-    The legend says by which factor the scales of all layers differ from those of real images (median over layers and
-    tokens); another draw of real images is the yardstick.
+    All images are of the first seed. The legend says by which factor the scales of all layers differ from those of real
+    images (median over layers and tokens); the second seed's real images, if there is one, are the yardstick.
     """
     by_source = {run.source: run for run in calibration if (run.method, run.bits) == (OURS, "w4a4")}
-    drawn = {name: (by_source[name], 0) for name in ("real", "synthetic", "noise")} | {
-        "real, another draw": (by_source["real"], 1)
-    }
+    drawn = {name: (by_source[name], seeds[0]) for name in ("real", "synthetic", "noise")}
+    if len(seeds) > 1:
+        drawn["real, another draw"] = by_source["real"], seeds[1]
     untuned = (("tune_epochs", 0),)
     scales = {}
     for name, (run, seed) in drawn.items():

@@ -1,10 +1,11 @@
 """The bytes that a compiled program moves, read from its text."""
 
 import json
+import subprocess
 import sys
 
 import pytest
-from script_modules import load_script
+from script_modules import FOLDER, load_script
 from tiny_models import quantised
 
 from ouromamba_jax.quantize import QuantConfig
@@ -104,6 +105,14 @@ def test_it_compiles_what_it_was_asked_for(script, monkeypatch, capsys, tmp_path
     assert [row[0] for row in written["rows"]] == ["bf16", "w4a4"]
     assert all(len(row) == len(written["headers"]) for row in written["rows"])
     assert "vim_base, depth 1, batch 32, a100" in capsys.readouterr().out
+
+
+def test_it_takes_no_device(monkeypatch):
+    """JAX reads the variables that say so when it is imported, which is before the neighbours that set them, too."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    code = "import gpu_traffic, jax; print(jax.config.jax_platforms)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, check=True).stdout
+    assert out == "cpu\n"
 
 
 def test_bytes_of_shapes(script):

@@ -25,6 +25,8 @@ def test_top1_and_agreement(rng):
         top1(logits, labels[:10])
     with pytest.raises(ValueError, match="a label -1, which is no class"):
         top1(logits, labels - 1)
+    with pytest.raises(ValueError, match="a label 7, but the model has 7 classes: use another data set or model"):
+        top1(logits, labels + 1)
 
 
 def test_sqnr_of_noise_a_tenth_of_the_signal_is_20_db(rng):

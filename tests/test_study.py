@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from script_modules import load_script
+from tiny_models import quantised
 
 from ouromamba_jax import GenConfig, QuantConfig
 from ouromamba_jax.baselines import BASELINES
@@ -112,11 +114,42 @@ def test_a_folder_belongs_to_one_model_and_data_set(tmp_path):
         study.check_identity(tmp_path / "identity.json", dict(model="c", data="b"))
 
 
+def test_seeds_are_a_count(monkeypatch, capsys):
+    study, table = load_script("study"), load_script("digits_table")
+    required = ["--model", "vim_micro", "--data", "digits", "--out", "out"]
+    assert (study.parse(required).seeds, study.parse([*required, "--seeds", "2"]).seeds) == (3, 2)
+    monkeypatch.setattr(sys, "argv", ["digits_table.py", "--seeds", "0"])
+    for refused in (lambda: study.parse([*required, "--seeds", "0"]), table.main):
+        with pytest.raises(SystemExit):
+            refused()
+        assert "--seeds is 0, but it is how many there are; use at least 1." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seeds", "drawn"),
+    [
+        ([5], {("real", 5), ("synthetic", 5), ("noise", 5)}),
+        ([0, 1, 2], {("real", 0), ("synthetic", 0), ("noise", 0), ("real", 1)}),
+    ],
+)
+def test_activations_are_of_the_seeds_that_were_run(seeds, drawn, runs, tmp_path, monkeypatch):
+    figures, low, asked, panels = load_script("study_figures"), quantised(QuantConfig.preset("w4a4")), set(), {}
+
+    def images(run, seed):
+        asked.add((run.source, seed))
+
+    study = SimpleNamespace(out=tmp_path, model_name="tiny", images=images, quantize=lambda run, _: (low, None))
+    monkeypatch.setattr(figures, "line_panels", lambda path, found, **_: panels.update(found))
+    figures.draw_activations(study, runs.tables(64)["calibration"], seeds)
+    assert asked == drawn
+    assert all(len(curves) == len(drawn) for curves in panels.values())
+
+
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     study, runs = load_script("study"), load_script("study_runs")
     arguments = ["--model", "vim_micro", "--data", "digits", "--limit", "20", "--out", str(tmp_path), "--images", "4"]
-    arguments += ["--iterations", "2", "--batch-size", "4", "--tables", "refresh", "--seeds", "0"]
+    arguments += ["--iterations", "2", "--batch-size", "4", "--tables", "refresh", "--seeds", "1"]
     few = runs.tables(4, iterations=2, batch_size=4)
     monkeypatch.setattr(study, "tables", lambda images, **common: dict(few, refresh=few["refresh"][:4]))
     monkeypatch.setattr(study, "draw_activations", lambda *_: None)

@@ -1,8 +1,12 @@
 """What every model family offers to the rest of the library."""
 
+import dataclasses
+import math
+import types
+import typing
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import jax
@@ -12,19 +16,56 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.layers import Head, as_tokens
 from ouromamba_jax.models.trace import Trace
+from ouromamba_jax.preprocessing import Preprocessing
+
+_RULES: dict[Any, str] = {  # what a field of this annotation must be
+    int: "sizes and counts are whole numbers from {least}",
+    int | tuple[int, int]: "it must be a whole number from {least}, or two of them",
+    int | tuple[int, ...]: "it must be a whole number from {least}, or a tuple of them",
+    tuple[int, ...]: "it must be a tuple of whole numbers from {least}",
+    float: "it must be a positive number",
+    float | None: "it must be a positive number or None",
+    Preprocessing: "it must be a Preprocessing",
+}
 
 
-def check_sizes(config: Any, *names: str) -> None:
-    """Refuses sizes that are not positive whole numbers, or tuples of them, before anything is computed from them.
+def check_fields(config: Any, *, zero: tuple[str, ...] = ()) -> None:
+    """Holds a frozen config to its annotations before anything is computed from it; those in `zero` may be 0.
+
+    Lists become tuples and NumPy's numbers Python's, since configs are hashed and written as JSON.
 
     Raises:
       ValueError: naming the first of the fields that is wrong.
     """
-    for name in names:
-        value = getattr(config, name)
-        sizes = value if isinstance(value, tuple) else (value,)
-        if not sizes or not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
-            raise ValueError(f"{name} is {value}, but sizes and counts are whole numbers from 1; change it.")
+    for field in dataclasses.fields(config):
+        value, least = _plain(getattr(config, field.name)), 0 if field.name in zero else 1
+        if not _fits(value, field.type, least):
+            rule = _RULES[field.type].format(least=least)
+            raise ValueError(f"{field.name} is {value}, but {rule}; change it.")
+        object.__setattr__(config, field.name, value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def _fits(value: Any, kind: Any, least: int) -> bool:
+    parts = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, part, least) for part in parts)
+    if parts:  # a tuple: (kind, ...) or (kind, kind)
+        if not isinstance(value, tuple) or len(value) < 1 or (parts[1] is not ... and len(value) != len(parts)):
+            return False
+        return all(_fits(v, parts[0], least) for v in value)
+    if kind is int:
+        return isinstance(value, int) and value >= least
+    if kind is float:
+        return isinstance(value, int | float) and 0 < value < math.inf
+    return isinstance(value, kind)
 
 
 class VisionModel(nnx.Module):
@@ -68,7 +109,17 @@ class VisionModel(nnx.Module):
         return (("stem", self.stem), *blocks, ("head", self.head))
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B classes"]:
-        """Normalised images to float32 logits."""
+        """The forward pass, stage by stage.
+
+        Args:
+          images: normalised, of the config's `img_size`.
+
+        Returns:
+          logits in float32.
+
+        Raises:
+          ValueError: if the images have another shape than the model takes.
+        """
         x: Any = images
         for _, stage in self.stages:
             x = stage(x)  # type: ignore[operator]
@@ -77,7 +128,19 @@ class VisionModel(nnx.Module):
     def trace(
         self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
     ) -> tuple[Float[Array, "B classes"], Trace]:
-        """Logits and every scan's operands; `collect` reduces the hidden state h (B, D, N) inside the scan step."""
+        """The forward pass, and what it computes on the way.
+
+        Args:
+          images: normalised, of the config's `img_size`.
+          collect: reduces the hidden state h (B, D, N) inside every step of every scan; what it returns is stacked as
+            `ScanTrace.states`. None keeps no states.
+
+        Returns:
+          (logits in float32, the tokens, every block's scans and mixer, and the head's features).
+
+        Raises:
+          ValueError: if the images have another shape than the model takes.
+        """
         x = tokens = self.stem(images)
         layers = []
         for block in self.blocks:

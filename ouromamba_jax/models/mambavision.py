@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.fixed_order import guard_product
-from ouromamba_jax.models.base import VisionModel, check_sizes
+from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d
 from ouromamba_jax.models.layers import (
     MLP,
@@ -31,6 +31,7 @@ from ouromamba_jax.models.windows import AttentionTrace, WindowOrder, join_windo
 from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 _D_STATE, _D_CONV = 8, 3
+_INIT = nnx.initializers.normal(0.02)
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,15 @@ class MambaVisionConfig:
     preprocessing: Preprocessing = Preprocessing(crop_pct=1.0)
 
     def __post_init__(self):
-        for name in ("img_size", "depths", "window_size", "num_heads"):  # lists, as JSON has them, are not hashable
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
-        check_sizes(self, "img_size", "dim", "in_dim", "depths", "window_size", "num_heads", "num_classes")
+        check_fields(self, zero=("conv_levels",))
         if not len(self.depths) == len(self.window_size) == len(self.num_heads):
             raise ValueError(
                 f"depths {self.depths}, window_size {self.window_size} and num_heads {self.num_heads} must have one "
                 "entry per level."
+            )
+        if self.mlp_ratio * self.dim < 1:
+            raise ValueError(
+                f"dim {self.dim} and mlp_ratio {self.mlp_ratio} leave a layer without channels; use larger ones."
             )
         for level in range(self.conv_levels, len(self.depths)):
             width, heads = self.widths[level], self.num_heads[level]
@@ -346,6 +348,3 @@ def _downsample(config: MambaVisionConfig, level: int, index: int, **types: Any)
 
 def _enter(downsample: Conv3x3 | None, x: Array) -> Array:
     return x if downsample is None else downsample(x).astype(jnp.float32)
-
-
-_INIT = nnx.initializers.normal(0.02)

@@ -66,7 +66,10 @@ class ScanTrace:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerTrace:
-    """One block: its scans (one entry per direction) and the update that it adds to the token stream."""
+    """One block: its scans, one per direction; what enters the mixer, and what the mixer returns.
+
+    `mixer_out` is before layer scale and MLP. Tokens are row-major, or per window (see `WindowOrder`).
+    """
 
     scans: tuple[ScanTrace, ...]
     mixer_in: Float[Array, "B L C"]

@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.cpu_barrier import cpu_barrier
-from ouromamba_jax.models.base import VisionModel, check_sizes
+from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
 from ouromamba_jax.models.layers import Head, QuantPoint, RMSNorm, SelectiveScan, uniform
-from ouromamba_jax.models.trace import LayerTrace, ScanOrder
+from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 
@@ -37,10 +37,7 @@ class VimConfig:
     preprocessing: Preprocessing = Preprocessing()
 
     def __post_init__(self):
-        if isinstance(self.img_size, list):  # as JSON has it; not hashable
-            object.__setattr__(self, "img_size", tuple(self.img_size))
-        names = ("img_size", "patch_size", "stride", "embed_dim", "depth", "d_state", "num_classes", "d_conv", "expand")
-        check_sizes(self, *names)
+        check_fields(self)
         if min(self.grid) < 1:
             raise ValueError(
                 f"img_size {self.img_size} is smaller than one patch of {self.patch_size} pixels; use a larger one."
@@ -153,7 +150,9 @@ class VimMixer(nnx.Module):
         operands, z = self._operands(x)
         return self._merge(self.scan(*operands).y, z)
 
-    def trace(self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None):
+    def trace(
+        self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "B L C"], tuple[ScanTrace, ...]]:
         """(output, one ScanTrace per direction: forward, backward)."""
         operands, z = self._operands(x)
         height, width = self.config.grid
@@ -185,7 +184,9 @@ class VimBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         return x + self.mixer(self.norm(x)).astype(jnp.float32)
 
-    def trace(self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None):
+    def trace(
+        self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None
+    ) -> tuple[Float[Array, "B L C"], LayerTrace]:
         """(output, LayerTrace)."""
         mixer_in = self.norm(x)
         mixer_out, scans = self.mixer.trace(mixer_in, collect=collect)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.models.base import VisionModel, check_sizes
+from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv
 from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, token_mean, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
@@ -18,6 +18,7 @@ from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
 DIRECTIONS = ((False, False), (True, False), (False, True), (True, True))
+_INIT = nnx.initializers.normal(0.02)
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,16 @@ class VMambaConfig:
     preprocessing: Preprocessing = Preprocessing()
 
     def __post_init__(self):
-        for name in ("img_size", "dims", "depths"):  # lists, as JSON has them, would not be hashable
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
-        check_sizes(self, "img_size", "dims", "depths", "d_state", "num_classes")
+        check_fields(self)
         if not isinstance(self.dims, int) and len(self.dims) != len(self.depths):
             raise ValueError(
                 f"dims {self.dims} and depths {self.depths} must have one entry per stage, or dims be one."
+            )
+        # The stem's first convolution has half of the first width.
+        if self.widths[0] < 2 or min(self.ssm_ratio, self.mlp_ratio) * min(self.widths) < 1:
+            raise ValueError(
+                f"dims {self.dims}, ssm_ratio {self.ssm_ratio} and mlp_ratio {self.mlp_ratio} leave a layer without "
+                "channels; use larger ones."
             )
 
     @property
@@ -145,7 +149,7 @@ class VMambaMixer(nnx.Module):
 
     def _operands(self, x: Array) -> tuple[Array, Array, Array, Array]:
         u = jax.nn.silu(self.conv(self.in_proj(x)))
-        rows, columns = as_tokens(u), as_tokens(u.swapaxes(1, 2))
+        rows, columns = as_tokens(u), as_tokens(u.swapaxes(1, 2))  # in the order of DIRECTIONS, here and in `_merge`
         routes = [rows, columns, jnp.flip(rows, axis=1), jnp.flip(columns, axis=1)]
         made = [direction(route) for direction, route in zip(self.directions, routes, strict=True)]
         delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
@@ -230,6 +234,3 @@ class VMamba(VisionModel):
             blocks += [VMambaBlock(config, before if i == 0 else None, width, **types) for i in range(depth)]
             before = width
         return stem, blocks, VMambaHead(config, **types)
-
-
-_INIT = nnx.initializers.normal(0.02)
