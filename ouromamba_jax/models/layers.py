@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32
 
-from ouromamba_jax.fixed_order import guard_product, tree_mean, tree_sum
+from ouromamba_jax.fixed_order import cpu_tree_mean, cpu_tree_sum, guard_product
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
 from ouromamba_jax.scan import selective_scan
 from ouromamba_jax.scan_types import ScanOutput
@@ -29,7 +29,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(tree_mean(guard_product(x * x)) + self.eps)
+        x = x * jax.lax.rsqrt(cpu_tree_mean(guard_product(x * x)) + self.eps)
         return (x * broadcast_last(self.scale[...].astype(jnp.float32), x)).astype(self.dtype)
 
 
@@ -44,8 +44,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         x = x.astype(jnp.float32)
-        x = x - tree_mean(x)
-        x = x * jax.lax.rsqrt(tree_mean(guard_product(x * x)) + self.eps)
+        x = x - cpu_tree_mean(x)
+        x = x * jax.lax.rsqrt(cpu_tree_mean(guard_product(x * x)) + self.eps)
         scale, bias = (broadcast_last(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
         return (guard_product(x * scale) + bias).astype(self.dtype)
 
@@ -210,7 +210,7 @@ class DotProductAttention(nnx.Module):
         scores = guard_product(_sample_by_sample("lhd,mhd->hlm", q, k) * q.shape[-1] ** -0.5)
         largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(jax.lax.optimization_barrier(scores - largest))
-        probs = self.probs((weights / tree_sum(weights)).astype(self.dtype))
+        probs = self.probs((weights / cpu_tree_sum(weights)).astype(self.dtype))
         out = _sample_by_sample("hlm,mhd->lhd", probs, v).astype(self.dtype)
         return out.reshape(*out.shape[:2], -1), probs
 
@@ -232,7 +232,7 @@ def _sample_by_sample(subscripts: str, a: Float[Array, "B ..."], b: Float[Array,
 def token_mean(x: Float[Array, "B H W C"]) -> Float32[Array, "B C"]:
     """Mean over a map, with the same bits in any batch."""
     tokens = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
-    return tree_mean(tokens.swapaxes(1, 2))[..., 0]
+    return cpu_tree_mean(tokens.swapaxes(1, 2))[..., 0]
 
 
 def merge_groups(x: Float[Array, "B L G E"] | SplitOperand) -> StackedOperand | SplitOperand:
