@@ -29,17 +29,10 @@ def block_breakdown(model: VisionModel, batch_size: int = 1, *, repeats: int = 1
     cannot fuse with their surroundings, so it may come out below zero.
     """
     stages = [stage for _, stage in model.stages]
-    middle = len(stages) // 2
-
-    @jax.jit
-    def until_block(images: Array) -> Array:
-        x = images
-        for stage in stages[:middle]:
-            x = stage(x)
-        return x
-
-    block = stages[middle]
-    x = until_block(random_images(model, batch_size))
+    *before, block = stages[: len(stages) // 2 + 1]
+    x = random_images(model, batch_size)
+    for stage in before:
+        x = apply_stage(*nnx.split(stage), x)
     parts = _part_inputs(block, x, _PARTS)
     calls: dict[str, Callable[[], Any]] = {"block": _jitted(block, x)}
     for path, (module, args) in parts.items():

@@ -19,7 +19,11 @@ from tiny_models import TINY, TOKENS, filled, quantised
 from ouromamba_jax.checkpoint import CheckpointError, load, read_description, resolve, save
 from ouromamba_jax.models import create_model
 from ouromamba_jax.quantize import OPERANDS, QuantConfig, memory_report
+from ouromamba_jax.quantize.calibrate import find_scales
 from ouromamba_jax.quantize.modules import Levels
+from ouromamba_jax.quantize.run import quantized_module
+from ouromamba_jax.quantize.sites import iter_sites, named_modules
+from ouromamba_jax.quantize.specs import apply_specs
 from ouromamba_jax.quantize.stages import store_floats
 
 CONFIGS = {
@@ -31,6 +35,8 @@ CONFIGS = {
     "no operand": QuantConfig.preset("w4a4", operands=()),
     "static": QuantConfig.preset("w4a4", detection="static"),
     "offline": QuantConfig.preset("w4a4", threshold="offline"),
+    "static, offline": QuantConfig.preset("w4a4", detection="static", threshold="offline"),
+    "none, offline": QuantConfig.preset("w4a4", detection="none", threshold="offline"),
     "released": QuantConfig.preset("w4a4", outlier_scale="free", spec="released"),
     "groups": QuantConfig(weight_bits=3, weight_group=2),
 }
@@ -134,6 +140,22 @@ def test_quantised_round_trip(tmp_path, name, skipped):
     for value, (_, leaf) in zip(before, nnx.to_flat_state(nnx.state(model)), strict=True):
         np.testing.assert_array_equal(value, np.asarray(leaf[...]))  # saving packs a copy
     assert_same(model, load(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["static", "offline", "static, offline", "none, offline", "released", "every operand"])
+def test_what_calibration_stores_is_what_loading_expects(name):
+    """`load` makes a model from the specs alone: the same scales, thresholds and lists as `quantize` found."""
+    model, config = create_model("vim_micro", **TINY), dataclasses.replace(CONFIGS[name], scale_search="max")
+    for path in ("blocks.0.mixer.in_proj", "blocks.0.mixer.scan"):
+        site = dict(iter_sites(model))[path]
+        settings = config.resolve(path)
+        x = jax.random.normal(jax.random.key(0), (2, TOKENS, 2, 40))
+        seen = dict(u=x, delta=x, B=x[..., :3], C=x[..., :3], y=x, h=jnp.ones((2, TOKENS, 2)), act=x[:, :, 0, :20])
+        spec, scales, fixed = find_scales(site, seen, settings)
+        found, expected = quantized_module(site, spec, scales, fixed), apply_specs(model, {path: spec})
+        expected = dict(named_modules(expected))[path]
+        shapes = ({k: v.shape for k, v in nnx.to_flat_state(nnx.state(module))} for module in (found, expected))
+        assert next(shapes) == next(shapes), path
 
 
 @pytest.mark.parametrize("name", ["w4a4", pytest.param("every operand", marks=pytest.mark.slow)])
@@ -380,6 +402,19 @@ def test_nothing_is_left_half_written(saved, tmp_path, monkeypatch, error, when)
     with pytest.raises(type(error)):
         save(tmp_path / "model", saved[1])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(saved, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"/file/model cannot be written in .*/file \(it is not a folder\)"):
+        save(tmp_path / "file" / "model", saved[1])
+
+
+def test_what_is_converted_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.pth").touch()
+    assert "is not a folder that save wrote: convert it first" in refused(Path("x.pth"), "x.pth")
+    assert "convert its checkpoint first" in refused(Path("vim_tiny"), "vim_tiny is a model's name")
 
 
 def test_embedded_names(tmp_path, monkeypatch):

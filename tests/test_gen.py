@@ -1,11 +1,13 @@
 """Image generation: losses against plain loops, every switch, determinism, resumption and what goes wrong."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 import tolerances
 from flax import nnx
 
@@ -22,6 +24,7 @@ from ouromamba_jax.gen import (
 )
 from ouromamba_jax.gen.network import image_losses, patch_losses, split
 from ouromamba_jax.models import create_model
+from ouromamba_jax.quantize import QuantConfig
 
 SMALL = GenConfig(
     num_images=4, batch_size=2, iterations=12, neighbourhood=3, positives=3, contrastive=0.5, checkpoint_every=5
@@ -103,6 +106,12 @@ def test_patch_losses_have_finite_gradients_at_any_scale(loss, scale):
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
     assert scale == 0.0 or np.any(gradient != 0)
+
+
+def test_the_loss_alone_has_the_defaults_of_the_config():
+    own = {name: p.default for name, p in inspect.signature(contrastive_loss).parameters.items()}
+    names = ("neighbourhood", "positives", "negatives", "temperature")
+    assert [own[name] for name in names] == [getattr(GenConfig(), name) for name in names]
 
 
 def test_a_grid_without_negatives_is_refused():
@@ -359,6 +368,11 @@ def test_weights_that_are_not_finite_stop_at_once(model):
     broken.head.proj.bias[...] = broken.head.proj.bias[...] * jnp.nan
     with pytest.raises(FloatingPointError, match="output is not finite at iteration 0 of batch 0"):
         generate_images(broken, SMALL, jax.random.key(1))
+
+
+def test_a_quantised_model_has_no_gradient():
+    with pytest.raises(ValueError, match="the model is quantised, so its images have no gradient: generate them from"):
+        generate_images(tiny_models.quantised(QuantConfig.preset("w4a4")), SMALL, jax.random.key(1))
 
 
 def test_augmentations_cover_all_shifts_and_mirrorings(model):

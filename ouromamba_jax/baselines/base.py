@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.quantize.config import QuantConfig, QuantRule
+from ouromamba_jax.quantize.config import FloatDtype, QuantConfig, QuantRule
 from ouromamba_jax.quantize.report import SiteReport
 from ouromamba_jax.quantize.sites import iter_sites
 from ouromamba_jax.quantize.stages import StageInputs
@@ -37,7 +37,7 @@ class BaselineConfig:
     weight_bits: int = 4
     act_bits: int = 4
     batch_size: int = 16
-    float_dtype: str = "float16"
+    float_dtype: FloatDtype = "float16"
     rules: tuple[QuantRule, ...] = EDGES
 
     def __post_init__(self):
@@ -68,19 +68,6 @@ def linear_sites(stage: nnx.Module, configs: dict[str, QuantConfig]) -> dict[str
 def scan_sites(stage: nnx.Module, configs: dict[str, QuantConfig]) -> dict[str, SelectiveScan]:
     """The scans of a stage that have settings."""
     return {path: site for path, site in iter_sites(stage) if path in configs and isinstance(site, SelectiveScan)}
-
-
-def check_tokens(x: Float[Array, "B L ..."], calibrated: int) -> None:
-    """Checks that x has as many tokens per sample as scales were found for.
-
-    Raises:
-      ValueError: if it has not.
-    """
-    if x.shape[1] != calibrated:
-        raise ValueError(
-            f"this model was calibrated at {calibrated} tokens per sample and got {x.shape[1]}; "
-            "quantise it again at this input size."
-        )
 
 
 def add_bias(y: Float[Array, "B L O"], bias: nnx.Param | None) -> Float[Array, "B L O"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.baselines.base import add_bias, check_tokens, from_tokens
+from ouromamba_jax.baselines.base import add_bias, from_tokens
 from ouromamba_jax.baselines.ksq_grids import (
     WIDE,
     Axis,
@@ -24,7 +24,7 @@ from ouromamba_jax.baselines.ksq_grids import (
     search_output_scale,
 )
 from ouromamba_jax.models.layers import as_tokens
-from ouromamba_jax.quantize.modules import Levels, Scale
+from ouromamba_jax.quantize.modules import Levels, Scale, check_tokens
 
 ROUNDS = 3
 """How often a linear layer's scales are searched in turn: weights, then outputs."""

@@ -38,7 +38,7 @@ from ouromamba_jax.quantize.config import QuantRule
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.sites import set_module
 from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages
-from ouromamba_jax.quantize.tune import update_of
+from ouromamba_jax.quantize.tune import cosine_loss, update_of
 
 
 @dataclass(frozen=True)
@@ -145,15 +145,12 @@ def learn(
 
 
 def stage_loss(params, graphdef, bits, state, zeros, x, target) -> Float[Array, ""]:
-    """Mean of 1 - cos(update, target) over samples and tokens."""
+    """`cosine_loss` of the stage's update."""
     stage = nnx.merge(graphdef, state)
     linears = linear_sites(stage, dict(bits))
     for path, widths in bits:
         set_module(stage, path, FakeAsymmetricLinear(linears[path], params[path], zeros[path], *widths))
-    update = update_of(stage(x), x)
-    dot = jnp.sum(update * target, axis=-1)
-    norms = jnp.sum(update * update, axis=-1) * jnp.sum(target * target, axis=-1)
-    return jnp.mean(1 - dot * lax.rsqrt(norms + 1e-12))
+    return cosine_loss(update_of(stage(x), x), target)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -6,11 +6,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.baselines.base import add_bias, check_tokens, from_tokens
+from ouromamba_jax.baselines.base import add_bias, from_tokens
 from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
-from ouromamba_jax.quantize.modules import Levels, Scale
+from ouromamba_jax.quantize.modules import Levels, Scale, check_tokens
 from ouromamba_jax.quantize.rounding import straight_through_round
 from ouromamba_jax.released import search_ranges
 

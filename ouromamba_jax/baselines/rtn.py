@@ -29,7 +29,8 @@ class RTNConfig(BaselineConfig):
 
     Args:
       granularity: activations have one scale per "token" position, or one for the "tensor" (of each scan direction).
-        Weights have one per output channel.
+        Those of some ten channels or fewer have one for the tensor in either case, as ours start from: the range of so
+        few values at a token would not cover other images. Weights have one per output channel.
     """
 
     granularity: Literal["token", "tensor"] = "token"

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ouromamba_jax.baselines.base import check_tokens
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.quantize.modules import Scale
+from ouromamba_jax.quantize.modules import Scale, check_tokens
 
 
 class RoundedScan(SelectiveScan):

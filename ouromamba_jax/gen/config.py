@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ouromamba_jax.attention import neighbourhood_mask
+from ouromamba_jax.attention import Weighting, neighbourhood_mask
 
 OutputLoss = Literal["cross_entropy", "mae"]
-Weighting = Literal["delta", "uniform"]
 Features = Literal["readout", "attention"]
 Negatives = Literal["neighbourhood", "all"]
 Targets = Literal["round_robin", "random"]

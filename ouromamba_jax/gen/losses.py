@@ -38,7 +38,7 @@ def contrastive_loss(
     grid: tuple[int, int],
     neighbourhood: int = 5,
     positives: int = 12,
-    negatives: Negatives = "neighbourhood",
+    negatives: Negatives = "all",
     temperature: float = 0.1,
 ) -> Float[Array, " B"]:
     """Patch-contrastive loss (InfoNCE) of one layer, one value per image.

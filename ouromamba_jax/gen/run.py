@@ -117,9 +117,11 @@ def generate_images(
 
     Raises:
       FloatingPointError: if a loss or gradient is not finite; the message names the iteration.
-      ValueError: if `checkpoint_dir` holds the run of another model, config or key.
+      ValueError: if the model is quantised, or `checkpoint_dir` holds the run of another model, config or key.
     """
     network, weights = split(model)
+    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(weights)):  # integer levels; no float model has any
+        raise ValueError("the model is quantised, so its images have no gradient: generate them from the float model.")
     mesh = data_mesh(config.batch_size)
     weights = replicate(mesh, weights)
     batches = -(-config.num_images // config.batch_size)

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from ouromamba_jax.models.layers import SelectiveScan, as_tokens
 from ouromamba_jax.outlier_calibration import calibrate_channels, calibrate_theta, search_token_scales
-from ouromamba_jax.qtensor import MIN_SCALE, search_weight_scale
+from ouromamba_jax.qtensor import MIN_SCALE, max_level, search_weight_scale
 from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, PARAMETER_OPERANDS, QuantConfig
 from ouromamba_jax.quantize.modules import SiteSpec, is_asymmetric
 from ouromamba_jax.quantize.rounding import scan_parameter, search_parameter_scale
@@ -101,7 +101,8 @@ def _scan_scales(
         if name in config.operands:
             scales[name] = search_parameter_scale(scan_parameter(site, name), site.directions, config)
     if "h" in config.operands:
-        scales["h"] = jnp.maximum(jnp.max(seen["h"], axis=0).T / 127, MIN_SCALE)  # a state may be 0 on all images
+        largest = jnp.max(seen["h"], axis=0).T  # a state may be 0 on all images
+        scales["h"] = jnp.maximum(largest / max_level(8), MIN_SCALE)
     return spec, scales, fixed
 
 

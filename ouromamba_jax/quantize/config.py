@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ouromamba_jax.outlier_types import OutlierConfig
 
@@ -13,6 +13,7 @@ ACTIVATION_OPERANDS = ("u", "delta", "B", "C", "y")
 """Those of a scan that are split while it runs."""
 PARAMETER_OPERANDS = ("A", "D")
 """Those of a scan that are rounded once."""
+FloatDtype = Literal["float16", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class QuantRule:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"the rule pattern {self.pattern!r} is not a regular expression: {error}.") from error
+        if self.operands is not None:
+            object.__setattr__(self, "operands", _operand_names(self.operands))
         if self.skip and self.settings():
             raise ValueError(f"the rule {self.pattern!r} both skips its sites and sets {', '.join(self.settings())}.")
         if not self.skip and not self.settings():
@@ -61,7 +64,7 @@ class QuantConfig(OutlierConfig):
       operands: which tensors of each selective scan and attention are quantised. A and D, parameters, are rounded once.
       scale_search: "norm" minimises the 2.4 norm of the rounding error over 100 candidates, "max" takes the range.
       tune_epochs: passes over the calibration set in which each block's scales are tuned; 0 leaves them as found.
-      tune_learning_rate: AdamW's, for the logarithm of every scale.
+      tune_learning_rate: AdamW's, for the logarithm of every scale. The paper takes 5e-4, on the scales themselves.
       float_dtype: type in which parameters that stay float are kept.
       batch_size: images per step of calibration and tuning.
       rules: exceptions by path, first match wins.
@@ -73,7 +76,7 @@ class QuantConfig(OutlierConfig):
     scale_search: Literal["norm", "max"] = "norm"
     tune_epochs: int = 10
     tune_learning_rate: float = 2e-2
-    float_dtype: str = "float16"
+    float_dtype: FloatDtype = "float16"
     batch_size: int = 16
     rules: tuple[QuantRule, ...] = ()
 
@@ -83,11 +86,14 @@ class QuantConfig(OutlierConfig):
             raise ValueError(f"weight_bits must be 2 to 8, not {self.weight_bits}.")
         if self.weight_group is not None and self.weight_group < 1:
             raise ValueError(f"weight_group must be a positive number of channels, not {self.weight_group}.")
-        unknown = sorted(set(self.operands) - set(OPERANDS))
-        if unknown:
-            raise ValueError(f"operands {', '.join(unknown)} do not exist; choose among {', '.join(OPERANDS)}.")
+        object.__setattr__(self, "operands", _operand_names(self.operands))
+        if not isinstance(self.rules, tuple | list) or not all(isinstance(rule, QuantRule) for rule in self.rules):
+            raise ValueError(f"rules must be a tuple of QuantRule, not {self.rules!r}.")
+        object.__setattr__(self, "rules", tuple(self.rules))
         if self.scale_search not in ("norm", "max"):
             raise ValueError(f"scale_search must be 'norm' or 'max', not {self.scale_search!r}.")
+        if self.float_dtype not in get_args(FloatDtype):
+            raise ValueError(f"float_dtype must be 'float16', 'bfloat16' or 'float32', not {self.float_dtype!r}.")
         if self.tune_epochs < 0 or self.batch_size < 1 or self.tune_learning_rate <= 0:
             raise ValueError("tune_epochs must be at least 0, batch_size at least 1 and tune_learning_rate positive.")
 
@@ -118,6 +124,20 @@ class QuantConfig(OutlierConfig):
             if rule.matches(path):
                 return None if rule.skip else dataclasses.replace(self, rules=(), **rule.settings())
         return dataclasses.replace(self, rules=())
+
+
+def _operand_names(operands: Any) -> tuple[str, ...]:
+    """`operands` as a tuple, which can be hashed: configs are static arguments of compiled functions.
+
+    Raises:
+      ValueError: for a single string, and for names that do not exist.
+    """
+    if isinstance(operands, str):
+        raise ValueError(f"operands must be a tuple of names, not {operands!r}; write ({operands!r},).")
+    unknown = sorted(set(operands) - set(OPERANDS))
+    if unknown:
+        raise ValueError(f"operands {', '.join(unknown)} do not exist; choose among {', '.join(OPERANDS)}.")
+    return tuple(operands)
 
 
 _EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8, outlier_bits=16),)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from ouromamba_jax.matmul import outlier_matmul
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.outliers import merge, outlier_statistics
+from ouromamba_jax.qtensor import max_level
 from ouromamba_jax.quantize.calibrate import Captured
 from ouromamba_jax.quantize.config import PARAMETER_OPERANDS
 from ouromamba_jax.quantize.modules import ActQuantizer, QuantLinear, SiteSpec, is_asymmetric
@@ -49,6 +50,7 @@ def measure(
         samples = len(x) // images
         return x[start * samples : (start + batch_size) * samples]
 
+    sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
     for path, spec in specs.items():
         graphdefs, states = zip(*map(nnx.split, (floats[path], modules[path])), strict=True)
         batches = [
@@ -58,7 +60,7 @@ def measure(
         for name in batches[0]:
             parts = [Measured(*map(float, batch[name])) for batch in batches]
             facts = _describe(name, spec, isinstance(floats[path], nnx.Linear))
-            yield _site_report(f"{path}.{name}" if name else path, facts, parts)
+            yield _site_report(f"{path}.{name}" if name else path, facts, parts, sizes)
 
 
 # Site by site, not the stage at once: equal sites, such as the directions of a block, share one compiled program.
@@ -85,7 +87,7 @@ def _measure_scan(scan: SelectiveScan, module: QuantSelectiveScan, seen: dict[st
             x = x + scan.delta_bias(x)
         found[name] = _measure_activation(list(quantizers), x)
     for name, levels in module.parameter_levels.items():
-        largest_inlier = 2 ** (module.spec.config.act_bits - 1) - 1
+        largest_inlier = max_level(module.spec.config.act_bits)
         rate = jnp.mean((jnp.abs(levels[...].astype(jnp.int32)) > largest_inlier).astype(jnp.float32))
         found[name] = _compare(scan_parameter(scan, name), module.parameter(name), rate, jnp.zeros(()))
     if module.state_scale is not None:
@@ -114,15 +116,16 @@ def _compare(exact: Array, rounded: Any, rate: Array, shifted: Array) -> Measure
     return Measured(jnp.sum(exact**2), jnp.sum((exact - rounded.astype(jnp.float32)) ** 2), rate, shifted)
 
 
-def _site_report(path: str, facts: dict[str, Any], parts: list[Measured]) -> SiteReport:
+def _site_report(path: str, facts: dict[str, Any], parts: list[Measured], sizes: list[int]) -> SiteReport:
+    """The account of one operand from its batches of `sizes` images."""
     signal, noise = sum(part.signal for part in parts), sum(part.noise for part in parts)
     with np.errstate(divide="ignore", invalid="ignore"):
         sqnr = float(10 * np.log10(np.divide(signal, noise)))
     return SiteReport(
         path=path,
         **facts,
-        outlier_rate=float(np.mean([part.outlier_rate for part in parts])),
-        shifted_rows=float(np.mean([part.shifted_rows for part in parts])),
+        outlier_rate=float(np.average([part.outlier_rate for part in parts], weights=sizes)),
+        shifted_rows=float(np.average([part.shifted_rows for part in parts], weights=sizes)),
         sqnr_db=sqnr,
     )
 

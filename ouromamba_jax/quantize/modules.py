@@ -61,6 +61,19 @@ class SiteSpec:
         return self.config
 
 
+def check_tokens(x: Float[Array, "B L ..."], calibrated: int) -> None:
+    """Checks that x has as many tokens per sample as scales were found for.
+
+    Raises:
+      ValueError: if it has not.
+    """
+    if x.shape[1] != calibrated:
+        raise ValueError(
+            f"this model was calibrated at {calibrated} tokens per sample and got {x.shape[1]}; "
+            "quantise it again at this input size."
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ActScales:
@@ -125,11 +138,7 @@ class ActQuantizer(nnx.Module):
 
     def _checked(self, x: Array) -> tuple[Array, Array, OutlierConfig]:
         """x, its scales, and how to split it."""
-        if x.shape[1] != self.scale.shape[0]:
-            raise ValueError(
-                f"this model was calibrated at {self.scale.shape[0]} tokens per sample and got {x.shape[1]}; "
-                "quantise it again at this input size."
-            )
+        check_tokens(x, self.scale.shape[0])
         return x, self.scale[...], self.config
 
 

@@ -35,27 +35,31 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class QuantReport:
-    """Every quantised site, every parameter that stayed float, and how the tuning went.
+    """Every quantised site, every parameter and operand that stayed float, and how the tuning went.
 
     Attributes:
       sites: one entry per matmul and scan operand.
-      kept_float: (path, number of entries, reason) of what stayed float.
+      kept_float: (path, number of entries, reason) of every parameter that stayed float.
       tuning: mean loss of every epoch, by stage; empty without tuning.
+      float_operands: (path, reason) of the activations of scans and attention that are not rounded.
     """
 
     sites: tuple[SiteReport, ...]
     kept_float: tuple[tuple[str, int, str], ...]
     tuning: dict[str, tuple[float, ...]]
+    float_operands: tuple[tuple[str, str], ...] = ()
 
     @property
     def outlier_rate(self) -> float:
-        """Mean over the matmuls' inputs."""
-        return float(np.mean([s.outlier_rate for s in self.sites if s.kind == "matmul"]))
+        """Mean over the matmuls' inputs; 0 if there is none."""
+        rates = [s.outlier_rate for s in self.sites if s.kind == "matmul"]
+        return float(np.mean(rates)) if rates else 0.0
 
     @property
     def mean_sqnr_db(self) -> float:
-        """Mean over the matmuls' outputs."""
-        return float(np.mean([s.sqnr_db for s in self.sites if s.kind == "matmul"]))
+        """Mean over the matmuls' outputs; NaN if there is none."""
+        found = [s.sqnr_db for s in self.sites if s.kind == "matmul"]
+        return float(np.mean(found)) if found else float("nan")
 
     def rows(self) -> list[list[str]]:
         """The sites as table rows under `HEADERS`."""
@@ -78,6 +82,7 @@ class QuantReport:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += ["", "kept in float:"]
         lines += [f"  {path} ({count} entries): {reason}" for path, count, reason in self.kept_float]
+        lines += [f"  {path} (activation): {reason}" for path, reason in self.float_operands]
         return "\n".join(lines)
 
 

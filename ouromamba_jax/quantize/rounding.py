@@ -26,10 +26,11 @@ def _straight_through_round_jvp(primals, tangents):
 def round_states(scale: Float[Array, "G L"], channels: int) -> Callable[[Array, Array], Array]:
     """Rounds h (B, D, N) after step t to 8 bits, one scale per direction and time step; straight-through gradients."""
     per_channel = jnp.repeat(scale, channels, axis=0)  # (D, L)
+    limit = float(max_level(8))
 
     def transform(h: Float[Array, "B D N"], t: Array) -> Array:
         s = jax.lax.dynamic_index_in_dim(per_channel, t, axis=1)[None]  # (1, D, 1)
-        return s * jnp.clip(straight_through_round(h / s), -127.0, 127.0)
+        return s * jnp.clip(straight_through_round(h / s), -limit, limit)
 
     return transform
 
@@ -85,5 +86,5 @@ def _parameter_outliers(grouped: Float[Array, "G E N"], config: QuantConfig) -> 
 
 def _parameter_limits(x: Float[Array, "D N"], groups: int, config: QuantConfig) -> Float[Array, "D N"]:
     grouped = x.reshape(groups, -1, x.shape[1])
-    inlier_limit = float(max_level(config.act_bits))
-    return jnp.where(_parameter_outliers(grouped, config), 127.0, inlier_limit).reshape(x.shape)
+    outlier_limit, inlier_limit = float(max_level(8)), float(max_level(config.act_bits))
+    return jnp.where(_parameter_outliers(grouped, config), outlier_limit, inlier_limit).reshape(x.shape)

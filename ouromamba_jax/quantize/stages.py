@@ -10,13 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.base import VisionModel, apply_stage
-from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
 from ouromamba_jax.quantize.calibrate import Captured, capture
-from ouromamba_jax.quantize.config import QuantConfig
+from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, QuantConfig
 from ouromamba_jax.quantize.coverage import check_coverage
 from ouromamba_jax.quantize.modules import Levels, Scale, prepare_weights
 from ouromamba_jax.quantize.report import QuantReport, SiteReport
+from ouromamba_jax.quantize.scan import QuantSelectiveScan
 from ouromamba_jax.quantize.sites import named_modules, resolve_sites, set_module
+
+_BY_RULE = "a rule leaves it out"
+_BY_LIST = "the operand list leaves it out"
 
 Progress = Callable[[int, int, str], None]
 """Called with (stages done, stages in all, name of the next)."""
@@ -75,6 +79,7 @@ def quantize_stages(
     exact = x = images
     reports: list[SiteReport] = []
     kept: list[tuple[str, int, str]] = []
+    operands: list[tuple[str, str]] = []
     tuning: dict[str, tuple[float, ...]] = {}
     stages = model.stages
     for done, (name, stage) in enumerate(stages):
@@ -89,12 +94,13 @@ def quantize_stages(
         if fitted.losses:
             tuning[name] = fitted.losses
         kept += store_floats(low, jnp.dtype(config.float_dtype), configs, prefix)
+        operands += float_operands(low, config, prefix)
         set_module(quantised, name, low)
         exact, x = exact_out, apply_in_batches(low, x, config.batch_size)
     if progress is not None:
         progress(len(stages), len(stages), "done")
     prepare_weights(quantised)
-    return quantised, QuantReport(tuple(reports), tuple(kept), tuning)
+    return quantised, QuantReport(tuple(reports), tuple(kept), tuning, tuple(operands))
 
 
 def replace_sites(stage: nnx.Module, modules: dict[str, nnx.Module]) -> nnx.Module:
@@ -132,7 +138,31 @@ def store_floats(
                         "'bfloat16'."
                     )
                 leaf.set_value(rounded)
-                is_site = isinstance(module, nnx.Linear | SelectiveScan) and site not in configs
-                reason = "a rule or the operand list leaves it out" if is_site else "not a matmul"
-                kept.append((dotted, leaf.size, reason))
+                kept.append((dotted, leaf.size, _reason(module, name, site in configs)))
     return kept
+
+
+def _reason(module: nnx.Module, name: str, is_quantised: bool) -> str:
+    """Why the parameter `name` of a module stayed float."""
+    if isinstance(module, nnx.Linear | SelectiveScan) and not is_quantised:
+        return _BY_RULE
+    # A rival's scan keeps A_log and D to round them in its own way.
+    if type(module) in (SelectiveScan, QuantSelectiveScan) and name in ("A_log", "D"):
+        return _BY_LIST
+    return "not a matmul"
+
+
+def float_operands(stage: nnx.Module, config: QuantConfig, prefix: str) -> list[tuple[str, str]]:
+    """(path, reason) of the activations of a stage's scans and attention that it does not round.
+
+    A rival's own scan is not listed: its method says what it rounds.
+    """
+    found = []
+    for path, module in named_modules(stage):
+        settings = config.resolve(prefix + path)
+        reason, rounded = (_BY_RULE, ()) if settings is None else (_BY_LIST, settings.operands)
+        if type(module) is QuantPoint:
+            found.append((prefix + path, reason))
+        elif type(module) in (SelectiveScan, QuantSelectiveScan):
+            found += [(f"{prefix}{path}.{name}", reason) for name in (*ACTIVATION_OPERANDS, "h") if name not in rounded]
+    return found

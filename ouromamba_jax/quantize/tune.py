@@ -20,6 +20,13 @@ def update_of(stage_output: Array, x: Array) -> Array:
     return stage_output - x if stage_output.shape == x.shape else stage_output
 
 
+def cosine_loss(update: Float[Array, "... C"], target: Float[Array, "... C"]) -> Float[Array, ""]:
+    """Mean of 1 - cos(update, target) over samples and tokens."""
+    dot = jnp.sum(update * target, axis=-1)
+    norms = jnp.sum(update * update, axis=-1) * jnp.sum(target * target, axis=-1)
+    return jnp.mean(1 - dot * jax.lax.rsqrt(norms + 1e-12))
+
+
 def tune_scales(
     stage: nnx.Module,
     specs: dict[str, SiteSpec],
@@ -49,13 +56,10 @@ def tune_scales(
 
 
 def stage_loss(graphdef, specs, state, scales, fixed, thetas, x, target) -> Float[Array, ""]:
-    """Mean of 1 - cos(update, target) over samples and tokens, the stage's scales multiplied by exp(theta)."""
+    """`cosine_loss` of the stage's update, its scales multiplied by exp(theta)."""
     tuned = jax.tree.map(lambda s, t: s * jnp.exp(t), scales, thetas)
     stage = install_fakes(nnx.merge(graphdef, state), dict(specs), tuned, fixed)
-    update = update_of(stage(x), x)
-    dot = jnp.sum(update * target, axis=-1)
-    norms = jnp.sum(update * update, axis=-1) * jnp.sum(target * target, axis=-1)
-    return jnp.mean(1 - dot * jax.lax.rsqrt(norms + 1e-12))
+    return cosine_loss(update_of(stage(x), x), target)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
