@@ -9,13 +9,13 @@ from flax import nnx
 
 from ouromamba_jax.convert.keymap import ConversionError, fill
 from ouromamba_jax.convert.mambavision import fill_mambavision
-from ouromamba_jax.convert.torch_file import CheckpointError, load_tensors, read_torch
+from ouromamba_jax.convert.torch_file import TorchFileError, load_tensors, read_torch
 from ouromamba_jax.convert.unpickle import shown
 from ouromamba_jax.convert.vim import VIM_RULES, has_other_input_size, resize_positions
 from ouromamba_jax.convert.vmamba import vmamba_rules
 from ouromamba_jax.models import VisionModel, create_model
 
-__all__ = ["CheckpointError", "ConversionError", "from_torch", "load_tensors", "read_torch"]
+__all__ = ["ConversionError", "TorchFileError", "from_torch", "load_tensors", "read_torch"]
 
 # By family: (model, tensors) -> the model with these weights.
 _FILL: dict[str, Callable[[Any, Mapping[str, Any]], VisionModel]] = {
@@ -52,7 +52,7 @@ def from_torch(
       **overrides: config fields, `dtype` and `param_dtype`, as `create_model` takes them.
 
     Raises:
-      CheckpointError: the file cannot be read; the message says why.
+      TorchFileError: the file cannot be read; the message says why.
       ConversionError: the tensors do not fit the model; the message names each of them.
       ValueError: for an unknown name or config field.
     """
@@ -66,7 +66,8 @@ def from_torch(
         return _FILL[model.family](model, tensors)
     except ConversionError as error:
         if positional and has_other_input_size(tensors, model.config):
-            hint = "pass interpolate_positions=True to resize the positions to the model's input size"
+            option = "interpolate_positions=True (--interpolate-positions on the command line)"
+            hint = f"pass {option} to resize the positions to the model's input size"
             raise ConversionError(f"{str(error).removesuffix('.')}; {hint}.") from error
         raise
 

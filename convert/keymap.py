@@ -24,6 +24,11 @@ class ConversionError(ValueError):
     """A checkpoint that does not fit the model; the message names the first 20 problems and counts the rest."""
 
 
+def same(w: np.ndarray) -> np.ndarray:
+    """A tensor whose layout is the leaf's."""
+    return w
+
+
 @dataclass(frozen=True)
 class Rule:
     """Where the tensors of one kind go.
@@ -39,7 +44,7 @@ class Rule:
 
     key: str
     path: str
-    transform: Callable[[np.ndarray], np.ndarray] = lambda w: w
+    transform: Callable[[np.ndarray], np.ndarray] = same
     part: tuple[int, int] = (0, 1)
 
     def key_for(self, path: str) -> str | None:
@@ -95,8 +100,9 @@ def fill[M: nnx.Module](model: M, tensors: Mapping[str, np.ndarray], rules: Sequ
     problems = list(dict.fromkeys(problems))  # a stacked tensor fills several leaves, each with the same complaint
     if problems:
         rest = "" if len(problems) <= _LISTED else f"; and {len(problems) - _LISTED} more"
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConversionError(
-            f"the checkpoint does not fit the model ({len(problems)} problems), so check the model's name and config "
+            f"the checkpoint does not fit the model ({count}), so check the model's name and config "
             f"overrides such as num_classes and img_size, or get another copy: {'; '.join(problems[:_LISTED])}{rest}."
         )
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))

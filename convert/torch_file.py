@@ -26,7 +26,7 @@ _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 _PARSE_ERRORS = (ValueError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, struct.error)
 
 
-class CheckpointError(ValueError):
+class TorchFileError(ValueError):
     """A checkpoint file that cannot be read; the message names the file, the problem and the way out."""
 
 
@@ -38,7 +38,7 @@ def read_torch(path: str | PathLike[str]) -> Any:
       every other known object (argparse.Namespace, torch.Size, numpy scalars, ...) an `Inert` record.
 
     Raises:
-      CheckpointError: not such a file, truncated, corrupt, or naming anything that is not plain checkpoint data.
+      TorchFileError: not such a file, truncated, corrupt, or naming anything that is not plain checkpoint data.
       OSError: if the file cannot be opened.
     """
     archive = _Archive(Path(path))
@@ -57,17 +57,17 @@ def load_tensors(
         else the file itself.
 
     Raises:
-      CheckpointError: the file cannot be read, has no such entry, or its entry holds anything else than named tensors.
+      TorchFileError: the file cannot be read, has no such entry, or its entry holds anything else than named tensors.
       OSError: if the file cannot be opened.
     """
     if isinstance(source, Mapping):
         if entry is not None:
-            raise CheckpointError(f"entry={entry!r} picks a part of a file; pass source[{entry!r}] instead.")
+            raise TorchFileError(f"entry={entry!r} picks a part of a file; pass source[{entry!r}] instead.")
         return _strip_module({str(key): np.asarray(value) for key, value in source.items()}, "the given mapping")
     path = Path(source)
     if path.suffix == ".safetensors":
         if entry is not None:
-            raise CheckpointError(f"{path} holds tensors only, no entry {entry!r}; leave `entry` out.")
+            raise TorchFileError(f"{path} holds tensors only, no entry {entry!r}; leave `entry` out.")
         return _strip_module(_read_safetensors(path), str(path))
     tensors = _select_entry(read_torch(path), entry, path)
     return _strip_module({key: tensor.read() for key, tensor in tensors.items()}, str(path))
@@ -80,7 +80,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
+        raise TorchFileError(
             f"{path} is not a readable safetensors file ({shown(error)}); download or export it again."
         ) from error
 
@@ -88,23 +88,23 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _select_entry(tree: Any, entry: str | None, path: Path) -> dict[str, TorchTensor]:
     """The dict of tensors inside a training file."""
     if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} holds no dictionary of tensors; {RESAVE}.")
+        raise TorchFileError(f"{path} holds no dictionary of tensors; {RESAVE}.")
     if entry is None:
         entry = next((name for name in ("model", "state_dict") if isinstance(tree.get(name), dict)), None)
     elif not isinstance(tree.get(entry), dict):
         names = [shown(key) for key, value in tree.items() if isinstance(value, dict)]
-        raise CheckpointError(
+        raise TorchFileError(
             f"{path} has no entry {entry!r} that holds tensors; pick one of: {', '.join(names[:20]) or 'none'}."
         )
     tensors = tree if entry is None else tree[entry]
     where = str(path) if entry is None else f"entry {entry!r} of {path}"
     if not tensors:
-        raise CheckpointError(f"{where} is empty; pick another `entry` or another file.")
+        raise TorchFileError(f"{where} is empty; pick another `entry` or another file.")
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, TorchTensor):
             what = value.type.name if isinstance(value, Inert) else type(value).__name__
             name = shown(key) if isinstance(key, str) else f"a {type(key).__name__} as a name"
-            raise CheckpointError(
+            raise TorchFileError(
                 f"{where} holds {name} ({what}), which is not a named tensor; pick the `entry` that holds the model."
             )
     return tensors
@@ -114,7 +114,7 @@ def _strip_module(tensors: dict[str, np.ndarray], where: str) -> dict[str, np.nd
     stripped = {key.removeprefix("module."): value for key, value in tensors.items()}
     if len(stripped) != len(tensors):
         twice = next(key for key in tensors if f"module.{key}" in tensors)
-        raise CheckpointError(
+        raise TorchFileError(
             f"{where} holds {shown(twice)} both with and without the prefix 'module.'; remove one of the two."
         )
     return stripped
@@ -125,11 +125,13 @@ def _named_errors(path: Path) -> Iterator[None]:
     """Turns what parsers raise on damaged input into one sentence that names the file."""
     try:
         yield
-    except CheckpointError:
+    except TorchFileError:
         raise
     except _PARSE_ERRORS as error:
         reason = shown(error, length=400).rstrip(".") or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {reason}.") from error
+        if isinstance(error, (zipfile.BadZipFile, RuntimeError, EOFError, struct.error, UnicodeDecodeError)):
+            reason = f"it is cut short or damaged ({reason}); download it again"
+        raise TorchFileError(f"{path} cannot be read as a PyTorch checkpoint: {reason}.") from error
 
 
 class _Archive:

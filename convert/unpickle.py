@@ -99,7 +99,7 @@ class TorchTensor:
         """The values, read-only; tensors that share a storage share its memory.
 
         Raises:
-          CheckpointError: if the storage is missing, damaged, or smaller than the tensor claims.
+          TorchFileError: if the storage is missing, damaged, or smaller than the tensor claims.
         """
         return self.reader(self)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Shaped
 
-from ouromamba_jax.convert.keymap import Rule, linear, patches
+from ouromamba_jax.convert.keymap import Rule, linear, patches, same
 from ouromamba_jax.models.vmamba import DIRECTIONS, VMambaConfig
 
 
@@ -73,8 +73,8 @@ def vmamba_rules(config: VMambaConfig) -> tuple[Rule, ...]:
         ("in_proj.weight", "in_proj.kernel", linear2d),
         ("conv2d.weight", "conv.kernel", depthwise2d),
         ("dt_projs_bias", "scan.dt_bias", flat),
-        ("A_logs", "scan.A_log", _same),
-        ("Ds", "scan.D", _same),
+        ("A_logs", "scan.A_log", same),
+        ("Ds", "scan.D", same),
         *_norm("out_norm", "norm"),
         ("out_proj.weight", "out_proj.kernel", linear2d),
     ]
@@ -88,7 +88,7 @@ def vmamba_rules(config: VMambaConfig) -> tuple[Rule, ...]:
         *_norm("norm2", "norm2"),
     ]
     for fc in ("fc1", "fc2"):
-        block += [(f"mlp.{fc}.weight", f"mlp.{fc}.kernel", linear2d), (f"mlp.{fc}.bias", f"mlp.{fc}.bias", _same)]
+        block += [(f"mlp.{fc}.weight", f"mlp.{fc}.kernel", linear2d), (f"mlp.{fc}.bias", f"mlp.{fc}.bias", same)]
     downsample = [*_conv("downsample.1", "proj"), *_norm("downsample.3", "norm")]
     ends = [
         *_conv("patch_embed.0", "stem.first.proj"),
@@ -102,7 +102,7 @@ def vmamba_rules(config: VMambaConfig) -> tuple[Rule, ...]:
         ends += [
             *_norm(f"{old}norm", "head.norm"),
             (f"{old}head.weight", "head.proj.kernel", linear),
-            (f"{old}head.bias", "head.proj.bias", _same),
+            (f"{old}head.bias", "head.proj.bias", same),
         ]
     return (
         *(Rule(key, path, to) for key, path, to in ends),
@@ -120,13 +120,9 @@ def vmamba_rules(config: VMambaConfig) -> tuple[Rule, ...]:
 Entry = tuple[str, str, Callable[[np.ndarray], np.ndarray]]
 
 
-def _same(w: np.ndarray) -> np.ndarray:
-    return w
-
-
 def _norm(key: str, path: str) -> list[Entry]:
-    return [(f"{key}.weight", f"{path}.scale", _same), (f"{key}.bias", f"{path}.bias", _same)]
+    return [(f"{key}.weight", f"{path}.scale", same), (f"{key}.bias", f"{path}.bias", same)]
 
 
 def _conv(key: str, path: str) -> list[Entry]:
-    return [(f"{key}.weight", f"{path}.kernel", patches), (f"{key}.bias", f"{path}.bias", _same)]
+    return [(f"{key}.weight", f"{path}.kernel", patches), (f"{key}.bias", f"{path}.bias", same)]

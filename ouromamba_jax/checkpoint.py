@@ -24,7 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from ouromamba_jax.models import build_model, config_class
+from ouromamba_jax.files import check_writable
+from ouromamba_jax.models import build_model, config_class, list_models
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.preprocessing import Preprocessing
 from ouromamba_jax.qtensor import pack_int4, unpack_int4
@@ -43,10 +44,12 @@ def save(path: str | Path, model: VisionModel) -> None:
 
     Raises:
       FileExistsError: if `path` exists and is not an empty folder.
+      OSError: if nothing can be written there.
     """
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} already exists; choose another path or remove it first.")
+    check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves = _leaves(nnx.state(model))
     arrays = {name: np.asarray(_stored(leaf)) for name, leaf in sorted(leaves.items())}
@@ -90,8 +93,8 @@ def load(path: str | Path) -> VisionModel:
     try:
         config_type = config_class(description["family"])
         fields = dict(description["config"])
-        fields["preprocessing"] = Preprocessing(**_tuples(fields["preprocessing"]))
-        config = config_type(**_tuples(fields))
+        fields["preprocessing"] = Preprocessing(**fields["preprocessing"])
+        config = config_type(**fields)  # which makes JSON's lists the tuples that they were
         configs = description["quantization_configs"]
         specs = {
             site: spec_from_json({**spec, "config": configs[spec["config"]]})
@@ -118,11 +121,6 @@ def load(path: str | Path) -> VisionModel:
     return restored
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only; frozen configs hold tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-
 def resolve(path: str | Path) -> Path:
     """`path` itself, or the folder of the embedded checkpoint of that name.
 
@@ -135,6 +133,11 @@ def resolve(path: str | Path) -> Path:
     embedded = Path(str(importlib.resources.files("ouromamba_jax") / "checkpoints"))
     if (embedded / str(path)).is_dir() and Path(path).name == str(path):
         return embedded / str(path)
+    if str(path) in list_models():
+        raise CheckpointError(
+            f"there is no checkpoint at {path}: {path} is a model's name; convert its checkpoint first, and give the "
+            f"folder."
+        )
     names = ", ".join(sorted(p.name for p in embedded.iterdir())) if embedded.is_dir() else "none"
     raise CheckpointError(f"there is no checkpoint at {path}; give the folder of one, or a shipped one ({names}).")
 
@@ -148,6 +151,10 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads((path / "config.json").read_text())
     except OSError as error:
+        if path.suffix in (".pth", ".pt", ".tar", ".safetensors"):
+            raise CheckpointError(
+                f"{path} is not a folder that save wrote: convert it first (ouromamba convert or from_torch)."
+            ) from error
         raise CheckpointError(f"{path} is not a checkpoint: it has no readable config.json.") from error
     except ValueError as error:
         raise CheckpointError(f"{path / 'config.json'} is damaged: {error}.") from error

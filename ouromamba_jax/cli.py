@@ -28,8 +28,8 @@ from ouromamba_jax import (
 )
 from ouromamba_jax.checkpoint import load, read_description, resolve
 from ouromamba_jax.data import iterate_batches, load_images, to_pixels
-from ouromamba_jax.figures import image_grid
-from ouromamba_jax.files import whole_file
+from ouromamba_jax.figures import image_grid, new_figure
+from ouromamba_jax.files import check_writable, whole_file
 from ouromamba_jax.models import create_model
 from ouromamba_jax.quantize import PRESETS
 from ouromamba_jax.tables import print_table
@@ -65,7 +65,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    _refuse_existing(arguments.out)
+    _check_output(arguments.out)
     model = from_torch(
         arguments.name,
         arguments.checkpoint,
@@ -79,8 +79,11 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    _refuse_existing(arguments.out, suffix=".npz")
+    _check_output(arguments.out, suffix=".npz")
     config = GenConfig(**_given(arguments, GenConfig))
+    if arguments.figure:
+        _check_output(arguments.figure, suffix=".png")
+        new_figure(1.0, 1.0)  # without Matplotlib it fails here, not after the generation
     model = load(arguments.model)
     generated = generate_images(
         model, config, jax.random.key(arguments.seed), progress=True, checkpoint_dir=arguments.resume
@@ -95,7 +98,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def quantize_verb(arguments: argparse.Namespace) -> None:
-    _refuse_existing(arguments.out)
+    _check_output(arguments.out)
     config = QuantConfig.preset(arguments.bits, **_given(arguments, QuantConfig))
     model = load(arguments.model)
     images = load_images(
@@ -204,11 +207,13 @@ def _given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _refuse_existing(path: str, *, suffix: str | None = None) -> None:
+def _check_output(path: str, *, suffix: str | None = None) -> None:
+    """Refuses, before any work is done, what could not be written at its end."""
     if suffix is not None and not path.endswith(suffix):
         raise ValueError(f"{path} must end in {suffix}.")
     if Path(path).exists():
         raise ValueError(f"{path} already exists; choose another name or remove it first.")
+    check_writable(path)
 
 
 @contextmanager
@@ -230,6 +235,23 @@ def _field(text: str) -> tuple[str, int | float | tuple[int | float, ...]]:
     return name, numbers[0] if len(numbers) == 1 else numbers
 
 
+def _seed(text: str) -> int:
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; give a whole number from 0 to {2**32 - 1}")
+    return seed
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that say something: neither "None" nor "False"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ouromamba", description="Data-free quantisation of vision Mamba models in JAX."
@@ -243,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
             help=help,
             description=help,
             epilog=f"example: ouromamba {name} {example}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
         sub.set_defaults(run=run)
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback")
@@ -279,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=GenConfig.batch_size, help="images optimised together")
     sub.add_argument("--contrastive", type=float, default=GenConfig.contrastive, help="weight of the contrastive loss")
     sub.add_argument("--output", type=float, default=GenConfig.output, help="weight of the output loss")
-    sub.add_argument("--seed", type=int, default=0, help="same seed, same images")
+    sub.add_argument("--seed", type=_seed, default=0, help="same seed, same images")
     sub.add_argument("--resume", metavar="DIR", help="keep the run's state here, and continue from it")
     sub.add_argument("--figure", help="PNG with the first 64 images")
 
@@ -290,22 +312,41 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("out", help="folder to write")
     sub.add_argument("--images", required=True, help="calibration images: .npz, folder, digits, or tfds:NAME")
     sub.add_argument("--split", default="train", help="split of a named data set")
-    sub.add_argument("--limit", type=int, help="use this many images")
+    sub.add_argument("--limit", type=int, help="use this many images; by default all")
     sub.add_argument("--bits", required=True, choices=PRESETS, help="weights and activations")
-    sub.add_argument("--detection", choices=("dynamic", "static", "none"), help="of outlier channels")
-    sub.add_argument("--outlier-scale", choices=("pow2", "free"), help="scale of the outliers")
-    sub.add_argument("--threshold", choices=("online", "offline"), help="of the detection")
-    sub.add_argument("--n-refresh", type=int, help="tokens per window")
-    sub.add_argument("--sigma", type=float, help="standard deviations above the mean that make an outlier")
-    sub.add_argument("--weight-group", type=int, help="input channels per weight scale")
-    sub.add_argument("--tune-epochs", type=int, help="passes over the images to tune the scales; 0: none")
-    sub.add_argument("--batch-size", type=int, help="images per step of calibration")
+    sub.add_argument(
+        "--detection",
+        choices=("dynamic", "static", "none"),
+        default=QuantConfig.detection,
+        help="of outlier channels",
+    )
+    sub.add_argument(
+        "--outlier-scale", choices=("pow2", "free"), default=QuantConfig.outlier_scale, help="scale of the outliers"
+    )
+    sub.add_argument(
+        "--threshold", choices=("online", "offline"), default=QuantConfig.threshold, help="of the detection"
+    )
+    sub.add_argument("--n-refresh", type=int, default=QuantConfig.n_refresh, help="tokens per window")
+    sub.add_argument(
+        "--sigma",
+        type=float,
+        default=QuantConfig.sigma,
+        help="standard deviations above the mean that make an outlier",
+    )
+    sub.add_argument("--weight-group", type=int, help="input channels per weight scale; by default all")
+    sub.add_argument(
+        "--tune-epochs",
+        type=int,
+        default=QuantConfig.tune_epochs,
+        help="passes over the images to tune the scales; 0: none",
+    )
+    sub.add_argument("--batch-size", type=int, default=QuantConfig.batch_size, help="images per step of calibration")
 
     sub = verb("evaluate", evaluate_verb, "top-1, top-5 and images per second", "vim_micro --data digits")
     sub.add_argument("model", help="checkpoint folder, or the name of a shipped one")
     sub.add_argument("--data", required=True, help="image folder, .npz, digits, or tfds:NAME")
     sub.add_argument("--split", default="test", help="split of a named data set")
-    sub.add_argument("--limit", type=int, help="use this many images")
+    sub.add_argument("--limit", type=int, help="use this many images; by default all")
     sub.add_argument("--batch-size", type=int, default=64, help="images per step")
 
     sub = verb("inspect", inspect, "what a checkpoint holds", "vim_t_midclstok_76p1acc.pth")
@@ -320,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default="vim_micro", help="vim_micro, vmamba_micro, mambavision_micro, or a checkpoint")
     sub.add_argument("--out", default="ouromamba-demo", help="folder for the figures")
     sub.add_argument("--num-images", type=int, default=64, help="images to generate")
-    sub.add_argument("--seed", type=int, default=0, help="same seed, same result")
+    sub.add_argument("--seed", type=_seed, default=0, help="same seed, same result")
     return parser
 
 

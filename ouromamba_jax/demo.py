@@ -18,6 +18,7 @@ from ouromamba_jax.checkpoint import load
 from ouromamba_jax.data import load_images, to_pixels
 from ouromamba_jax.evaluate import Score, predict, score
 from ouromamba_jax.figures import attention_maps, image_grid, outlier_map
+from ouromamba_jax.files import check_writable
 from ouromamba_jax.gen import GenConfig, Generated, generate_images
 from ouromamba_jax.models import LayerTrace, Trace, VisionModel, WindowOrder
 from ouromamba_jax.quantize import PRESETS, MemoryReport, QuantConfig, QuantLinear, memory_report, quantize
@@ -70,7 +71,11 @@ def run_demo(
 
     Returns:
       (one `Run` per calibration source and bit width, top-1 of the float model) on the digits' test split.
+
+    Raises:
+      OSError: before any work, if nothing can be written in `folder`.
     """
+    check_writable(folder / "generated.png")
     model = load(model_name)
     config = model.config
     train = load_images("digits", "train", config.img_size, config.preprocessing)

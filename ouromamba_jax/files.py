@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` once the block ends; if it fails, what was there before stays.
 
     Folders on the way are made.
+
+    Raises:
+      OSError: if nothing can be written there.
     """
     path = Path(path)
+    check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -25,6 +30,21 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Finds out whether a file or folder can be made at `path`, its parents included; nothing is left behind.
+
+    Raises:
+      OSError: one sentence that names `path`, not a temporary file.
+    """
+    place = next(parent for parent in Path(path).absolute().parents if os.path.lexists(parent))
+    try:
+        with tempfile.TemporaryFile(dir=place):  # permissions alone do not tell, e.g. of /proc
+            pass
+    except OSError as error:
+        reason = "it is not a folder" if not place.is_dir() else (error.strerror or str(error)).lower()
+        raise OSError(f"{path} cannot be written in {place} ({reason}); choose another place.") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

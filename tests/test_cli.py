@@ -1,6 +1,7 @@
 """The command line: every verb on a tiny model, and errors as one sentence."""
 
 import errno
+import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +17,8 @@ from ouromamba_jax.demo import middle_scan, received_attention
 VERBS = ("convert", "generate", "quantize", "evaluate", "inspect", "bench", "demo")
 QUANTIZE = ("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out")
 GOLDEN = Path(__file__).parent / "golden" / "models" / "vim_a"
+FIELDS = ("patch_size=8", "stride=8", "embed_dim=48", "depth=3", "num_classes=10")
+SIZES = tuple(part for field in FIELDS for part in ("--set", field))
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +42,14 @@ def test_help_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
     assert stop.value.code == 0
-    assert f"example: ouromamba {verb} " in " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"example: ouromamba {verb} " in text
+    assert not any(default in text for default in ("(default: None)", "(default: False)"))
+    assert verb != "quantize" or all(f"(default: {value})" in text for value in ("dynamic", "pow2", "online", 10, 3.0))
 
 
 def test_convert_writes_a_model_that_loads(folder, capsys):
-    sizes = ("img_size=32", "patch_size=8", "stride=8", "embed_dim=48", "depth=3", "num_classes=10")
-    options = [part for size in sizes for part in ("--set", size)]
+    options = ("--set", "img_size=32", *SIZES)
     out = folder / "converted"
     status, text, _ = run(capsys, "convert", "vim_tiny", GOLDEN / "checkpoint.pth", out, *options)
     assert status == 0
@@ -112,7 +117,20 @@ def test_inspect_lists_a_pytorch_file(capsys):
         (("convert", "vim_tinny", GOLDEN / "checkpoint.pth", "out"), "did you mean"),
         (("convert", "vim_tiny", GOLDEN / "absent.pth", "out"), "absent.pth"),
         (("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "out"), "does not fit the model"),
+        (
+            ("convert", "vmamba_micro", GOLDEN / "checkpoint.pth", "out", "--set", "depths=2"),
+            "depths is 2, but it must be a tuple of whole numbers from 1",
+        ),
+        (
+            ("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "out", *SIZES, "--set", "img_size=40"),
+            "interpolate_positions=True (--interpolate-positions on the command line)",
+        ),
+        (("convert", "qqq", GOLDEN / "checkpoint.pth", "out"), "no model named 'qqq'; choose one of mambavision_"),
         (("generate", "vim_micro", "out.txt"), "must end in .npz"),
+        (("generate", "vim_micro", "out.npz", "--figure", "out.jpg"), "out.jpg must end in .png"),
+        (("generate", "vim_tiny", "out.npz"), "vim_tiny is a model's name; convert its checkpoint first"),
+        (("inspect", "vim_tiny"), "vim_tiny is a model's name; convert its checkpoint first"),
+        (("demo", "--out", __file__), "it is not a folder"),
         (("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out"), "nowhere"),
         ((*QUANTIZE, "--n-refresh", 0), "n_refresh must be at least 1"),
         ((*QUANTIZE, "--sigma", 0), "sigma must be positive"),
@@ -132,6 +150,54 @@ def test_an_error_is_one_sentence(arguments, says, capsys, tmp_path, monkeypatch
     assert len(error.strip().splitlines()) == 1
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "{}"),
+        ("generate", "vim_micro", "{}.npz"),
+        ("generate", "vim_micro", "a.npz", "--figure", "{}.png"),
+        ("quantize", "vim_micro", "--images", "digits", "--bits", "w4a4", "{}"),
+        ("demo", "--out", "{}"),
+    ],
+    ids=lambda a: f"{a[0]} {a[-1]}",
+)
+@pytest.mark.parametrize("place", ["file/out", "/proc/x"])
+def test_a_place_that_cannot_be_written_is_refused_at_the_start(arguments, place, tmp_path, capsys, monkeypatch):
+    if place.startswith("/proc") and not Path("/proc").exists():
+        pytest.skip("there is no /proc")
+    for work in ("cli.load", "cli.from_torch", "demo.load"):
+        monkeypatch.setattr(f"ouromamba_jax.{work}", lambda *_, **__: pytest.fail("it was begun"))
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    status, out, error = run(capsys, *(str(a).format(place) for a in arguments))
+    assert status == 1
+    assert error.startswith(f"ouromamba: {place}")
+    assert " cannot be written in " in error
+    assert out == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999", "-1", "one"])
+@pytest.mark.parametrize("verb", [("generate", "vim_micro", "out.npz"), ("demo",)], ids=lambda v: v[0])
+def test_a_seed_is_a_whole_number_of_32_bits(verb, seed, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*verb, f"--seed={seed}"])
+    assert stop.value.code == 2
+    assert f"'{seed}' is not a seed; give a whole number from 0 to 4294967295" in capsys.readouterr().err
+
+
+def test_a_figure_that_cannot_be_drawn_is_refused_at_the_start(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ouromamba_jax.cli.generate_images", lambda *_, **__: pytest.fail("it was generated"))
+    (tmp_path / "old.png").touch()
+    status, _, error = run(capsys, "generate", "vim_micro", tmp_path / "a.npz", "--figure", tmp_path / "old.png")
+    assert status == 1
+    assert "old.png already exists" in error
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)  # importing it now fails
+    status, _, error = run(capsys, "generate", "vim_micro", tmp_path / "a.npz", "--figure", tmp_path / "a.png")
+    assert status == 1
+    assert "figures need Matplotlib" in error
 
 
 def test_debug_raises(capsys):

@@ -298,10 +298,11 @@ def test_interpolated_positions_keep_rows_and_columns_apart(tensors):
 def test_positions_are_not_interpolated_silently(tensors):
     """The refusal names the flag, but only where the flag helps."""
     config = {**VIM_A, "img_size": 48}
-    hint = r"pos_embed has shape.*; pass interpolate_positions=True to resize"
+    hint = r"pos_embed has shape.*; pass interpolate_positions=True \(--interpolate-positions .*\) to resize"
     with pytest.raises(ConversionError, match=hint) as caught:
         from_torch("vim_tiny", tensors, **config)
     assert str(caught.value).count(". ") == 0
+    assert "(1 problem)" in str(caught.value)
     model = from_torch("vim_tiny", tensors, interpolate_positions=True, **config)
     assert model(jnp.asarray(np.random.default_rng(1).standard_normal((1, 48, 48, 3), np.float32))).shape == (1, 10)
     for wrong in (tensors["pos_embed"][0], tensors["pos_embed"][..., :-1], tensors["pos_embed"].astype(np.int32)):

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -12,7 +13,7 @@ from PIL import Image
 from tolerances import PIXEL
 
 from ouromamba_jax.data import digits_split, iterate_batches, load_images, preprocess, to_pixels
-from ouromamba_jax.preprocessing import Preprocessing
+from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 HALF = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0)
 IMAGENET = Preprocessing()
@@ -81,15 +82,56 @@ def test_gray_and_transparent_pictures_become_rgb(rng):
     np.testing.assert_array_equal(preprocess(rgba, 20, HALF), preprocess(rgba[..., :3], 20, HALF))
 
 
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_16_bit_gray_is_scaled_to_8_bits(rng, tmp_path, order):
+    levels = np.sort(np.append(rng.integers(0, 2**16, 62), [0, 65535])).astype(order).reshape(8, 8)
+    expected = np.stack([np.rint(levels / 257).astype(np.uint8)] * 3, -1)
+    picture = Image.fromarray(levels)
+    assert picture.mode.startswith("I;16")
+    picture.save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as stored:
+        assert stored.mode.startswith("I;16")
+    for images in (preprocess(picture, 8, HALF)[None], load_images(tmp_path, "test", 8, HALF).images):
+        np.testing.assert_array_equal(to_pixels(images, HALF)[0], expected)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pictures_of_an_unknown_range_are_refused(tmp_path, mode):
+    picture = Image.new(mode, (8, 8))
+    with pytest.raises(ValueError, match=rf"of mode {mode} has no known range; store 8 or 16 bits per channel\.$"):
+        preprocess(picture, 8, HALF)
+    picture.save(tmp_path / "a.png", format="TIFF")
+    with pytest.raises(ValueError, match=rf"a\.png cannot be read as an image \(a picture of mode {mode} .*\); remove"):
+        load_images(tmp_path, "test", 8, HALF)
+
+
 def test_to_pixels_inverts_the_normalisation(rng):
     pixels = rng.integers(0, 256, (3, 9, 11, 3), dtype=np.uint8)
     images = np.stack([preprocess(p, (9, 11), replace(IMAGENET, crop_pct=1.0)) for p in pixels])
     np.testing.assert_array_equal(to_pixels(images, IMAGENET), pixels)
 
 
-def test_unknown_interpolation_is_named(rng):
-    with pytest.raises(ValueError, match="no interpolation 'lanczos'; use one of bicubic"):
-        preprocess(smooth_picture(rng, 9, 9), 8, replace(HALF, interpolation="lanczos"))
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (dict(interpolation="lanczos"), "there is no interpolation 'lanczos'; use one of bicubic, bilinear, nearest."),
+        (dict(crop_pct=0), "crop_pct is 0, but it is a share of the side; use one in (0, 1]."),
+        (dict(crop_pct=1.1), "crop_pct is 1.1, but it is a share of the side; use one in (0, 1]."),
+        (dict(crop_pct="all"), "crop_pct is all, but it is a share of the side; use one in (0, 1]."),
+        (dict(std=(0, 0, 0)), "std is (0, 0, 0), but pixels are divided by it; use positive numbers."),
+        (dict(std=0.5), "std is 0.5, but it must be three numbers, one per channel; change it."),
+        (dict(mean=(0.5, 0.5)), "mean is (0.5, 0.5), but it must be three numbers, one per channel; change it."),
+        (dict(mean=(0.5, 0.5, math.nan)), "mean is (0.5, 0.5, nan), but it must be three numbers, one per channel; c"),
+    ],
+)
+def test_no_picture_can_be_prepared_with_it(wrong, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        replace(HALF, **wrong)
+
+
+def test_lists_and_numbers_of_numpy_are_as_good():
+    assert hash(replace(HALF, mean=[0.5, 0.5, 0.5])) == hash(HALF)
+    assert height_width(np.int64(24)) == (24, 24)
 
 
 # --- digits
@@ -163,6 +205,16 @@ def test_flat_folders_have_no_labels(class_folder):
     np.testing.assert_array_equal(to_pixels(data.images, HALF), pixels[2:])
     assert data.labels is None
     assert data.classes is None
+
+
+def test_hidden_files_are_no_pictures(class_folder):
+    """macOS leaves a "._0.png" with metadata beside "0.png" on other file systems."""
+    folder, pixels = class_folder
+    for path in list(folder.rglob("*.png")):
+        path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
+    (folder / "._cat.png").write_bytes(b"Mac OS X")
+    np.testing.assert_array_equal(to_pixels(load_images(folder, "train", 16, HALF).images, HALF), pixels)
+    np.testing.assert_array_equal(to_pixels(load_images(folder / "dog", "train", 16, HALF).images, HALF), pixels[2:])
 
 
 def test_batches_are_the_whole_in_order(class_folder):

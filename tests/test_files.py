@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from ouromamba_jax.files import read_npz, whole_file, write_json, write_text
+from ouromamba_jax.files import check_writable, read_npz, whole_file, write_json, write_text
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):
@@ -32,6 +32,18 @@ def test_a_failed_write_leaves_what_was_there(error, tmp_path):
         fail()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    wanted = tmp_path / "file" / "new" / "a.txt"
+    for attempt in (check_writable, lambda path: write_text(path, "")):
+        with pytest.raises(
+            OSError, match=rf"^{re.escape(str(wanted))} cannot be written in .*/file \(it is not a folder"
+        ):
+            attempt(wanted)
+    check_writable(tmp_path / "new" / "a.txt")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_json_that_cannot_be_written_leaves_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """The models and the registry: sizes, orders, traces, and what a functional user does with `pure`."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 from tolerances import BFLOAT16_LOGITS, REORDERED
 
+from ouromamba_jax.evaluate import predict
 from ouromamba_jax.models import ScanOrder, config_class, create_model, list_models, model_config, pure
 from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d, HalvingConv, extract_patches
 from ouromamba_jax.models.layers import RMSNorm
@@ -321,6 +323,8 @@ def test_patches_are_cut_in_the_dtype_of_their_layer(dtype, monkeypatch):
 
 
 def test_registry_errors_name_the_way_out():
+    with pytest.raises(ValueError, match=r"no model named 'qqq'; choose one of mambavision_.*, vmamba_tiny_s2l5\.$"):
+        create_model("qqq")
     with pytest.raises(ValueError, match=r"no model named 'vim_tinny'; did you mean vim_tiny"):
         create_model("vim_tinny")
     with pytest.raises(ValueError, match=r"no model named 'resnet50'.*vim_base"):
@@ -338,18 +342,69 @@ def test_registry_errors_name_the_way_out():
     [
         ("vim_tiny", "depth", 3.0),
         ("vim_tiny", "stride", 0),
-        ("vim_tiny", "img_size", (224, -1)),
-        ("vim_tiny", "img_size", 0),
-        ("vmamba_tiny_s1l8", "dims", 96.5),
-        ("vmamba_tiny_s1l8", "depths", (2, 0)),
-        ("vmamba_tiny_s1l8", "depths", ()),
-        ("mambavision_t", "window_size", (8, 8, 0, 7)),
+        ("vim_tiny", "embed_dim", (2, 3)),
+        ("vim_tiny", "num_classes", (2, 3)),
         ("mambavision_t", "num_classes", "10"),
     ],
 )
 def test_sizes_are_positive_whole_numbers(name, field, value):
     with pytest.raises(ValueError, match=f"{field} is .*, but sizes and counts are whole numbers from 1; change it"):
         model_config(name, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "rule"),
+    [
+        ("vim_tiny", "img_size", (224, -1), "it must be a whole number from 1, or two of them"),
+        ("vim_tiny", "img_size", 0, "or two of them"),
+        ("vim_tiny", "img_size", (224,), "or two of them"),
+        ("vim_tiny", "img_size", (224, 224, 7), "or two of them"),
+        ("vim_tiny", "preprocessing", 3, "it must be a Preprocessing"),
+        ("vmamba_tiny_s1l8", "dims", 96.5, "it must be a whole number from 1, or a tuple of them"),
+        ("vmamba_tiny_s1l8", "depths", (2, 0), "it must be a tuple of whole numbers from 1"),
+        ("vmamba_tiny_s1l8", "depths", (), "a tuple of whole numbers"),
+        ("vmamba_tiny_s1l8", "depths", 2, "a tuple of whole numbers"),
+        ("vmamba_tiny_s1l8", "ssm_ratio", 0, "it must be a positive number"),
+        ("vmamba_tiny_s1l8", "mlp_ratio", (4.0, 4.0), "it must be a positive number"),
+        ("vmamba_tiny_s1l8", "mlp_ratio", float("nan"), "it must be a positive number"),
+        ("mambavision_t", "window_size", (8, 8, 0, 7), "a tuple of whole numbers"),
+        ("mambavision_t", "layer_scale", (1, 2), "it must be a positive number or None"),
+        ("mambavision_t", "conv_levels", -1, "sizes and counts are whole numbers from 0"),
+    ],
+)
+def test_fields_are_what_they_are_declared_to_be(name, field, value, rule):
+    with pytest.raises(ValueError, match=f"{field} is .*, but .*{rule}.*; change it"):
+        model_config(name, **{field: value})
+
+
+def test_numbers_of_numpy_and_lists_are_as_good():
+    """The config is the same, so that it is hashed, compared and written as JSON like any other."""
+    sizes = dict(img_size=np.int64(224), embed_dim=np.int32(192))
+    assert json.dumps(dataclasses.asdict(model_config("vim_tiny", **sizes))) == json.dumps(
+        dataclasses.asdict(model_config("vim_tiny"))
+    )
+    wide = model_config("vmamba_tiny_s1l8", img_size=[np.int64(8), 16], dims=np.int64(96), ssm_ratio=np.float32(1))
+    assert wide == model_config("vmamba_tiny_s1l8", img_size=(8, 16))
+    assert hash(wide) == hash(model_config("vmamba_tiny_s1l8", img_size=(8, 16)))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vmamba_tiny_s1l8", dict(dims=1)),
+        ("vmamba_tiny_s1l8", dict(ssm_ratio=0.01)),
+        ("vmamba_tiny_s1l8", dict(dims=(96, 3), depths=(1, 1), mlp_ratio=0.3)),
+        ("mambavision_t", dict(mlp_ratio=0.01)),
+    ],
+)
+def test_every_layer_has_channels(name, sizes):
+    with pytest.raises(ValueError, match=r"dims? .* and mlp_ratio .* leave a layer without channels; use larger ones"):
+        model_config(name, **sizes)
+
+
+def test_no_images_are_no_prediction(tiny):
+    with pytest.raises(ValueError, match="there are no images to evaluate on; name a data set that has some"):
+        predict(tiny, np.zeros((0, 16, 16, 3), np.float32))
 
 
 def test_registry():

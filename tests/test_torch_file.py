@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 import zipfile
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from torch_file_writer import STORAGE_NAMES, Call, Name, Raw, View, contiguous, encode, write
 
-from ouromamba_jax.convert import CheckpointError, load_tensors, read_torch
+from ouromamba_jax.convert import TorchFileError, load_tensors, read_torch
 from ouromamba_jax.convert.unpickle import Inert
 
 GOLDEN = Path(__file__).parent / "golden" / "models" / "vim_a"
@@ -25,7 +26,7 @@ def noise(*shape: int, dtype=np.float32) -> np.ndarray:
 
 def refusal(path: Path, **kwargs) -> str:
     """The one sentence with which a file is refused; it names the file."""
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(TorchFileError) as caught:
         load_tensors(path, **kwargs)
     message = str(caught.value)
     assert str(path) in message
@@ -137,7 +138,7 @@ def test_entries(training_file, tmp_path):
     assert "no dictionary" in refusal(write(tmp_path / "e.pth", [1, 2], {}))
     both = {"w": contiguous("0", weight), "module.w": contiguous("0", weight)}
     assert "'module.'" in refusal(write(tmp_path / "f.pth", both, {"0": weight}))
-    with pytest.raises(CheckpointError, match="leave `entry` out"):
+    with pytest.raises(TorchFileError, match="leave `entry` out"):
         load_tensors(GOLDEN / "model.safetensors", entry="model")
 
 
@@ -320,6 +321,13 @@ def test_files_that_are_no_checkpoint(tmp_path):
         load_tensors(tmp_path / "missing.safetensors")
 
 
+@pytest.mark.parametrize("length", [30, 5000, -1, -30])
+def test_a_file_cut_short_is_to_be_downloaded_again(tmp_path, length):
+    path = tmp_path / "a.pth"
+    path.write_bytes((GOLDEN / "checkpoint.pth").read_bytes()[:length])
+    assert re.search(r": it is cut short or damaged \(.*\); download it again\.$", refusal(path))
+
+
 def archive(path: Path, parts: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> Path:
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, data in parts:
@@ -373,7 +381,7 @@ def test_damaged_golden_files(tmp_path):
         path.write_bytes(changed)
         try:
             loaded = load_tensors(path)
-        except CheckpointError:
+        except TorchFileError:
             continue
         for key, value in loaded.items():
             np.testing.assert_array_equal(value, original[key])
@@ -392,7 +400,7 @@ def test_damaged_pickles(tmp_path):
         path = archive(tmp_path / "a.pth", [("a/data.pkl", bytes(changed))])
         try:
             read_torch(path)
-        except CheckpointError:
+        except TorchFileError:
             failures += 1
     assert failures > 30
 

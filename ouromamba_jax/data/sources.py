@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
+from ouromamba_jax.data.transform import to_rgb
 from ouromamba_jax.files import read_npz
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -184,12 +185,15 @@ def _open_tfds(source: str, split: str) -> Source:
 
 
 def _image_files(paths: Iterator[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """Without hidden files: beside "x.jpg" macOS leaves a "._x.jpg", which is no image."""
+    visible = (path for path in paths if not path.name.startswith("."))
+    return sorted(path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def _decode(file: Any, name: str) -> Image.Image:
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except Exception as error:  # a damaged picture makes PIL raise OSError, SyntaxError, DecompressionBombError, ...
-        raise ValueError(f"{name} cannot be read as an image ({error}); remove or replace it.") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{name} cannot be read as an image ({reason}); remove or replace it.") from error

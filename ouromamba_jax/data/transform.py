@@ -9,12 +9,6 @@ from PIL import Image
 
 from ouromamba_jax.preprocessing import Preprocessing, height_width
 
-_RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-}
-
 
 def preprocess(
     image: Image.Image | UInt8[np.ndarray, "..."],
@@ -29,20 +23,30 @@ def preprocess(
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
-    image = image.convert("RGB")
+    image = to_rgb(image)
     height, width = height_width(img_size)
     target = math.floor(height / preprocessing.crop_pct), math.floor(width / preprocessing.crop_pct)
     scaled = _cover((image.height, image.width), target)
-    if preprocessing.interpolation not in _RESAMPLING:
-        raise ValueError(
-            f"there is no interpolation {preprocessing.interpolation!r}; use one of {', '.join(_RESAMPLING)}."
-        )
     interpolation = preprocessing.interpolation if target[0] == target[1] else "bilinear"
-    image = image.resize(scaled[::-1], _RESAMPLING[interpolation])
+    image = image.resize(scaled[::-1], Image.Resampling[interpolation.upper()])
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / np.float32(255)
     mean, std = preprocessing.mean_and_std()
     return (pixels - mean[0]) / std[0]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB. Pillow's own conversion cuts 16-bit gray at 255 instead of scaling it.
+
+    Raises:
+      ValueError: for 32-bit pictures, whose range nobody knows.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"a picture of mode {image.mode} has no known range; store 8 or 16 bits per channel.")
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # 65535 / 257 = 255
+    return image.convert("RGB")
 
 
 def to_pixels(images: Float[Any, "N H W 3"], preprocessing: Preprocessing) -> UInt8[np.ndarray, "N H W 3"]:

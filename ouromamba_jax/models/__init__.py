@@ -55,8 +55,9 @@ def model_config(name: str, **overrides: Any) -> Any:
       ValueError: for an unknown name or field; the message lists what exists.
     """
     if name not in _PRESETS:
-        close = difflib.get_close_matches(name, _PRESETS, n=3) or list_models()
-        raise ValueError(f"there is no model named {name!r}; did you mean {', '.join(close)}?")
+        close = difflib.get_close_matches(name, _PRESETS, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(list_models())}."
+        raise ValueError(f"there is no model named {name!r}; {hint}")
     preset = _PRESETS[name]
     fields = [f.name for f in dataclasses.fields(preset)]
     unknown = sorted(set(overrides) - set(fields))
