@@ -1,4 +1,4 @@
-"""Sums that have the same bits in every program and at every batch size.
+"""Sums that have the same bits in every program and at every batch size, everywhere or on a CPU.
 
 XLA picks the order of a reduction by the size of the array, and contracts a product and a sum into a fused multiply-add
 in some programs and not in others: a sample's last bit may then depend on the batch, and a rounding makes it a level.
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float32
 from ouromamba_jax.cpu_barrier import cpu_barrier
 
 LANES = 128
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def tree_sum(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
@@ -57,4 +57,4 @@ def cpu_tree_mean(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
 
 def guard_product(product: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """The same value, which the compiler cannot contract with a sum, into a fused multiply-add here but not there."""
-    return jnp.minimum(product, _FLOAT32_MAX)
+    return jnp.minimum(product, FLOAT32_MAX)

@@ -77,6 +77,11 @@ class OutlierConfig:
             )
 
     @property
+    def needs_theta(self) -> bool:
+        """Whether thresholds come from calibration."""
+        return self.detection == "dynamic" and self.threshold == "offline"
+
+    @property
     def pow2(self) -> bool:
         """Whether outliers are levels on the inliers' scale times a power of two."""
         return self.outlier_scale == "pow2" and self.outlier_bits != 16

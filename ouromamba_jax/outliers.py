@@ -61,8 +61,7 @@ def _check_arguments(x, scale, config: OutlierConfig, theta) -> None:
             f"x must be (B, L, C) and scale (L,), not {x.shape} and {scale.shape}: a quantised model is tied to the "
             "token count it was calibrated at"
         )
-    needs_theta = config.detection == "dynamic" and config.threshold == "offline"
-    if needs_theta and (theta is None or theta.shape != scale.shape):
+    if config.needs_theta and (theta is None or theta.shape != scale.shape):
         raise ValueError('threshold="offline" needs theta of shape (L,): pass the result of calibrate_theta')
 
 

@@ -230,7 +230,7 @@ def _sample_by_sample(subscripts: str, a: Float[Array, "B ..."], b: Float[Array,
 
 
 def token_mean(x: Float[Array, "B H W C"]) -> Float32[Array, "B C"]:
-    """Mean over a map, with the same bits in any batch."""
+    """Mean over a map, on a CPU with the same bits in any batch."""
     tokens = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
     return cpu_tree_mean(tokens.swapaxes(1, 2))[..., 0]
 

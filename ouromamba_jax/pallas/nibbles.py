@@ -1,4 +1,4 @@
-"""4-bit levels in registers, four to eight of them at a time: Pallas has no operations of its own for them."""
+"""4-bit levels in registers, a word of them at a time: Pallas has no operations of its own for them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.fixed_order import LANES, tree_sum
+from ouromamba_jax.fixed_order import FLOAT32_MAX, LANES, guard_product, tree_sum
 from ouromamba_jax.outlier_types import (
     FRACTION_BITS,
     LARGEST_FIXED_POINT,
@@ -34,7 +34,6 @@ WIDEST = 49 * LANES
 """Channels that a warpgroup's registers have room for: those of MambaVision-L's widest layer."""
 WIDEST_AHEAD = 32 * LANES
 """Channels of which there is room for the next token, too."""
-_FLOAT32_MAX = 3.4028234663852886e38
 _LARGEST_RATIO = 2.0**126
 
 
@@ -124,7 +123,7 @@ def split(
                 return (free >= limit) & present
             mean = divide(total(free), C)
             deviation = free - mean
-            square = jnp.where(present, jnp.minimum(deviation * deviation, _FLOAT32_MAX), 0.0)
+            square = jnp.where(present, guard_product(deviation * deviation), 0.0)
             std = jnp.sqrt(divide(total(square), max(C - 1, 1)))
             return (deviation >= config.sigma * std) & present
 
@@ -143,7 +142,7 @@ def split(
             magnitude = jnp.abs(row)
             if interpret is not None or not online:
                 # A NaN counts as infinite: the reference says so of thresholds, and a CPU may drop it from a maximum.
-                magnitude = jnp.where(magnitude <= _FLOAT32_MAX, magnitude, jnp.inf)
+                magnitude = jnp.where(magnitude <= FLOAT32_MAX, magnitude, jnp.inf)
             free = jnp.where(listed > 0, 0.0, magnitude)
             largest_free = jnp.max(free)
             listed, count = lax.cond(

@@ -110,7 +110,7 @@ def _activation_scale(x: Array, config: QuantConfig) -> tuple[Array, dict[str, A
     fixed = {}
     if config.detection == "static":
         fixed["channels"] = calibrate_channels(x, config.splitting)
-    if config.detection == "dynamic" and config.threshold == "offline":
+    if config.needs_theta:
         fixed["theta"] = calibrate_theta(x, config.splitting)
     tokens, channels = x.shape[1:]
     if config.spec == "paper" and channels - 1 <= config.sigma * channels**0.5:

@@ -78,7 +78,7 @@ def _empty_tensor(rows: int, columns: int, bits: int, group: int | None) -> QTen
 def _empty_scales(config: QuantConfig, tokens: int, channels: int, *, operand: str = "") -> ActScales:
     return ActScales(
         scale=jnp.zeros((tokens,)),
-        theta=jnp.zeros((tokens,)) if config.detection == "dynamic" and config.threshold == "offline" else None,
+        theta=jnp.zeros((tokens,)) if config.needs_theta else None,
         channels=jnp.zeros((channels,), bool) if config.detection == "static" else None,
         zero=jnp.zeros((tokens,)) if is_asymmetric(operand, config) else None,
     )
