@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
@@ -49,6 +49,27 @@ class Preprocessing:
         """Both as arrays, for images (N, H, W, 3)."""
         mean, std = (np.asarray(values, np.float32)[None, None, None] for values in (self.mean, self.std))
         return mean, std
+
+    def check_normalised(self, images: Float[Any, "..."], what: str = "images") -> None:
+        """Refuses what can be no model input: integers, values that are not finite, pixels as they are in a file.
+
+        Noise and synthetic images may lie outside what pixels become, so only ten times as much is too much.
+
+        Raises:
+          ValueError: naming `what` and the way out.
+        """
+        way_out = "load_images takes uint8 pixels and normalises them"
+        if np.dtype(images.dtype).kind in "biu":
+            raise ValueError(f"{what} are {images.dtype}, but a model takes normalised floats; {way_out}.")
+        largest = float(abs(images).max(initial=0))
+        if not math.isfinite(largest):
+            raise ValueError(f"{what} hold values that are not finite; make them again.")
+        mean, std = self.mean_and_std()
+        limit = float(max((mean / std).max(), ((1 - mean) / std).max()))
+        if largest > 10 * limit:
+            raise ValueError(
+                f"{what} reach {largest:.4g}, but pixels normalised for this model {limit:.2g}; {way_out}."
+            )
 
 
 def height_width(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -107,6 +107,7 @@ def _read(
                 f"the float images are {picture.shape[0]}x{picture.shape[1]}, but the model takes {height}x{width}; "
                 f"store uint8 pixels, which are resized, or build the model with another img_size."
             )
+        preprocessing.check_normalised(picture, f"the float pixels of image {i}")
         return picture, label
 
     pictures, labels = zip(*pool.map(load, indices.tolist()), strict=True)

@@ -21,7 +21,8 @@ class QuantRule:
     """Settings for the sites whose path matches.
 
     Matches: `pattern`, a regular expression searched in the dotted path, e.g. r"blocks\\.0\\..*out_proj".
-    Sets: any of the other fields; None keeps the config's value. `skip=True` leaves the site in float.
+    Sets: any of the other fields; None keeps the config's value. `weight_group=0` gives all inputs one scale, whatever
+      the config says; `skip=True` leaves the site in float.
     The first rule that matches a site decides.
     """
 
@@ -122,7 +123,12 @@ class QuantConfig(OutlierConfig):
         """The settings of the site at `path`, rules applied; None if a rule leaves it in float."""
         for rule in self.rules:
             if rule.matches(path):
-                return None if rule.skip else dataclasses.replace(self, rules=(), **rule.settings())
+                if rule.skip:
+                    return None
+                settings = rule.settings()
+                if settings.get("weight_group") == 0:
+                    settings["weight_group"] = None
+                return dataclasses.replace(self, rules=(), **settings)
         return dataclasses.replace(self, rules=())
 
 

@@ -80,13 +80,17 @@ class QuantReport:
         rows = [list(HEADERS), *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADERS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += ["", "kept in float:"]
+        lines += ["", *LEGEND, "", "kept in float:"]
         lines += [f"  {path} ({count} entries): {reason}" for path, count, reason in self.kept_float]
         lines += [f"  {path} (activation): {reason}" for path, reason in self.float_operands]
         return "\n".join(lines)
 
 
 HEADERS = ("site", "kind", "bits", "scales", "outliers", "j > 0", "SQNR")
+LEGEND = (
+    "bits: of weights (W), activations (A) and their outliers (O); outliers: share of the entries;",
+    "j > 0: tokens whose outliers take a larger step; SQNR: of a matmul's output, of an operand itself",
+)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ def quantize(
       progress: called as progress(done, total, stage name).
 
     Raises:
-      ValueError: if the model is already quantised, the images are not finite, a rule matches nothing, or the model
-        multiplies matrices where no rule and no site covers them.
+      ValueError: if the model is already quantised, the images are no normalised ones, a rule matches nothing, a weight
+        group does not divide a layer's inputs, or the model multiplies matrices where no rule and no site covers them.
     """
 
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:

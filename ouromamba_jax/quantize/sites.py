@@ -34,7 +34,11 @@ def set_module(model: Any, path: str, new: Any) -> None:
 
 
 def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConfig]:
-    """Settings by site. A marked tensor is a site only if the config names it among its operands."""
+    """Settings by site. A marked tensor is a site only if the config names it among its operands.
+
+    Raises:
+      ValueError: if a rule matches nothing, or a weight group does not divide the inputs of a layer.
+    """
     resolved = {path: (site, config.resolve(path)) for path, site in iter_sites(model)}
     active = {
         path: c
@@ -45,4 +49,13 @@ def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConf
     if unused:
         known = ", ".join(list(active)[:4])
         raise ValueError(f"the rule {unused[0]!r} matches no site of the model; paths look like {known}.")
+    for path, c in active.items():
+        site = resolved[path][0]
+        if c is not None and c.weight_group is not None and isinstance(site, nnx.Linear):
+            inputs = site.kernel.shape[0]
+            if inputs % c.weight_group:
+                raise ValueError(
+                    f"weight_group {c.weight_group} does not divide the {inputs} inputs of {path}; choose a divisor or "
+                    f"except the layer, QuantRule({path.rsplit('.', 1)[-1]!r}, weight_group=0)."
+                )
     return {path: c for path, c in active.items() if c is not None}

@@ -63,14 +63,15 @@ def quantize_stages(
       config: of every site, its rules included; batch size and float type.
 
     Raises:
-      ValueError: if the model is already quantised, the images are not finite, a rule matches nothing, or the model
-        multiplies matrices where no rule and no site covers them.
+      ValueError: if the model is already quantised, the images are no normalised ones, a rule matches nothing, a weight
+        group does not divide a layer's inputs, or the model multiplies matrices where no rule and no site covers them.
     """
     if any(isinstance(leaf, Levels | Scale) for _, leaf in nnx.to_flat_state(nnx.state(model))):
         raise ValueError("the model is already quantised; quantise the float model it came from.")
     images = jnp.asarray(images)
-    if images.ndim != 4 or not len(images) or not bool(jnp.isfinite(images).all()):
-        raise ValueError(f"images must be finite and of shape (N, H, W, 3) with N > 0, not {images.shape}.")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images must be of shape (N, H, W, 3) with N > 0, not {images.shape}.")
+    model.config.preprocessing.check_normalised(images)
     configs = resolve_sites(model, config)
     shape = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     for name, stage in model.stages:
