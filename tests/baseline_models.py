@@ -5,6 +5,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from draws import heavy_tailed
 from flax import nnx
 from tiny_models import TINY
 
@@ -36,12 +37,6 @@ FAMILIES = {
         ),
     ),
 }
-
-
-def heavy_tailed(key: int, shape: tuple[int, ...]) -> jax.Array:
-    rng = np.random.default_rng(key)
-    values = rng.standard_normal(shape) + 0.3 * np.clip(rng.standard_t(1.5, shape), -20, 20)
-    return jnp.asarray(values, jnp.float32)
 
 
 def images(key: int = 0, count: int = 6) -> jax.Array:

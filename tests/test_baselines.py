@@ -13,12 +13,12 @@ from baseline_models import (
     bits_of,
     captured_block,
     float_model,
-    heavy_tailed,
     images,
     logits_of,
     modules_of,
     scan_operands,
 )
+from draws import heavy_tailed
 from flax import nnx
 from tiny_models import TOKENS
 from tolerances import BATCHED_FLOAT, REORDERED

@@ -9,12 +9,12 @@ from baseline_models import (
     FAMILIES,
     baseline,
     float_model,
-    heavy_tailed,
     images,
     in_numpy,
     modules_of,
     scan_operands,
 )
+from draws import heavy_tailed
 from flax import nnx
 from tiny_models import TOKENS
 from tolerances import FLOAT64_LOOP

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from baseline_models import SCAN, baseline, captured_block, float_model, heavy_tailed, images, modules_of
+from baseline_models import SCAN, baseline, captured_block, float_model, images, modules_of
+from draws import heavy_tailed
 from flax import nnx
 from tiny_models import TOKENS
 from tolerances import FAKE_AGAINST_INTEGER

@@ -5,7 +5,8 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from baseline_models import SCAN, baseline, float_model, heavy_tailed, in_numpy, modules_of, scan_operands
+from baseline_models import SCAN, baseline, float_model, in_numpy, modules_of, scan_operands
+from draws import heavy_tailed
 from flax import nnx
 from tiny_models import TOKENS
 

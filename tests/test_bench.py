@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from draws import normal
 from flax import nnx
 from tiny_models import TINY
 
@@ -64,7 +65,7 @@ def test_sleeping_takes_no_processor_time():
 
 def test_asynchronous_work_is_waited_for():
     work = jax.jit(lambda x: jnp.linalg.matrix_power(x, 40))
-    x = jax.random.normal(jax.random.key(0), (256, 256)) / 16
+    x = normal(0, (256, 256)) / 16
     timings = bench.time_interleaved({"result": lambda: (work(x), None)}, repeats=2)
     start = time.perf_counter()
     work(x).block_until_ready()
@@ -88,6 +89,7 @@ def test_results_name_the_machine_but_no_folder_of_it(tmp_path, monkeypatch):
     assert str(tmp_path) not in path.read_text()
 
 
+@pytest.mark.slow
 def test_a_float_model_is_quantised_for_comparison(model, quantised, monkeypatch):
     said = []
     monkeypatch.setattr(bench, "quantize_untuned", lambda model, preset: {"w4a4": quantised}[preset])
@@ -168,7 +170,7 @@ def test_the_breakdown_of_a_model_counts_equal_blocks(kind, monkeypatch):
 
 
 def test_a_preferred_backend_is_taken_where_it_supports_the_call(monkeypatch):
-    x = jax.random.normal(jax.random.key(0), (1, 2, 3))
+    x = normal(0, (1, 2, 3))
     marked = Backend(lambda x, config: None if x.shape[1] == 2 else "it wants two tokens", lambda x, *_, **__: x + 1)
     monkeypatch.setitem(outliers.BACKENDS, "marked", marked)
     before = list(outliers.BACKENDS)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from draws import normal
 from flax import nnx
-from tiny_models import TINY, TOKENS, filled, quantised
+from tiny_models import TINY, TOKENS, quantised, random_model
 
 from ouromamba_jax.checkpoint import CheckpointError, load, read_description, resolve, save
 from ouromamba_jax.models import create_model
@@ -97,7 +98,7 @@ def on_disk(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[Path, nnx.Module]:
-    model = filled(create_model("vim_micro", **TINY))
+    model = random_model("vim_micro", **TINY)
     path = tmp_path_factory.mktemp("float") / "model"
     save(path, model)
     return path, model
@@ -112,7 +113,7 @@ def test_float_round_trip(saved):
     path, model = saved
     again = load(path)
     assert_same(model, again)
-    images = jax.random.normal(jax.random.key(0), (2, 12, 16, 3))
+    images = normal(0, (2, 12, 16, 3))
     expected = logits(nnx.graphdef(model), nnx.state(model), images)
     np.testing.assert_array_equal(logits(nnx.graphdef(again), nnx.state(again), images), expected)
     assert bool((jnp.abs(expected) > 0).all())
@@ -124,7 +125,7 @@ def test_float_round_trip(saved):
     ("dtype", "param_dtype"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float16")]
 )
 def test_types_come_back(tmp_path, dtype, param_dtype):
-    model = filled(create_model("vim_micro", dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), **TINY))
+    model = random_model("vim_micro", dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), **TINY)
     save(tmp_path / "model", model)
     again = load(tmp_path / "model")
     assert_same(model, again, graph=False)  # a Flax layer also notes the type that it was initialised in
@@ -149,7 +150,7 @@ def test_what_calibration_stores_is_what_loading_expects(name):
     for path in ("blocks.0.mixer.in_proj", "blocks.0.mixer.scan"):
         site = dict(iter_sites(model))[path]
         settings = config.resolve(path)
-        x = jax.random.normal(jax.random.key(0), (2, TOKENS, 2, 40))
+        x = normal(0, (2, TOKENS, 2, 40))
         seen = dict(u=x, delta=x, B=x[..., :3], C=x[..., :3], y=x, h=jnp.ones((2, TOKENS, 2)), act=x[:, :, 0, :20])
         spec, scales, fixed = find_scales(site, seen, settings)
         found, expected = quantized_module(site, spec, scales, fixed), apply_specs(model, {path: spec})
@@ -163,7 +164,7 @@ def test_logits_keep_their_bits(tmp_path, name):
     model = quantised(CONFIGS[name])
     save(tmp_path / "model", model)
     again = load(tmp_path / "model")
-    images = jax.random.normal(jax.random.key(0), (2, 12, 16, 3))
+    images = normal(0, (2, 12, 16, 3))
     expected = logits(nnx.graphdef(model), nnx.state(model), images)
     np.testing.assert_array_equal(logits(nnx.graphdef(again), nnx.state(again), images), expected)
     assert bool(jnp.isfinite(expected).all())
@@ -349,7 +350,7 @@ def test_added_and_removed_files(copy, saved):
 
 def test_files_of_another_checkpoint(saved, tmp_path):
     """Arrays whose digests are right but whose sizes do not fit the index."""
-    save(tmp_path / "wide", filled(create_model("vim_micro", **{**TINY, "num_classes": 9})))
+    save(tmp_path / "wide", random_model("vim_micro", **{**TINY, "num_classes": 9}))
     wide = read_description(tmp_path / "wide")
     own = read_description(saved[0])
     edit(tmp_path / "wide", config=own["config"], arrays=own["arrays"])
@@ -448,7 +449,7 @@ def test_floats_are_never_stored_as_infinities(name):
     leaf = tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
     def stored(value: float, dtype: str) -> tuple[np.ndarray, nnx.Module]:
-        model = filled(create_model("vim_micro", **TINY))
+        model = random_model("vim_micro", **TINY)
         variable = dict(nnx.to_flat_state(nnx.state(model)))[leaf]
         variable.set_value(variable[...].at[0].set(-value))
         nnx.update(model, nnx.from_flat_state([(leaf, variable)]))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from draws import normal
 from flax import nnx
 from tolerances import INTERPOLATION, INTERPOLATION_FLOAT16, PARITY
 
@@ -114,7 +115,7 @@ def test_every_manifest_at_full_depth(name):
 def test_vim_base_runs_under_jit():
     fn, state = pure(from_torch("vim_base", synthesised("vim_base")))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == manifest("vim_base")["n_params"]
-    images = jax.random.normal(jax.random.key(0), (1, 224, 224, 3))
+    images = normal(0, (1, 224, 224, 3))
     logits = jax.jit(fn)(state, images)
     assert logits.shape == (1, 1000)
     assert bool(jnp.isfinite(logits).all())

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from draws import normal
 from flax import nnx
 
 from ouromamba_jax.quantize.coverage import check_coverage
@@ -16,7 +17,7 @@ class Toy(nnx.Module):
     def __init__(self, product):
         self.product = product
         self.linear = nnx.Linear(5, 5, dtype=jnp.float32, rngs=nnx.Rngs(0))
-        self.weight = nnx.Param(jax.random.normal(jax.random.key(0), (5, 5)))
+        self.weight = nnx.Param(normal(0, (5, 5)))
 
     def __call__(self, x):
         return self.product(self.linear(x), self.weight[...])

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
+from draws import normal
 from flax import nnx
-from tiny_models import FAMILIES, filled, quantised
+from tiny_models import FAMILIES, quantised, random_model
 
 from ouromamba_jax import GenConfig, bench, generate_images, matmul, outliers, quantize, scan
 from ouromamba_jax.models import create_model, pure
@@ -40,7 +41,7 @@ def test_the_device_decides(platform, capability, devices, expected, monkeypatch
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     monkeypatch.setattr("ouromamba_jax.pallas.device.default_device", lambda: device)
     monkeypatch.setattr(jax, "devices", lambda: [device] * devices)
-    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    x = normal(0, (2, 5, 8))
     config = OutlierConfig()
     split = outliers.split_outliers(x, jnp.ones(5), config, implementation="xla")
     calls = {
@@ -83,7 +84,9 @@ def control_flow(jaxpr) -> Counter[str]:
 
 
 @pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[pytest.mark.slow] if family != "vim" else []) for family in FAMILIES]
+)
 def test_a_quantised_model_never_waits_for_the_host(family, bits, monkeypatch):
     """XLA reads a condition back before it launches what follows, so a model takes none: nor does it loop."""
     device = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
@@ -120,11 +123,11 @@ def recorded(monkeypatch) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("bits", ["float32", "w4a4", "w8a8"])
 def test_models_take_the_kernels(bits, family, monkeypatch):
     if bits == "float32":
-        model = filled(create_model(f"{family}_micro", **FAMILIES[family]))
+        model = random_model(f"{family}_micro", **FAMILIES[family])
     else:
         model = quantised(QuantConfig.preset(bits), family)
     function, state = pure(model)
-    images = jax.random.normal(jax.random.key(0), (3, *height_width(model.config.img_size), 3))
+    images = normal(0, (3, *height_width(model.config.img_size), 3))
     with bench.preferring("xla"):
         expected = jax.jit(function)(state, images)
     seen = recorded(monkeypatch)
@@ -145,7 +148,7 @@ def test_models_take_4_bit_products_if_told_to(family, monkeypatch):
     if reason := int4_reason():
         pytest.skip(reason)
     model = quantised(QuantConfig.preset("w4a4"), family)
-    images = jax.random.normal(jax.random.key(0), (3, *height_width(model.config.img_size), 3))
+    images = normal(0, (3, *height_width(model.config.img_size), 3))
     dense = jax.jit(pure(model)[0])(pure(model)[1], images)
     with bench.preferring("mosaic_gpu_int4"):
         seen = recorded(monkeypatch)
@@ -172,9 +175,9 @@ def test_generation_takes_the_kernels(monkeypatch):
 @pytest.mark.gpu
 def test_quantising_takes_the_kernels(monkeypatch):
     """Gradients through a quantised block while its scales are tuned."""
-    model = filled(create_model("vim_micro", **FAMILIES["vim"]))
+    model = random_model("vim_micro", **FAMILIES["vim"])
     config = QuantConfig.preset("w4a4", tune_epochs=2, batch_size=2)
-    images = jax.random.normal(jax.random.key(0), (4, *FAMILIES["vim"]["img_size"], 3))
+    images = normal(0, (4, *FAMILIES["vim"]["img_size"], 3))
 
     def result():
         quantised_model, report = quantize(model, images, config)

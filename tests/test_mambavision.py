@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from family_checks import (
     check_other_types,
     check_saved_and_loaded,
@@ -304,7 +305,7 @@ def run(tiny):
 
 
 def images(count: int = 3, size: tuple[int, int] = (20, 28), seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (count, *size, 3))
+    return normal(seed, (count, *size, 3))
 
 
 def test_every_key_is_needed_and_no_other(weights):
@@ -423,6 +424,7 @@ def test_every_weight_is_used(tiny, run):
         assert float(jnp.abs(run(changed, x) - logits).max()) > 10 * REORDERED, path
 
 
+@pytest.mark.slow
 def test_other_types(weights):
     check_other_types("mambavision_micro", weights, TINY, images())
 
@@ -470,9 +472,8 @@ def test_every_matmul_is_a_site(tiny):
     assert kinds.count(nnx.Linear) == 2 + 2 + 1 + 2 * (4 + 2) + (2 + 2) + 1
     assert kinds.count(SelectiveScan) == 2
     points = {path for path, site in sites.items() if isinstance(site, QuantPoint)}
-    assert points == {"blocks.1.mixer.z", "blocks.2.mixer.z"} | {
-        f"blocks.3.mixer.attention.{name}" for name in ("q", "k", "v", "probs")
-    }
+    attention = {f"blocks.3.mixer.attention.{name}" for name in ("q", "k", "v", "probs")}
+    assert points == {"blocks.1.mixer.z", "blocks.2.mixer.z"} | attention
 
 
 @pytest.mark.slow
@@ -486,10 +487,8 @@ def test_no_block_is_skipped():
 @pytest.mark.slow
 def test_the_whole_pipeline_with_several_windows_per_map():
     """Generation and quantisation need nothing of the family: windows, attention and convolutions are covered."""
-    config = dict(
-        img_size=48, dim=8, in_dim=8, depths=(1, 2, 2), window_size=(2, 2, 2), num_heads=(2, 2, 2), conv_levels=1
-    )
-    model = create_model("mambavision_micro", rngs=nnx.Rngs(3), **config)
+    config = dict(img_size=48, dim=8, in_dim=8, depths=(1, 2, 2), num_heads=(2, 2, 2), conv_levels=1)
+    model = create_model("mambavision_micro", rngs=nnx.Rngs(3), window_size=(2, 2, 2), **config)
     settings = GenConfig(num_images=3, batch_size=3, iterations=2, contrastive=1.0, positives=2, neighbourhood=3)
     images = generate_images(model, settings, jax.random.key(0)).images
     assert bool(jnp.isfinite(images).all())

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from script_modules import load_script
-from tiny_models import FAMILIES, filled
+from tiny_models import FAMILIES, random_model
 
-from ouromamba_jax.models import create_model
 from ouromamba_jax.outlier_types import OutlierConfig
 from ouromamba_jax.outliers import split_outliers
 
@@ -31,10 +30,11 @@ def test_shares_of_tiles():
     assert time == 0.5 + of_128
 
 
+@pytest.mark.slow
 def test_every_kind_of_inner_product_is_seen(monkeypatch):
     """On a tiny model and random images."""
     script = load_script("outlier_columns")
-    model = filled(create_model("vim_micro", **FAMILIES["vim"]))
+    model = random_model("vim_micro", **FAMILIES["vim"])
     images = np.random.default_rng(1).normal(size=(2, *FAMILIES["vim"]["img_size"], 3)).astype(np.float32)
     monkeypatch.setattr(script.oj, "load", lambda name: model)
     monkeypatch.setattr(script, "load_images", lambda *_, **__: SimpleNamespace(images=images))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
+from draws import normal
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from tiny_models import TOKENS, quantised
 
@@ -103,7 +104,10 @@ def test_the_forward_pass_alone(states, dtype, levels):
     assert_near(h_last, expected.h_last)
 
 
-@pytest.mark.parametrize(("groups", "segments"), [(2, 1), (3, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("groups", "segments"),
+    [pytest.param(2, 1, marks=pytest.mark.slow), (3, 1), pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)],
+)
 def test_groups_that_come_apart_give_the_bits_of_those_side_by_side(groups, segments):
     """Values and gradients; delta in levels of two steps, u in floats."""
     rng = np.random.default_rng(5)
@@ -155,7 +159,7 @@ def test_a_stacked_operand_is_its_array(implementation, monkeypatch):
             return out.y, out.states
 
         out, pull_back = jax.vjp(outputs, u, delta)
-        return [*out, *pull_back(jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype), out))]
+        return [*out, *pull_back(jax.tree.map(lambda x: normal(0, x.shape, x.dtype), out))]
 
     stacked = jax.jit(results, static_argnums=0)(StackedOperand)
     for value, expected in zip(stacked, jax.jit(results, static_argnums=0)(lambda x: x.reshape(2, 4, 60)), strict=True):
@@ -195,7 +199,7 @@ INTERPRETED = partial(scan_mosaic.run, tiles=ScanTiles(piece=1, chunk=2, segment
 
 
 def test_a_sample_in_levels_keeps_its_bits_beside_one_with_shifted_outliers():
-    u, A = jax.random.normal(jax.random.key(0), (2, 6, 20)), -jnp.linspace(0.5, 2.0, 20)[:, None]
+    u, A = normal(0, (2, 6, 20)), -jnp.linspace(0.5, 2.0, 20)[:, None]
     run = jax.jit(partial(split_scan, INTERPRETED))
     alike = run(jnp.zeros((2, 6), jnp.int32), STEPS, u, A)
     shifted = run(jnp.zeros((2, 6), jnp.int32).at[1, 2].set(3), STEPS, u, A)
@@ -206,8 +210,8 @@ def test_a_sample_in_levels_keeps_its_bits_beside_one_with_shifted_outliers():
 
 def test_gradients_reach_the_steps_of_levels():
     """Of those in int8, and of those with a shifted outlier."""
-    arguments = STEPS, jax.random.normal(jax.random.key(0), (2, 6, 20)), -jnp.linspace(0.5, 2.0, 20)[:, None]
-    cotangent = jax.random.normal(jax.random.key(1), (2, 6, 20))
+    arguments = STEPS, normal(0, (2, 6, 20)), -jnp.linspace(0.5, 2.0, 20)[:, None]
+    cotangent = normal(1, (2, 6, 20))
 
     def results(run, shift):
         y, pull_back = jax.vjp(partial(split_scan, run, shift), *arguments)
@@ -230,7 +234,7 @@ def test_a_quantised_block_hands_its_levels_to_the_kernel(name, monkeypatch):
     """As it is: the backend in front is taken. 16-bit outliers have no levels, and B and C come as floats anyway."""
     config = dataclasses.replace(QuantConfig.preset(name), float_dtype="float32", detection="static")
     block = quantised(config, skipped=LINEAR).blocks[0]
-    x = jax.random.normal(jax.random.key(0), (2, TOKENS, 20))
+    x = normal(0, (2, TOKENS, 20))
     expected = jax.jit(block)(x)
     seen = set()
 

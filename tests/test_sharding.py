@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
+from draws import normal
 from flax import nnx
 
 from ouromamba_jax import GenConfig, create_model, generate_images
@@ -23,7 +24,7 @@ TINY = dict(img_size=16, embed_dim=16, depth=2, d_state=4)
 def everything() -> dict[str, np.ndarray]:
     """Logits in two batch sizes (8 divides one of them, 4 the other), accuracies, and generated images."""
     model = create_model("vim_micro", rngs=nnx.Rngs(1), **TINY)
-    images = np.asarray(jax.random.normal(jax.random.key(0), (20, 16, 16, 3)))
+    images = np.asarray(normal(0, (20, 16, 16, 3)))
     labels = np.arange(20) % 10
     accuracy = evaluate(model, [(images[:8], labels[:8]), (images[8:16], labels[8:16]), (images[16:], labels[16:])])
     config = GenConfig(num_images=16, batch_size=8, iterations=3, contrastive=1.0, neighbourhood=3, positives=3)
@@ -39,7 +40,7 @@ def everything() -> dict[str, np.ndarray]:
 def test_prediction_takes_the_programs_of_quantisation():
     """What is spread over one device is where the rest is, or all would compile twice."""
     model = create_model("vim_micro", rngs=nnx.Rngs(1), **{**TINY, "depth": 1})
-    x = images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    x = images = normal(0, (4, 16, 16, 3))
     for _, stage in model.stages:
         x = apply_in_batches(stage, x, batch_size=4)
     programs = apply_stage._cache_size()

@@ -159,7 +159,11 @@ def test_a_shift_moves_by_whole_pixels_and_fills_with_black(script):
             "labels up to 1, but vim_micro has 1 classes",
         ),
         ({"overrides": (("colour", 3),)}, "no config field colour"),
-        ({"learning_rate": 1e20, "clip_norm": 1e30}, "not finite in epoch .*lower --learning-rate"),
+        pytest.param(
+            {"learning_rate": 1e20, "clip_norm": 1e30},
+            "not finite in epoch .*lower --learning-rate",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_errors_are_one_sentence(script, striped, change, message):
@@ -170,7 +174,9 @@ def test_errors_are_one_sentence(script, striped, change, message):
 # --- the embedded checkpoints
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "vim_micro" else []) for name in SMALL]
+)
 def test_embedded_models_read_the_digits(name):
     pytest.importorskip("sklearn")
     model = load(name)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from family_checks import (
     check_other_types,
     check_saved_and_loaded,
@@ -290,7 +291,7 @@ def run(tiny):
 
 
 def images(count: int = 3, size: tuple[int, int] = (9, 20), seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (count, *size, 3))
+    return normal(seed, (count, *size, 3))
 
 
 def test_the_micro_preset():
@@ -321,6 +322,7 @@ def test_every_weight_is_used(weights, tiny, run):
         assert float(moved.max()) > 10 * REORDERED, key
 
 
+@pytest.mark.slow
 def test_other_types(weights):
     check_other_types("vmamba_micro", weights, TINY, images())
 

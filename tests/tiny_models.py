@@ -1,6 +1,7 @@
 """Tiny quantised models without calibration: every site replaced, levels and scales drawn at random."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,16 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def filled(model: nnx.Module, seed: int = 0) -> nnx.Module:
+def random_model(name: str, **fields: Any) -> VisionModel:
+    """`create_model` with values of NumPy's, which need no compiling."""
+    return filled(nnx.eval_shape(lambda: create_model(name, **fields)))
+
+
+def filled(model: Any, seed: int = 0) -> Any:
     """Random values of the right kind in every leaf."""
     rng = np.random.default_rng(seed)
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
-        shape, dtype = leaf[...].shape, leaf[...].dtype
+        shape, dtype = leaf.get_value().shape, leaf.get_value().dtype
         is_bool = dtype == jnp.dtype(bool)
         if isinstance(leaf, Levels):
             limit = 2 ** (leaf.bits - 1) - 1
@@ -50,7 +56,7 @@ def filled(model: nnx.Module, seed: int = 0) -> nnx.Module:
 
 def quantised(config: QuantConfig, family: str = "vim", *, skipped: tuple[str, ...] = ()) -> nnx.Module:
     """What `quantize` makes of a tiny model; the sites in `skipped` stay float."""
-    model = create_model(f"{family}_micro", rngs=nnx.Rngs(2), **FAMILIES[family])
+    model = random_model(f"{family}_micro", **FAMILIES[family])
     specs = {path: spec for path, spec in specs_of(model, config).items() if path not in skipped}
     model = apply_specs(model, specs)
     for _, leaf in nnx.to_flat_state(nnx.state(model)):
