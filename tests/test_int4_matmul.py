@@ -116,16 +116,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("target", "kind"),
-    [
-        # The two differ in their tiles only.
-        pytest.param(t, k, marks=[pytest.mark.slow] if t == "sm89" and k != "mixed" else [])
-        for t in TILES
-        for k in CASES
-        if (t, k) != ("sm89", "shifts")
-    ],
-)
+@pytest.mark.parametrize(("target", "kind"), [(t, k) for t in TILES for k in CASES if (t, k) != ("sm89", "shifts")])
 def test_integers_are_exact(target, kind, monkeypatch, capfd):
     """With the compact kernel where lists fit, and the dense one where not: here that gives NaN, so one sees which."""
     (B, L, K, O), share, size, factor, capacity, fits = CASES[kind]

@@ -56,7 +56,7 @@ def load_images(
     if seed is not None:
         indices = np.random.default_rng(seed).permutation(opened.length)[: len(indices)]
     with ThreadPoolExecutor() as pool:
-        dataset = _read(opened, indices, img_size, preprocessing, pool)
+        dataset = _read(opened, str(source), indices, img_size, preprocessing, pool)
     if labelled:
         _check_labels(dataset, str(source), split)
     return dataset
@@ -81,7 +81,7 @@ def iterate_batches(
     def batches() -> Iterator[Dataset]:
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(indices), batch_size):
-                batch = _read(opened, indices[start : start + batch_size], img_size, preprocessing, pool)
+                batch = _read(opened, str(source), indices[start : start + batch_size], img_size, preprocessing, pool)
                 if labelled:
                     _check_labels(batch, str(source), split)
                 yield batch
@@ -91,6 +91,7 @@ def iterate_batches(
 
 def _read(
     source: Source,
+    name: str,
     indices: Int[np.ndarray, " M"],
     img_size: int | tuple[int, int],
     preprocessing: Preprocessing,
@@ -104,10 +105,10 @@ def _read(
             return preprocess(picture, img_size, preprocessing), label
         if picture.shape != (height, width, 3):
             raise ValueError(
-                f"the float images are {picture.shape[0]}x{picture.shape[1]}, but the model takes {height}x{width}; "
-                f"store uint8 pixels, which are resized, or build the model with another img_size."
+                f"the float images of {name} are {picture.shape[0]}x{picture.shape[1]}, but the model takes "
+                f"{height}x{width}; store uint8 pixels, which are resized, or build the model with another img_size."
             )
-        preprocessing.check_normalised(picture, f"the float pixels of image {i}")
+        preprocessing.check_normalised(picture, f"the floats of image {i} of {name}")
         return picture, label
 
     pictures, labels = zip(*pool.map(load, indices.tolist()), strict=True)

@@ -61,7 +61,7 @@ class QuantConfig(OutlierConfig):
 
     Args:
       weight_bits: 2 to 8; symmetric, one scale per output channel.
-      weight_group: input channels that share a weight scale; None: all of them.
+      weight_group: input channels that share a weight scale, dividing those of every layer; None: all of them.
       operands: which tensors of each selective scan and attention are quantised. A and D, parameters, are rounded once.
       scale_search: "norm" minimises the 2.4 norm of the rounding error over 100 candidates, "max" takes the range.
       tune_epochs: passes over the calibration set in which each block's scales are tuned; 0 leaves them as found.

@@ -54,8 +54,9 @@ def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConf
         if c is not None and c.weight_group is not None and isinstance(site, nnx.Linear):
             inputs = site.kernel.shape[0]
             if inputs % c.weight_group:
+                layers = rf"\.{path.rsplit('.', 1)[-1]}$"  # of this name, in all blocks
                 raise ValueError(
                     f"weight_group {c.weight_group} does not divide the {inputs} inputs of {path}; choose a divisor or "
-                    f"except the layer, QuantRule({path.rsplit('.', 1)[-1]!r}, weight_group=0)."
+                    f'except such layers, QuantRule(r"{layers}", weight_group=0).'
                 )
     return {path: c for path, c in active.items() if c is not None}
