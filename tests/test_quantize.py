@@ -109,7 +109,7 @@ def with_plain_scales(module: nnx.Module, x: jax.Array, config: QuantConfig):
             groups = 1 if c.weight_group is None else site.kernel.shape[0] // c.weight_group
             columns = jnp.abs(site.kernel[...]).reshape(groups, -1, site.kernel.shape[1])
             scales[path]["weight"] = columns.max(axis=1) * 0.9 / max_level(c.weight_bits)
-    return specs, scales, fixed
+    return specs, scales, fixed, seen
 
 
 AGREEMENT = [
@@ -162,7 +162,7 @@ def test_fake_and_integer_paths_agree(name, fields):
     """
     config = dataclasses.replace(QuantConfig.preset(name), **EXACT, **fields)
     model, x = float_model(), images(1)
-    specs, scales, fixed = with_plain_scales(model, x, config)
+    specs, scales, fixed, _ = with_plain_scales(model, x, config)
     low = replace_sites(model, quantized_modules(model, specs, scales, fixed))
     (graphdef, state), (low_graphdef, low_state) = nnx.split(model), nnx.split(low)
 
@@ -202,7 +202,7 @@ def stage_problem(name: str, operands: tuple[str, ...], detection: str):
         if stage_name == name:
             edges = name in ("stem", "head")
             config = QuantConfig(operands=operands, detection=detection, act_bits=8 if edges else 4, **EXACT)
-            specs, scales, fixed = with_plain_scales(stage, x, config)
+            specs, scales, fixed, _ = with_plain_scales(stage, x, config)
             return stage, specs, scales, fixed, x, update_of(out, x)
         x = out
     raise KeyError(name)
@@ -347,7 +347,7 @@ def test_skipped_sites_stay_float_and_are_listed():
 def test_operands_that_the_list_leaves_out_stay_float_and_are_listed():
     """Those of a scan that is quantised in part: A and D with their parameters, activations by name."""
     model, config = float_model(), QuantConfig(operands=("delta", "A"), **EXACT)
-    specs, scales, fixed = with_plain_scales(model, images(1), config)
+    specs, scales, fixed, _ = with_plain_scales(model, images(1), config)
     low = replace_sites(model, quantized_modules(model, specs, scales, fixed))
     configs = {path: spec.config for path, spec in specs.items()}
     left_out = "the operand list leaves it out"
