@@ -34,6 +34,20 @@ def pytest_configure(config):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Half of the time would go into LLVM's passes: they run where bits, official numbers or GPUs are at stake.
+
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all tests instead.
+    """
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+        return
+    quick = not any(item.get_closest_marker(name) for name in ("optimized", "gpu"))
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()  # they do not know how a program was compiled
+        jax.config.update("jax_disable_most_optimizations", quick)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """Linux lets a process map 65,530 pieces of memory, and the programs of a quantised model take two thousand."""

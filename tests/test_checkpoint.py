@@ -159,6 +159,7 @@ def test_what_calibration_stores_is_what_loading_expects(name):
         assert next(shapes) == next(shapes), path
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["w4a4", pytest.param("every operand", marks=pytest.mark.slow)])
 def test_logits_keep_their_bits(tmp_path, name):
     model = quantised(CONFIGS[name])

@@ -50,6 +50,7 @@ def golden() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / "golden.npz"))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("file", ["checkpoint.pth", "model.safetensors"])
 def test_vim_computes_the_official_numbers(golden, file):
     model = from_torch("vim_tiny", GOLDEN / file, **VIM_A)

@@ -8,6 +8,8 @@ from draws import normal
 
 from ouromamba_jax.fixed_order import cpu_tree_mean, tree_sum
 
+pytestmark = pytest.mark.optimized
+
 
 def sum_of_threads(x: np.ndarray) -> np.ndarray:
     """Thread by thread: each adds every 128th column, then every second one adds its neighbour's sum, and so on."""

@@ -13,6 +13,8 @@ from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.outliers import merge, split_outliers
 from ouromamba_jax.qtensor import quantize_array
 
+pytestmark = pytest.mark.optimized
+
 B, L, K, O = 3, 13, 33, 20
 CONFIGS = {
     "pow2": OutlierConfig(),

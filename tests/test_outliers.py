@@ -15,6 +15,8 @@ from ouromamba_jax.outlier_calibration import calibrate_channels, calibrate_thet
 from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.outliers import fake_quant, merge, outlier_statistics, split_outliers
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = Path(__file__).parent / "golden" / "quant"
 
 

@@ -15,6 +15,8 @@ from ouromamba_jax.models.layers import DotProductAttention, LayerNorm, RMSNorm,
 from ouromamba_jax.quantize import OPERANDS, QuantConfig, QuantRule
 from ouromamba_jax.quantize.modules import QuantLinear
 
+pytestmark = pytest.mark.optimized
+
 BATCH = 8
 IN_THREES = (QuantRule(r"^(stem|patch_embed)\.", weight_group=3),)
 """Groups that divide the inputs of a convolution of three colours: 27 of a stem."""

@@ -353,6 +353,7 @@ def test_a_scan_continues_from_h_last():
     assert_close(second.h_last, whole.h_last, tolerances.SCAN_VALUE["float32"])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("length", "channels", "d_state", "groups"), [(17, 96, 16, 1), (50, 48, 16, 1), (33, 40, 8, 4)]
 )
@@ -401,6 +402,7 @@ def sizes_in(jaxpr):
                 yield from sizes_in(inner)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("collect", [None, lambda h: h.mean((1, 2))], ids=["plain", "collect"])
 def test_no_array_of_all_states_is_formed(collect):
     batch, length, channels, d_state = 2, 394, 32, 16

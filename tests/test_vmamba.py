@@ -72,6 +72,7 @@ def tensors() -> dict[str, np.ndarray]:
     return load_tensors(GOLDEN / "checkpoint.pth")
 
 
+@pytest.mark.optimized
 def test_vmamba_computes_the_official_numbers(golden):
     model = from_torch("vmamba_tiny_s1l8", GOLDEN / "model.safetensors", **VMAMBA_A)
 
@@ -87,6 +88,7 @@ def test_vmamba_computes_the_official_numbers(golden):
         np.testing.assert_allclose(x, channels_last(golden[f"block_{i}"]), rtol=0, atol=PARITY)
 
 
+@pytest.mark.optimized
 def test_the_trace_shows_the_official_numbers(golden, tensors):
     model = from_torch("vmamba_tiny_s1l8", tensors, **VMAMBA_A)
     images = jnp.asarray(channels_last(golden["input"]))
