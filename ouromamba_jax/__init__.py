@@ -1,17 +1,17 @@
 """Data-free quantisation of vision Mamba models (OuroMamba) in JAX: convert, generate, quantise."""
 
-from ouromamba_jax.attention import implicit_attention
 from ouromamba_jax.checkpoint import load, save
 from ouromamba_jax.convert import from_torch
 from ouromamba_jax.gen import GenConfig, Generated, generate_images
-from ouromamba_jax.matmul import outlier_matmul
 from ouromamba_jax.models import Trace, create_model, list_models, pure
-from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit
-from ouromamba_jax.outliers import split_outliers
-from ouromamba_jax.qtensor import QTensor, quantize_array
+from ouromamba_jax.ops.attention import implicit_attention
+from ouromamba_jax.ops.matmul import outlier_matmul
+from ouromamba_jax.ops.qtensor import QTensor, quantize_array
+from ouromamba_jax.ops.scan import selective_scan
+from ouromamba_jax.ops.scan_types import ScanOutput
+from ouromamba_jax.ops.split import split_outliers
+from ouromamba_jax.ops.split_types import OutlierConfig, OutlierSplit
 from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantReport, QuantRule, memory_report, quantize
-from ouromamba_jax.scan import selective_scan
-from ouromamba_jax.scan_types import ScanOutput
 
 __all__ = [
     "GenConfig",

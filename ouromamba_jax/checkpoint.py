@@ -24,11 +24,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from ouromamba_jax.data.preprocessing import Preprocessing
 from ouromamba_jax.files import check_writable
 from ouromamba_jax.models import build_model, config_class, list_models
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.preprocessing import Preprocessing
-from ouromamba_jax.qtensor import pack_int4, unpack_int4
+from ouromamba_jax.ops.qtensor import pack_int4, unpack_int4
 from ouromamba_jax.quantize.modules import Levels, prepare_weights
 from ouromamba_jax.quantize.specs import apply_specs, quantized_specs, spec_from_json, spec_to_json
 

@@ -31,14 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ouromamba_jax.bench import Timing, repeated, time_interleaved, time_ratio, write_results
-from ouromamba_jax.matmul import BACKENDS, outlier_matmul, prepare
-from ouromamba_jax.outlier_calibration import search_token_scales
-from ouromamba_jax.outlier_types import OutlierConfig
-from ouromamba_jax.outliers import split_for_product, split_outliers
-from ouromamba_jax.qtensor import quantize_array
-from ouromamba_jax.scan import selective_scan
-from ouromamba_jax.tables import print_table
+from ouromamba_jax.evaluation.bench import Timing, repeated, time_interleaved, time_ratio, write_results
+from ouromamba_jax.ops.matmul import BACKENDS, outlier_matmul, prepare
+from ouromamba_jax.ops.qtensor import quantize_array
+from ouromamba_jax.ops.scan import selective_scan
+from ouromamba_jax.ops.split import split_for_product, split_outliers
+from ouromamba_jax.ops.split_calibration import search_token_scales
+from ouromamba_jax.ops.split_types import OutlierConfig
+from ouromamba_jax.report.tables import print_table
 
 OURS, INT4, XLA, CUBLAS = "mosaic_gpu", "mosaic_gpu_int4", "xla", "cublas bf16"
 CONFIG = OutlierConfig(act_bits=4, outlier_bits=8)

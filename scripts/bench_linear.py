@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ouromamba_jax.bench import time_interleaved, write_results
-from ouromamba_jax.matmul import outlier_matmul
-from ouromamba_jax.outlier_calibration import search_token_scales
-from ouromamba_jax.outlier_types import OutlierConfig
-from ouromamba_jax.outliers import outlier_statistics, split_outliers
-from ouromamba_jax.qtensor import quantize_array
+from ouromamba_jax.evaluation.bench import time_interleaved, write_results
+from ouromamba_jax.ops.matmul import outlier_matmul
+from ouromamba_jax.ops.qtensor import quantize_array
+from ouromamba_jax.ops.split import outlier_statistics, split_outliers
+from ouromamba_jax.ops.split_calibration import search_token_scales
+from ouromamba_jax.ops.split_types import OutlierConfig
 
 TOKENS = 197
 LAYERS = {"in_proj": (768, 3072), "x_proj": (1536, 80), "dt_proj": (48, 1536), "out_proj": (1536, 768)}

@@ -36,7 +36,7 @@ from flax import nnx
 from jaxtyping import Array
 from memory import with_gaussian_weights
 
-from ouromamba_jax.bench import (
+from ouromamba_jax.evaluation.bench import (
     HEADERS,
     models_to_compare,
     preferring,
@@ -48,14 +48,14 @@ from ouromamba_jax.bench import (
     time_ratio,
     write_results,
 )
-from ouromamba_jax.breakdown import BREAKDOWN_HEADERS, KINDS, block_breakdown, model_breakdown
+from ouromamba_jax.evaluation.breakdown import BREAKDOWN_HEADERS, KINDS, block_breakdown, model_breakdown
 from ouromamba_jax.models import VisionModel, create_model, model_config, pure
 from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.ops.scan_types import ScanOutput
 from ouromamba_jax.pallas.device import int4_reason
 from ouromamba_jax.quantize.modules import prepare_weights
 from ouromamba_jax.quantize.sites import set_module
-from ouromamba_jax.scan_types import ScanOutput
-from ouromamba_jax.tables import print_table
+from ouromamba_jax.report.tables import print_table
 
 OURS, INT4, XLA, FLOAT = "mosaic_gpu", "mosaic_gpu_int4", "xla", "bf16"
 INT4_KERNEL = "int4_matmul"

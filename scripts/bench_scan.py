@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ouromamba_jax import selective_scan
-from ouromamba_jax.bench import time_interleaved, write_results
-from ouromamba_jax.tables import print_table
+from ouromamba_jax.evaluation.bench import time_interleaved, write_results
+from ouromamba_jax.report.tables import print_table
 
 
 def ours(u, delta, A, B, C):

@@ -91,9 +91,9 @@ def matmul(
     import jax
     import jax.numpy as jnp
 
-    from ouromamba_jax.matmul import outlier_matmul
-    from ouromamba_jax.outlier_types import OutlierSplit
-    from ouromamba_jax.qtensor import QTensor
+    from ouromamba_jax.ops.matmul import outlier_matmul
+    from ouromamba_jax.ops.qtensor import QTensor
+    from ouromamba_jax.ops.split_types import OutlierSplit
 
     def run(near, far, outlier_scale, mask, scale, values, columns, bias=None):
         split = OutlierSplit(near, far, outlier_scale, mask, scale, far.dtype == jnp.int8)
@@ -123,8 +123,8 @@ def split(
 ) -> tuple[Callable, list]:
     import jax
 
-    from ouromamba_jax import outliers
-    from ouromamba_jax.outlier_types import OutlierConfig
+    from ouromamba_jax.ops import split as outliers
+    from ouromamba_jax.ops.split_types import OutlierConfig
 
     config = OutlierConfig(act_bits, outlier_bits, outlier_scale=scale)  # type: ignore[arg-type]
     shapes = [((BATCH, TOKENS, channels), dtype), ((TOKENS,), "float32")]
@@ -138,10 +138,10 @@ def int4_matmul(inputs: int, outputs: int, dtype: str = "float32", bias: bool = 
     """With the dense kernel, which runs where a tile's list or a shift is too large."""
     import jax
 
-    from ouromamba_jax.matmul import outlier_matmul
-    from ouromamba_jax.outlier_types import OutlierConfig
-    from ouromamba_jax.outliers import split_for_product
-    from ouromamba_jax.qtensor import QTensor
+    from ouromamba_jax.ops.matmul import outlier_matmul
+    from ouromamba_jax.ops.qtensor import QTensor
+    from ouromamba_jax.ops.split import split_for_product
+    from ouromamba_jax.ops.split_types import OutlierConfig
 
     def run(split, values, columns, bias=None):
         weight = QTensor(values, columns, 4)
@@ -170,7 +170,7 @@ def scan_shapes(channels: int, states: int, groups: int, dtype: str, length: int
 def scan(
     channels: int, states: int, groups: int, dtype: str = "float32", length: int = TOKENS
 ) -> tuple[Callable, list]:
-    from ouromamba_jax.scan import selective_scan
+    from ouromamba_jax.ops.scan import selective_scan
 
     def run(arrays):
         return selective_scan(**arrays, delta_softplus=True, implementation="mosaic_gpu")[:2]
@@ -183,7 +183,7 @@ def scan_gradient(channels: int, states: int, groups: int, dtype: str, collect: 
     import jax
     import jax.numpy as jnp
 
-    from ouromamba_jax.scan import selective_scan
+    from ouromamba_jax.ops.scan import selective_scan
 
     def loss(arrays):
         reduce = (lambda h: h.mean(1)) if collect else None
@@ -199,9 +199,9 @@ def scan_levels(
     """As quantised models call it: these inputs in levels, and u, if it is not one of them, in stacked floats."""
     import jax
 
-    from ouromamba_jax.outlier_types import Planes
-    from ouromamba_jax.scan import selective_scan
-    from ouromamba_jax.split_operand import SplitOperand, StackedOperand
+    from ouromamba_jax.ops.scan import selective_scan
+    from ouromamba_jax.ops.split_operand import SplitOperand, StackedOperand
+    from ouromamba_jax.ops.split_types import Planes
 
     def levels(x):
         each = x.size // (BATCH * TOKENS * groups)

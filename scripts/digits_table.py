@@ -20,12 +20,12 @@ import numpy as np
 from rich.progress import track
 
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, load, quantize
-from ouromamba_jax.bench import write_results
 from ouromamba_jax.data import load_images
-from ouromamba_jax.evaluate import predict, score
+from ouromamba_jax.evaluation.bench import write_results
+from ouromamba_jax.evaluation.evaluate import predict, score
 from ouromamba_jax.files import write_text
 from ouromamba_jax.quantize import PRESETS
-from ouromamba_jax.tables import markdown_table, print_table
+from ouromamba_jax.report.tables import markdown_table, print_table
 
 SETTINGS = (
     ("w8a8", {}),

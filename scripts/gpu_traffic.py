@@ -30,11 +30,11 @@ import jax
 from bench_model import FLOAT, gpu_models, shortened
 from compile_kernels import DEVICES, compiling_for
 
-from ouromamba_jax.bench import write_results
+from ouromamba_jax.data.preprocessing import height_width
+from ouromamba_jax.evaluation.bench import write_results
 from ouromamba_jax.models import VisionModel, pure
-from ouromamba_jax.preprocessing import height_width
 from ouromamba_jax.quantize.modules import prepare_weights
-from ouromamba_jax.tables import print_table
+from ouromamba_jax.report.tables import print_table
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 SHAPE = re.compile(rf"\b({'|'.join(WIDTHS)})\[([\d,]*)\]")

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import ouromamba_jax as oj
-from ouromamba_jax.bench import random_images, write_results
-from ouromamba_jax.tables import print_table
+from ouromamba_jax.evaluation.bench import random_images, write_results
+from ouromamba_jax.report.tables import print_table
 
 HEADERS = ("model", "parameters, M", "FP16, MB", "raw, MB", "raw, times", "on disk, MB", "on disk, times")
 BARS = {"vim_small": 3.63, "vim_base": 3.80}

@@ -21,12 +21,12 @@ from unittest import mock
 import numpy as np
 
 import ouromamba_jax as oj
-from ouromamba_jax.bench import write_results
 from ouromamba_jax.data import load_images
-from ouromamba_jax.outlier_types import OutlierSplit
+from ouromamba_jax.evaluation.bench import write_results
+from ouromamba_jax.ops.split_types import OutlierSplit
 from ouromamba_jax.quantize.modules import ActQuantizer, QuantLinear
 from ouromamba_jax.quantize.sites import named_modules
-from ouromamba_jax.tables import print_table
+from ouromamba_jax.report.tables import print_table
 
 MODELS = ("vim_micro", "vmamba_micro", "mambavision_micro")
 IMAGES = 64

@@ -41,13 +41,13 @@ from study_runs import HEADERS, OPTIONAL, OURS, Run, read_runs, summarise, table
 
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, load, quantize
 from ouromamba_jax.baselines import quantize_baseline
-from ouromamba_jax.bench import machine, provenance
 from ouromamba_jax.data import iterate_batches, load_images
-from ouromamba_jax.evaluate import predict, score
+from ouromamba_jax.data.preprocessing import height_width
+from ouromamba_jax.evaluation.bench import machine, provenance
+from ouromamba_jax.evaluation.evaluate import predict, score
 from ouromamba_jax.files import whole_file, write_json, write_text
 from ouromamba_jax.models import VisionModel
-from ouromamba_jax.preprocessing import height_width
-from ouromamba_jax.tables import markdown_table, print_table
+from ouromamba_jax.report.tables import markdown_table, print_table
 
 
 class Study:

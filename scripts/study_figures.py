@@ -9,14 +9,14 @@ import jax
 import numpy as np
 from study_runs import BITS, OURS, Run, finished
 
-from ouromamba_jax.charts import dot_chart, line_chart, line_panels
+from ouromamba_jax.cli.demo import outlier_figure
 from ouromamba_jax.data import load_images, to_pixels
-from ouromamba_jax.demo import outlier_figure
-from ouromamba_jax.figures import image_grid
 from ouromamba_jax.gen import class_targets
 from ouromamba_jax.models import VisionModel
 from ouromamba_jax.quantize import QuantLinear
 from ouromamba_jax.quantize.sites import named_modules
+from ouromamba_jax.report.charts import dot_chart, line_chart, line_panels
+from ouromamba_jax.report.figures import image_grid
 
 FORWARD = ("in_proj", "qkv", "x_proj", "dt_proj", "out_proj", "proj", "fc1", "fc2")
 """Names of layers in the order in which a block calls them."""

@@ -44,13 +44,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ouromamba_jax.bench import provenance
 from ouromamba_jax.checkpoint import save
 from ouromamba_jax.data import Dataset, load_images
 from ouromamba_jax.data.sources import SHORT_NAMES
-from ouromamba_jax.evaluate import predict
+from ouromamba_jax.evaluation.bench import provenance
+from ouromamba_jax.evaluation.evaluate import predict
+from ouromamba_jax.evaluation.metrics import top1
 from ouromamba_jax.files import write_json
-from ouromamba_jax.metrics import top1
 from ouromamba_jax.models import VisionModel, create_model, pure
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples
 

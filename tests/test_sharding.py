@@ -13,7 +13,7 @@ from draws import normal
 from flax import nnx
 
 from ouromamba_jax import GenConfig, create_model, generate_images
-from ouromamba_jax.evaluate import evaluate, predict
+from ouromamba_jax.evaluation.evaluate import evaluate, predict
 from ouromamba_jax.models.base import apply_stage
 from ouromamba_jax.quantize.stages import apply_in_batches
 from ouromamba_jax.sharding import data_mesh

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from ouromamba_jax.qtensor import MIN_SCALE
+from ouromamba_jax.ops.qtensor import MIN_SCALE
 
 FRACTIONS = tuple(0.01 + i * 1.19 / 100 for i in range(100))
 """Candidate scales, as parts of the one that covers the range."""

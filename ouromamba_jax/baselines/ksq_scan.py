@@ -20,10 +20,10 @@ from ouromamba_jax.baselines.ksq_grids import (
 )
 from ouromamba_jax.baselines.scans import RoundedScan, Step, add_skip, read_state, walk_scan
 from ouromamba_jax.models.layers import SelectiveScan, merge_groups
-from ouromamba_jax.qtensor import MIN_SCALE
+from ouromamba_jax.ops.qtensor import MIN_SCALE
+from ouromamba_jax.ops.scan import selective_scan
+from ouromamba_jax.ops.scan_types import ScanOutput
 from ouromamba_jax.quantize.modules import Scale
-from ouromamba_jax.scan import selective_scan
-from ouromamba_jax.scan_types import ScanOutput
 
 
 class Factors(NamedTuple):

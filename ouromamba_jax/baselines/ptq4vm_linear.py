@@ -8,11 +8,11 @@ from jaxtyping import Array, Float, Float32
 
 from ouromamba_jax.baselines.base import add_bias, from_tokens
 from ouromamba_jax.models.layers import as_tokens
-from ouromamba_jax.outlier_types import OutlierConfig
-from ouromamba_jax.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
+from ouromamba_jax.ops.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
+from ouromamba_jax.ops.released import search_ranges
+from ouromamba_jax.ops.split_types import OutlierConfig
 from ouromamba_jax.quantize.modules import Levels, Scale, check_tokens
 from ouromamba_jax.quantize.rounding import straight_through_round
-from ouromamba_jax.released import search_ranges
 
 SMALLEST = {"weight": MIN_SCALE, "act": MIN_SCALE, "smooth": 1e-5}
 """What learning may shrink a parameter to."""

@@ -22,7 +22,7 @@ from ouromamba_jax.baselines.base import SCAN_INPUTS, BaselineConfig, linear_sit
 from ouromamba_jax.baselines.scans import RoundedScan, add_skip, walk_scan
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.qtensor import (
+from ouromamba_jax.ops.qtensor import (
     FULL_RANGE_FRACTIONS,
     MIN_SCALE,
     SEARCH_NORM,
@@ -31,11 +31,11 @@ from ouromamba_jax.qtensor import (
     search_scale,
     search_weight_scale,
 )
+from ouromamba_jax.ops.scan_types import ScanOutput
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.modules import ActScales, QuantLinear, Scale, SiteSpec
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages
-from ouromamba_jax.scan_types import ScanOutput
 
 OCTAVES = tuple(float(n) for n in range(1, 17))
 """Candidates for how far the long-tailed grid reaches towards 1."""

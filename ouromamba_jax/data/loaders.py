@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.data.sources import Source, open_source, tfds_name
 from ouromamba_jax.data.transform import preprocess
-from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 
 class Dataset(NamedTuple):

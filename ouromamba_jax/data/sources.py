@@ -4,14 +4,16 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 
 from ouromamba_jax.data.transform import to_rgb
 from ouromamba_jax.files import read_npz
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 DIGITS_TEST_PER_CLASS = 50
@@ -69,6 +71,7 @@ def digits_split(labels: Int[np.ndarray, " N"], split: str) -> Int[np.ndarray, "
 
 def _open_digits(split: str) -> Source:
     try:
+        from PIL import Image
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError('the digits come with scikit-learn; pip install "ouromamba_jax[demo]".') from error
@@ -144,7 +147,7 @@ def _jpeg_reader(path: Path, data: np.ndarray, offsets: np.ndarray) -> tuple[int
     if not valid or offsets[0] != 0 or offsets[-1] != len(data) or (offsets[1:] <= offsets[:-1]).any():
         raise ValueError(f"`offsets` in {path} must rise from 0 to the length of the uint8 array `jpeg`, {data.size}.")
 
-    def picture(i: int) -> Image.Image:
+    def picture(i: int) -> "Image.Image":
         return _decode(io.BytesIO(data[offsets[i] : offsets[i + 1]].tobytes()), f"image {i} of {path}")
 
     return len(offsets) - 1, picture
@@ -188,7 +191,9 @@ def _image_files(paths: Iterator[Path]) -> list[Path]:
     return sorted(path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
-def _decode(file: Any, name: str) -> Image.Image:
+def _decode(file: Any, name: str) -> "Image.Image":
+    from PIL import Image
+
     try:
         with Image.open(file) as image:
             return to_rgb(image)

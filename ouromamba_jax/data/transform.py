@@ -1,17 +1,19 @@
 """One picture to model input and back: timm's evaluation transform."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
 
-from ouromamba_jax.preprocessing import Preprocessing, height_width
+from ouromamba_jax.data.preprocessing import Preprocessing, height_width
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def preprocess(
-    image: Image.Image | UInt8[np.ndarray, "..."],
+    image: "Image.Image | UInt8[np.ndarray, '...']",
     img_size: int | tuple[int, int],
     preprocessing: Preprocessing,
 ) -> Float[np.ndarray, "H W 3"]:
@@ -21,6 +23,8 @@ def preprocess(
     is cropped, scaled to [0, 1] and normalised per channel. As in timm, a target that is not square is resized
     bilinearly, whatever `preprocessing.interpolation` (timm.data.transforms_imagenet_eval, crop_mode "center").
     """
+    from PIL import Image  # only who reads pictures waits for it
+
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
     image = to_rgb(image)
@@ -35,12 +39,14 @@ def preprocess(
     return (pixels - mean[0]) / std[0]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: "Image.Image") -> "Image.Image":
     """A picture of any mode as 8-bit RGB. Pillow's own conversion cuts 16-bit gray at 255 instead of scaling it.
 
     Raises:
       ValueError: for 32-bit pictures, whose range nobody knows.
     """
+    from PIL import Image
+
     if image.mode in ("I", "F"):
         raise ValueError(f"a picture of mode {image.mode} has no known range; store 8 or 16 bits per channel.")
     if image.mode.startswith("I;16"):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ouromamba_jax.attention import Weighting, neighbourhood_mask
+from ouromamba_jax.ops.attention import Weighting, neighbourhood_mask
 
 OutputLoss = Literal["cross_entropy", "mae"]
 Features = Literal["readout", "attention"]

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ouromamba_jax.attention import neighbourhood_mask
 from ouromamba_jax.gen.config import Negatives, OutputLoss
+from ouromamba_jax.ops.attention import neighbourhood_mask
 
 
 def cosine_similarities(features: Float[Array, "B M F"]) -> Float[Array, "B M M"]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ouromamba_jax.attention import implicit_attention, patched_readout
+from ouromamba_jax.data.preprocessing import Preprocessing
 from ouromamba_jax.gen.config import GenConfig
 from ouromamba_jax.gen.losses import (
     contrastive_loss,
@@ -20,7 +20,7 @@ from ouromamba_jax.gen.losses import (
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.trace import LayerTrace
 from ouromamba_jax.models.windows import AttentionTrace
-from ouromamba_jax.preprocessing import Preprocessing
+from ouromamba_jax.ops.attention import implicit_attention, patched_readout
 
 
 class Network(NamedTuple):

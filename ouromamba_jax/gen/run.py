@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.gen.config import GenConfig
 from ouromamba_jax.gen.network import Network, image_losses, split
 from ouromamba_jax.gen.prior import noise, optimiser
 from ouromamba_jax.gen.resume import RunState, restore, run_identity
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.preprocessing import Preprocessing, height_width
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
 Progress = Callable[[int, int, dict[str, float]], None]

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from ouromamba_jax.data.preprocessing import Preprocessing
 from ouromamba_jax.models.layers import Head, as_tokens
 from ouromamba_jax.models.trace import Trace
-from ouromamba_jax.preprocessing import Preprocessing
 
 _RULES: dict[Any, str] = {  # what a field of this annotation must be
     int: "sizes and counts are whole numbers from {least}",

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32
 
-from ouromamba_jax.fixed_order import cpu_tree_mean, cpu_tree_sum, guard_product
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
-from ouromamba_jax.scan import selective_scan
-from ouromamba_jax.scan_types import ScanOutput
-from ouromamba_jax.split_operand import SplitOperand, StackedOperand
+from ouromamba_jax.ops.fixed_order import cpu_tree_mean, cpu_tree_sum, guard_product
+from ouromamba_jax.ops.scan import selective_scan
+from ouromamba_jax.ops.scan_types import ScanOutput
+from ouromamba_jax.ops.split_operand import SplitOperand, StackedOperand
 
 _DT_MIN, _DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.fixed_order import guard_product
+from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d
 from ouromamba_jax.models.layers import (
@@ -28,7 +28,7 @@ from ouromamba_jax.models.layers import (
 )
 from ouromamba_jax.models.trace import LayerTrace
 from ouromamba_jax.models.windows import AttentionTrace, WindowOrder, join_windows, split_windows
-from ouromamba_jax.preprocessing import Preprocessing, height_width
+from ouromamba_jax.ops.fixed_order import guard_product
 
 _D_STATE, _D_CONV = 8, 3
 _INIT = nnx.initializers.normal(0.02)

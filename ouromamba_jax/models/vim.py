@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.cpu_barrier import cpu_barrier
+from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
 from ouromamba_jax.models.layers import Head, QuantPoint, RMSNorm, SelectiveScan, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
-from ouromamba_jax.preprocessing import Preprocessing, height_width
+from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv
 from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, token_mean, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
-from ouromamba_jax.preprocessing import Preprocessing, height_width
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
 DIRECTIONS = ((False, False), (True, False), (False, True), (True, True))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from ouromamba_jax.fixed_order import guard_product
+from ouromamba_jax.ops.fixed_order import guard_product
 
 COLUMNS = 32
 """Of a tile at a time: two accumulators of a whole one, 128 x 128 in 128 threads, are 256 registers."""

@@ -19,13 +19,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int16
 
+from ouromamba_jax.ops.qtensor import QTensor
 from ouromamba_jax.pallas import outlier_matmul as dense
 from ouromamba_jax.pallas.device import device_target, int4_reason
 from ouromamba_jax.pallas.kernel_weight import KernelWeight, pack_halves
 from ouromamba_jax.pallas.outlier_matmul import first_rows, pad_to
 from ouromamba_jax.pallas.packed_split import BLOCK, PackedSplit, levels_at
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
-from ouromamba_jax.qtensor import QTensor
 
 
 def supports(split: Any, weight: QTensor | KernelWeight, bias: Any, dtype: Any) -> str | None:

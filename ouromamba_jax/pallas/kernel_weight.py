@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int8
 
-from ouromamba_jax.outlier_types import LARGEST_FIXED_POINT
+from ouromamba_jax.ops.qtensor import QTensor, max_level
+from ouromamba_jax.ops.split_types import LARGEST_FIXED_POINT
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
-from ouromamba_jax.qtensor import QTensor, max_level
 
 INT32_MAX = 2**31 - 1
 

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from ouromamba_jax.fixed_order import guard_product
-from ouromamba_jax.outlier_types import OutlierSplit, Planes
+from ouromamba_jax.ops.fixed_order import guard_product
+from ouromamba_jax.ops.qtensor import QTensor, max_level
+from ouromamba_jax.ops.split_types import OutlierSplit, Planes
 from ouromamba_jax.pallas.device import default_device, device_reason, device_target
 from ouromamba_jax.pallas.kernel_weight import INT32_MAX, KernelWeight, arrange, is_wide, measured
 from ouromamba_jax.pallas.packed_split import PackedSplit
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles, Target, matmul_tiles
-from ouromamba_jax.qtensor import QTensor, max_level
 
 NOTHING = "there is nothing to multiply"
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.fixed_order import FLOAT32_MAX, LANES, guard_product, tree_sum
-from ouromamba_jax.outlier_types import (
+from ouromamba_jax.ops.fixed_order import FLOAT32_MAX, LANES, guard_product, tree_sum
+from ouromamba_jax.ops.qtensor import MIN_SCALE, divide, max_level
+from ouromamba_jax.ops.split_types import (
     FRACTION_BITS,
     LARGEST_FIXED_POINT,
     Form,
@@ -28,7 +29,6 @@ from ouromamba_jax.outlier_types import (
 from ouromamba_jax.pallas.device import device_reason
 from ouromamba_jax.pallas.kernel_weight import INT32_MAX
 from ouromamba_jax.pallas.packed_split import BLOCK, PackedSplit
-from ouromamba_jax.qtensor import MIN_SCALE, divide, max_level
 
 WIDEST = 49 * LANES
 """Channels that a warpgroup's registers have room for: those of MambaVision-L's widest layer."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int8, Int16, Int32
 
-from ouromamba_jax.outlier_types import OutlierConfig, Planes
+from ouromamba_jax.ops.split_types import OutlierConfig, Planes
 from ouromamba_jax.pallas.kernel_weight import unpack_halves
 
 BLOCK = 256

@@ -9,14 +9,14 @@ from flax import nnx
 from jaxtyping import Array
 
 from ouromamba_jax.models.layers import SelectiveScan, as_tokens
-from ouromamba_jax.outlier_calibration import calibrate_channels, calibrate_theta, search_token_scales
-from ouromamba_jax.qtensor import MIN_SCALE, max_level, search_weight_scale
+from ouromamba_jax.ops.qtensor import MIN_SCALE, max_level, search_weight_scale
+from ouromamba_jax.ops.released import search_ranges
+from ouromamba_jax.ops.scan_types import ScanOutput
+from ouromamba_jax.ops.split_calibration import calibrate_channels, calibrate_theta, search_token_scales
 from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, PARAMETER_OPERANDS, QuantConfig
 from ouromamba_jax.quantize.modules import SiteSpec, is_asymmetric
 from ouromamba_jax.quantize.rounding import scan_parameter, search_parameter_scale
 from ouromamba_jax.quantize.sites import iter_sites, set_module
-from ouromamba_jax.released import search_ranges
-from ouromamba_jax.scan_types import ScanOutput
 
 Captured = dict[str, dict[str, Array]]
 """{site: {name: activation}}: "act" (B, L, C) of a linear layer or marked tensor, (B, L, G, C) per scan operand."""

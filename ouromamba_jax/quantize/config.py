@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ouromamba_jax.outlier_types import OutlierConfig
+from ouromamba_jax.ops.split_types import OutlierConfig
 
 OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z", "q", "k", "v", "probs")
 """Tensors in and around a selective scan, and of dot-product attention, that can be quantised."""

@@ -11,13 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan, as_tokens
-from ouromamba_jax.outlier_types import OutlierConfig
-from ouromamba_jax.outliers import fake_quant
+from ouromamba_jax.ops.released import quantize_asymmetric
+from ouromamba_jax.ops.split import fake_quant
+from ouromamba_jax.ops.split_types import OutlierConfig
 from ouromamba_jax.quantize.modules import SiteSpec
 from ouromamba_jax.quantize.rounding import fake_parameter, fake_weight, round_states, scan_parameter
 from ouromamba_jax.quantize.scan import RoundedOperands
 from ouromamba_jax.quantize.sites import iter_sites, set_module
-from ouromamba_jax.released import quantize_asymmetric
 
 Scales = dict[str, dict[str, Array]]
 

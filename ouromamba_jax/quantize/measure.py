@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ouromamba_jax.matmul import outlier_matmul
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.outliers import merge, outlier_statistics
-from ouromamba_jax.qtensor import max_level
+from ouromamba_jax.ops.matmul import outlier_matmul
+from ouromamba_jax.ops.qtensor import max_level
+from ouromamba_jax.ops.split import merge, outlier_statistics
 from ouromamba_jax.quantize.calibrate import Captured
 from ouromamba_jax.quantize.config import PARAMETER_OPERANDS
 from ouromamba_jax.quantize.modules import ActQuantizer, QuantLinear, SiteSpec, is_asymmetric

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int8
 
-from ouromamba_jax.matmul import KernelWeight, PackedSplit, outlier_matmul, prepare, takes_packed
 from ouromamba_jax.models.layers import QuantPoint, as_tokens
-from ouromamba_jax.outlier_types import OutlierConfig, OutlierSplit, Planes
-from ouromamba_jax.outliers import round_activation, split_for_product, split_outliers
-from ouromamba_jax.qtensor import QTensor
+from ouromamba_jax.ops.matmul import KernelWeight, PackedSplit, outlier_matmul, prepare, takes_packed
+from ouromamba_jax.ops.qtensor import QTensor
+from ouromamba_jax.ops.released import quantize_asymmetric
+from ouromamba_jax.ops.split import round_activation, split_for_product, split_outliers
+from ouromamba_jax.ops.split_types import OutlierConfig, OutlierSplit, Planes
 from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.released import quantize_asymmetric
 
 
 class Levels(nnx.Variable):

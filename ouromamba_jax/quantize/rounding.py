@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ouromamba_jax.qtensor import FULL_RANGE_FRACTIONS, QTensor, max_level, search_scale
+from ouromamba_jax.ops.qtensor import FULL_RANGE_FRACTIONS, QTensor, max_level, search_scale
 from ouromamba_jax.quantize.config import QuantConfig
 
 

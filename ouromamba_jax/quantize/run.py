@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.qtensor import QTensor, quantize_with_scale
+from ouromamba_jax.ops.qtensor import QTensor, quantize_with_scale
 from ouromamba_jax.quantize.calibrate import Captured, find_scales
 from ouromamba_jax.quantize.config import PARAMETER_OPERANDS, QuantConfig
 from ouromamba_jax.quantize.fake import Scales

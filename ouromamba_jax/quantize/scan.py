@@ -8,11 +8,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.qtensor import QTensor
+from ouromamba_jax.ops.qtensor import QTensor
+from ouromamba_jax.ops.scan_types import ScanOutput
+from ouromamba_jax.ops.split_operand import SplitOperand, floats
 from ouromamba_jax.quantize.modules import ActQuantizer, ActScales, Levels, Scale, SiteSpec, is_asymmetric
 from ouromamba_jax.quantize.rounding import round_states
-from ouromamba_jax.scan_types import ScanOutput
-from ouromamba_jax.split_operand import SplitOperand, floats
 
 
 class RoundedOperands:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.qtensor import QTensor
+from ouromamba_jax.ops.qtensor import QTensor
 from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, QuantConfig, QuantRule
 from ouromamba_jax.quantize.modules import ActScales, QuantizedPoint, QuantLinear, SiteSpec, is_asymmetric
 from ouromamba_jax.quantize.scan import QuantSelectiveScan

@@ -1,0 +1,178 @@
+"""The whole pipeline on an embedded model: generate, quantise, compare, draw. Offline, minutes on two CPU cores."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from ouromamba_jax.checkpoint import load
+from ouromamba_jax.data import load_images, to_pixels
+from ouromamba_jax.evaluation.evaluate import Score, predict, score
+from ouromamba_jax.files import check_writable
+from ouromamba_jax.gen import GenConfig, Generated, generate_images
+from ouromamba_jax.models import LayerTrace, Trace, VisionModel, WindowOrder
+from ouromamba_jax.ops.attention import implicit_attention
+from ouromamba_jax.quantize import PRESETS, MemoryReport, QuantConfig, QuantLinear, memory_report, quantize
+from ouromamba_jax.report.charts import line_chart
+from ouromamba_jax.report.figures import attention_maps, image_grid, outlier_map
+
+BITS = tuple(PRESETS)
+HEADERS = ("images", "bits", "top-1", "agree", "SQNR", "sites", "outl.", "MB", "FP16/")
+"""The table's columns, narrow enough for 80 characters; shares in %, SQNR of the logits and mean of the sites in dB."""
+ITERATIONS = 40
+UNTUNED = dict(tune_epochs=0)
+ROUND_TO_NEAREST = dict(detection="none", scale_search="max", **UNTUNED)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One quantised model of the comparison."""
+
+    calibration: str
+    bits: str
+    score: Score
+    mean_sqnr_db: float
+    outlier_rate: float
+    memory: MemoryReport
+
+    def row(self) -> list[str]:
+        """Cells under `HEADERS`."""
+        return [
+            self.calibration,
+            self.bits,
+            f"{100 * self.score.top1:.1f}",
+            f"{100 * self.score.agreement:.1f}",
+            f"{self.score.sqnr_db:.1f}",
+            f"{self.mean_sqnr_db:.1f}",
+            f"{100 * self.outlier_rate:.2f}",
+            f"{self.memory.total / 1e6:.3f}",
+            f"{self.memory.compression:.2f}",
+        ]
+
+
+def run_demo(
+    folder: Path,
+    *,
+    model_name: str = "vim_micro",
+    num_images: int = 64,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> tuple[list[Run], float]:
+    """Generates images from the model, quantises it with them and with others, and draws what happened.
+
+    Writes generated.png, outliers.png, attention.png and sqnr.png into `folder`.
+
+    Returns:
+      (one `Run` per calibration source and bit width, top-1 of the float model) on the digits' test split.
+
+    Raises:
+      OSError: before any work, if nothing can be written in `folder`.
+    """
+    check_writable(folder / "generated.png")
+    model = load(model_name)
+    config = model.config
+    train = load_images("digits", "train", config.img_size, config.preprocessing)
+    test = load_images("digits", "test", config.img_size, config.preprocessing)
+    labels = np.asarray(test.labels)
+    reference = predict(model, test.images)
+    float_score = score(reference, reference, labels)
+    say(f"float {model_name}: top-1 {100 * float_score.top1:.1f} % on {len(test.images)} held-out digits")
+
+    # The contrastive loss triples the time, and images made by the output loss alone calibrate as well (docs/study).
+    settings = GenConfig(num_images=num_images, iterations=ITERATIONS, batch_size=num_images, contrastive=0.0)
+    picked = train.images[np.random.default_rng(seed).permutation(len(train.images))[:num_images]]
+    noise = jnp.clip(jax.random.normal(jax.random.key(seed + 1), picked.shape), -1, 1)
+    sources: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+        "real": (lambda: picked, UNTUNED),
+        "noise": (lambda: noise, UNTUNED),
+        "synthetic": (lambda: made.result().images, UNTUNED),
+        "synthetic, RTN": (lambda: made.result().images, ROUND_TO_NEAREST),
+    }
+    low: dict[tuple[str, str], VisionModel] = {}
+
+    def generate() -> Generated:
+        say(f"generating {num_images} images from the weights alone, {settings.iterations} iterations")
+        generated = generate_images(model, settings, jax.random.key(seed))
+        pixels = to_pixels(generated.images, config.preprocessing)
+        titles = [str(int(target)) for target in generated.targets]
+        image_grid(folder / "generated.png", pixels, titles, heading="Synthetic images and the class each was made for")
+        return generated
+
+    def compare(bits: str) -> list[Run]:
+        runs = []
+        for source, (images, overrides) in sources.items():
+            say(f"quantising to {bits}, calibrated by {source}")
+            quantised, report = quantize(model, images(), QuantConfig.preset(bits, **overrides))
+            # The batch of calibration, so that its compiled programs serve again.
+            logits = predict(quantised, test.images, batch_size=QuantConfig.batch_size)
+            scored = score(logits, reference, labels)
+            runs.append(Run(source, bits, scored, report.mean_sqnr_db, report.outlier_rate, memory_report(quantised)))
+            low[source, bits] = quantised
+        return runs
+
+    # Most of the time goes into compiling, one core per program; bit widths share few programs. Generation is the first
+    # in the queue, so that nobody waits for images that nobody makes.
+    pool = ThreadPoolExecutor(2)
+    try:
+        made = pool.submit(generate)
+        compared = [pool.submit(compare, bits) for bits in BITS]
+        attention_figure(folder / "attention.png", model, test.images[:3])
+        compared[0].result()
+        outlier_figure(folder / "outliers.png", low["synthetic", BITS[0]], test.images)
+        runs = [run for of_bits in compared for run in of_bits.result()]
+    finally:
+        pool.shutdown(cancel_futures=True)
+    series = {name: [r.score.sqnr_db for r in runs if r.calibration == name] for name in sources}
+    line_chart(folder / "sqnr.png", series, BITS, ylabel="SQNR of the logits, dB", heading=f"{model_name} on digits")
+    return runs, float_score.top1
+
+
+def outlier_figure(path: Path, model: VisionModel, images: np.ndarray) -> None:
+    """Channel x token map of the outliers at the first matmul of the middle scan block, for one image.
+
+    Where the block works on windows, it is the window with the most outliers.
+    """
+    _, trace = model.trace(jnp.asarray(images[:1]))
+    middle = middle_scan(trace)
+    name, site = next(
+        (".".join(map(str, p)), m)
+        for p, m in nnx.iter_modules(model.blocks[middle])
+        if isinstance(m, QuantLinear) and p[-1] == "in_proj"
+    )
+    mask = np.asarray(site.act.split(trace.layers[middle].mixer_in, with_mask=True).mask)
+    sample = "image" if len(mask) == 1 else "window"
+    heading = f"Outlier channels found by blocks.{middle}.{name}, one {sample}"
+    fullest = mask[np.argmax(np.mean(mask, axis=(1, 2)))]
+    outlier_map(path, fullest, n_refresh=site.spec.config.n_refresh, heading=heading)
+
+
+def attention_figure(path: Path, model: VisionModel, images: np.ndarray) -> None:
+    """How much attention every token receives in the middle scan block, without and with the patched hidden state."""
+    _, trace = model.trace(jnp.asarray(images))
+    layer = trace.layers[middle_scan(trace)]
+    plain, patched = (received_attention(layer, neighbourhood) for neighbourhood in (None, 5))
+    pixels = to_pixels(images, model.config.preprocessing)
+    attention_maps(path, pixels, plain, patched, heading="Implicit attention received")
+
+
+def middle_scan(trace: Trace) -> int:
+    """Index of the middle one of the blocks that scan."""
+    scanning = [i for i, layer in enumerate(trace.layers) if layer.scans]
+    return scanning[len(scanning) // 2]
+
+
+def received_attention(layer: LayerTrace, neighbourhood: int | None) -> Float[np.ndarray, "B height width"]:
+    """Mean magnitude of the implicit attention that every token receives from its image, or from its window."""
+    received = jnp.mean(jnp.abs(implicit_attention(layer, neighbourhood=neighbourhood)), axis=1)
+    order = layer.scans[0].order
+    grid = (order.height, order.width)
+    if isinstance(order, WindowOrder):
+        received, grid = order.join(received), (order.map_height, order.map_width)
+    return np.asarray(received).reshape(-1, *grid)

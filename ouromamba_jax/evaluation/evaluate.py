@@ -1,0 +1,105 @@
+"""Running a model over a set of images, and scoring a quantised model against the float one."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ouromamba_jax.evaluation.metrics import agreement, sqnr_db, top1, topk
+from ouromamba_jax.models.base import VisionModel, apply_stage
+from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
+
+_NO_IMAGES = "there are no images to evaluate on; name a data set that has some."
+
+
+class _Runner:
+    """A model ready for batches of one size: its stages on every device, the samples of a batch spread over them.
+
+    Stage by stage, what compiles is one block, however deep the model. On one device nothing is placed: `jax.jit` would
+    compile again for explicitly placed arrays the stages that `quantize` has already compiled.
+    """
+
+    def __init__(self, model: VisionModel, batch_size: int):
+        self.size, self.mesh = batch_size, data_mesh(batch_size)
+        self.stages = [nnx.split(stage) for _, stage in model.stages]
+        if self.mesh.size > 1:
+            self.stages = [(graphdef, replicate(self.mesh, state)) for graphdef, state in self.stages]
+
+    def __call__(self, images: np.ndarray) -> Float[np.ndarray, "N classes"]:
+        """Logits. A short batch is filled up with its first image, so that nothing is retraced."""
+        batch = np.concatenate([images, np.repeat(images[:1], self.size - len(images), axis=0)])
+        x = split_samples(self.mesh, batch) if self.mesh.size > 1 else jnp.asarray(batch)
+        for graphdef, state in self.stages:
+            x = apply_stage(graphdef, state, x)
+        return to_host(self.mesh, x)[: len(images)]
+
+
+def predict(
+    model: VisionModel, images: Float[Array | np.ndarray, "N H W 3"], *, batch_size: int = 128
+) -> Float[np.ndarray, "N classes"]:
+    """Logits of all images, in batches under `jax.jit`, spread over all devices.
+
+    Raises:
+      ValueError: if there are no images.
+    """
+    if not len(images):
+        raise ValueError(_NO_IMAGES)
+    run = _Runner(model, min(batch_size, len(images)))
+    return np.concatenate([run(np.asarray(images[i : i + run.size])) for i in range(0, len(images), run.size)])
+
+
+@dataclass(frozen=True)
+class Score:
+    """A quantised model against the float one: accuracies as fractions, the logits' signal to noise in dB."""
+
+    top1: float
+    agreement: float
+    sqnr_db: float
+
+
+def score(
+    logits: Float[np.ndarray, "N K"], reference: Float[np.ndarray, "N K"], labels: Int[np.ndarray, " N"]
+) -> Score:
+    """Top-1 against the labels; agreement and SQNR against the float model's logits."""
+    return Score(top1(logits, labels), agreement(logits, reference), sqnr_db(reference, logits))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Result of `evaluate`: fractions, number of images, and images per second without the first, compiling batch."""
+
+    top1: float
+    top5: float
+    images: int
+    images_per_second: float
+
+
+def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Accuracy:
+    """Accuracy over (images, labels) batches of one size; only the last may be smaller.
+
+    Raises:
+      ValueError: if there are no batches, or a label is no class of the model.
+    """
+    run = None
+    logits, labels, timed, seconds = [], [], 0, 0.0
+    for images, batch_labels in batches:
+        run = run or _Runner(model, len(images))
+        start = time.perf_counter()
+        logits.append(run(images))
+        if len(logits) > 1:
+            seconds += time.perf_counter() - start
+            timed += len(images)
+        labels.append(batch_labels)
+    if not logits:
+        raise ValueError(_NO_IMAGES)
+    everything, truth = np.concatenate(logits), np.concatenate(labels)
+    return Accuracy(
+        top1(everything, truth),
+        topk(everything, truth, 5),
+        len(truth),
+        timed / seconds if seconds else float("nan"),
+    )

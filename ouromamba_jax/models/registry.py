@@ -1,0 +1,98 @@
+"""The model registry: every published configuration by name, and the two ways to call a model."""
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike
+
+from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.mambavision import MAMBAVISION_PRESETS, MambaVision, MambaVisionConfig
+from ouromamba_jax.models.vim import VIM_PRESETS, Vim, VimConfig
+from ouromamba_jax.models.vmamba import VMAMBA_PRESETS, VMamba, VMambaConfig
+
+_FAMILIES: dict[type, Any] = {VimConfig: Vim, VMambaConfig: VMamba, MambaVisionConfig: MambaVision}
+_PRESETS: dict[str, Any] = {**VIM_PRESETS, **VMAMBA_PRESETS, **MAMBAVISION_PRESETS}
+
+
+def list_models(pattern: str = "*") -> tuple[str, ...]:
+    """Names that `create_model` knows, filtered by a shell-style pattern."""
+    return tuple(sorted(fnmatch.filter(_PRESETS, pattern)))
+
+
+def model_config(name: str, **overrides: Any) -> Any:
+    """The frozen config of a published model with some fields replaced.
+
+    Raises:
+      ValueError: for an unknown name or field; the message lists what exists.
+    """
+    if name not in _PRESETS:
+        close = difflib.get_close_matches(name, _PRESETS, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(list_models())}."
+        raise ValueError(f"there is no model named {name!r}; {hint}")
+    preset = _PRESETS[name]
+    fields = [f.name for f in dataclasses.fields(preset)]
+    unknown = sorted(set(overrides) - set(fields))
+    if unknown:
+        raise ValueError(f"{name} has no config field {', '.join(unknown)}; its fields are {', '.join(fields)}.")
+    return dataclasses.replace(preset, **overrides)
+
+
+def config_class(family: str) -> type:
+    """The config type of a family, e.g. "vim".
+
+    Raises:
+      ValueError: for an unknown family.
+    """
+    for config, model in _FAMILIES.items():
+        if model.family == family:
+            return config
+    raise ValueError(f"there is no model family {family!r}; known: {', '.join(m.family for m in _FAMILIES.values())}.")
+
+
+def build_model(
+    config: Any, *, rngs: nnx.Rngs | None = None, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
+) -> VisionModel:
+    """A freshly initialised model of the family that `config` belongs to."""
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    return _FAMILIES[type(config)](config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+
+def create_model(
+    name: str,
+    *,
+    rngs: nnx.Rngs | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    **overrides: Any,
+) -> VisionModel:
+    """A freshly initialised model by its published name.
+
+    Args:
+      name: one of `list_models()`.
+      rngs: `nnx.Rngs` for the initial parameters; `nnx.Rngs(0)` if None.
+      dtype: type of the computation; scans, norms and the residual stream stay in float32.
+      param_dtype: type of the stored parameters.
+      **overrides: config fields, e.g. `img_size=384, num_classes=10`.
+
+    Raises:
+      ValueError: for an unknown name or config field.
+    """
+    return build_model(model_config(name, **overrides), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+
+def pure(model: VisionModel) -> tuple[Callable[[nnx.State, Array], Array], nnx.State]:
+    """(fn, state) with fn(state, images) -> logits, ready for `jax.jit`, `jax.grad` and `jax.vmap`.
+
+    The module graph is fixed here, once; a jitted fn dispatches as fast as any function of a plain pytree.
+    """
+    graphdef, state = nnx.split(model)
+
+    def fn(state: nnx.State, images: Array) -> Array:
+        return nnx.merge(graphdef, state)(images)
+
+    return fn, state

@@ -1,0 +1,1 @@
+"""Pure functions of arrays: scans, splits, products, attention; each with the backends it can run on."""

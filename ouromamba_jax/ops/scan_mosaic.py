@@ -1,0 +1,70 @@
+"""The selective scan on NVIDIA GPUs: what its Mosaic kernels are given, and the states that `collect` wants to see."""
+
+import jax
+import jax.numpy as jnp
+
+from ouromamba_jax.ops import scan_xla
+from ouromamba_jax.ops.scan_types import ScanOutput
+from ouromamba_jax.ops.split_operand import SplitOperand, StackedOperand, floats
+from ouromamba_jax.pallas import selective_scan as kernel
+from ouromamba_jax.pallas.tiles import ScanTiles
+
+
+def run(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collect, state_transform, **options
+) -> ScanOutput:
+    """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA.
+
+    u and delta are read as levels, and group by group, if they came so. B and C are merged first: they are few bytes,
+    but every thread would convert all of a token's, 32 for its 16 exponentials.
+    """
+    B, C = floats(B), floats(C)
+
+    def step(x):
+        if not isinstance(x, SplitOperand):
+            return None
+        sizes, far, shifts = zip(*((planes.row_scale, planes.far, planes.shift) for planes in x.groups), strict=True)
+        return kernel.Step(sizes, far, shifts)
+
+    def values(x):
+        if isinstance(x, SplitOperand):
+            return tuple(planes.near for planes in x.groups)
+        return x.groups if isinstance(x, StackedOperand) else x
+
+    levels = kernel.Steps(u=step(u), delta=step(delta))
+    y, h_last, starts = kernel.run(
+        values(u), values(delta), A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0,
+        reverse=reverse, with_starts=collect is not None, levels=levels, **options,
+    )  # fmt: skip
+    y = y.astype(u.dtype)
+    if starts is None:
+        return ScanOutput(y, h_last, None)
+
+    def walk(chunk, h0):
+        u, delta, B = chunk
+        return scan_xla.run(
+            u, delta, A, B, B, None, None, delta_bias, delta_softplus, h0, False, collect, None
+        ).states  # its y is not used
+
+    inputs = tuple(map(floats, (u, delta, B)))
+    tiles = options.get("tiles") or kernel.tiles_for(A, B)
+    return ScanOutput(y, h_last, _walk_chunks(walk, inputs, starts, tiles, reverse))
+
+
+def _walk_chunks(walk, inputs, starts, tiles: ScanTiles, reverse: bool):
+    """`walk(chunk of inputs, state before it)` for the chunks of every segment, put together in scan order."""
+    batch, length = inputs[0].shape[:2]
+    length //= tiles.segments
+
+    def to_chunks(x):
+        x = jnp.flip(x, 1) if reverse else x
+        x = x.reshape(batch, tiles.segments, length, *x.shape[2:])
+        x = jnp.pad(x, [(0, -length % tiles.chunk if axis == 2 else 0) for axis in range(x.ndim)])
+        return x.reshape(batch, -1, tiles.chunk, *x.shape[3:])
+
+    def from_chunks(x):
+        x = x.reshape(batch, tiles.segments, -1, *x.shape[3:])[:, :, :length]
+        return x.reshape(batch, -1, *x.shape[3:])
+
+    states = jax.vmap(walk, in_axes=1, out_axes=1)(jax.tree.map(to_chunks, inputs), starts)
+    return jax.tree.map(from_chunks, states)

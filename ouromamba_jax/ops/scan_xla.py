@@ -1,0 +1,180 @@
+"""The selective scan on any device, through XLA: a loop over chunks of steps, with its own VJP."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ouromamba_jax.ops.cpu_barrier import cpu_barrier
+from ouromamba_jax.ops.scan_types import ScanOutput
+from ouromamba_jax.ops.split_operand import floats
+
+# Steps between two saved states, one loop body. Chunks of 4 would save twice as many states and be no faster, chunks of
+# 16 take almost twice as long to compile.
+MAX_CHUNK = 8
+
+# Inside, arrays are time-major, in scan order and cut in chunks: d = delta and du = delta * u are (chunks, K, B, G, P)
+# with P = D / G; b and c (chunks, K, B, G, N). The state is (B, G, N, P): channels last fill the vector units, and a
+# group's B and C broadcast over them.
+
+
+def run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collect, state_transform) -> ScanOutput:
+    """`selective_scan` with B and C grouped; supports every call."""
+    (batch, length, channels), (groups, d_state) = u.shape, B.shape[2:]
+    f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    u, delta, B, C = map(floats, (u, delta, B, C))
+    step_size = f32(delta) if delta_bias is None else f32(delta) + f32(delta_bias)[None, None]
+    if delta_softplus:
+        step_size = jax.nn.softplus(step_size)
+    n_chunks = -(-length // MAX_CHUNK)
+    chunk = -(-length // n_chunks)
+
+    def to_chunks(x):  # the padding steps have delta = 0: they leave the state as it is
+        x = jnp.flip(x, 1) if reverse else x
+        x = jnp.pad(x.reshape(batch, length, groups, -1), ((0, 0), (0, n_chunks * chunk - length), (0, 0), (0, 0)))
+        return x.swapaxes(0, 1).reshape(n_chunks, chunk, *x.shape[:1], *x.shape[2:])
+
+    def from_chunks(x):
+        return x.reshape(n_chunks * chunk, *x.shape[2:])[:length].swapaxes(0, 1)
+
+    def to_state(h):
+        return h.reshape(*h.shape[:-2], groups, channels // groups, d_state).swapaxes(-1, -2)
+
+    def from_state(h):
+        return h.swapaxes(-1, -2).reshape(batch, channels, d_state)
+
+    xs = tuple(map(to_chunks, (step_size, step_size * f32(u), f32(B), f32(C))))
+    h = jnp.zeros((batch, groups, d_state, channels // groups), jnp.float32) if h0 is None else to_state(f32(h0))
+    if collect is None and state_transform is None:
+        y, h = _scan(to_state(f32(A)), *xs, h)
+        states = None
+    else:
+        steps = jnp.arange(n_chunks * chunk, dtype=jnp.int32).reshape(n_chunks, chunk)
+
+        def transform(h, t):
+            if state_transform is None:
+                return h
+            return jnp.where(t < length, to_state(state_transform(from_state(h), t)), h)  # padding is not transformed
+
+        y, states, h = _open_scan(
+            to_state(f32(A)), xs, h, steps, transform, lambda h: None if collect is None else collect(from_state(h))
+        )
+        states = jax.tree.map(from_chunks, states)
+    y = from_chunks(y).reshape(u.shape)
+    y = jnp.flip(y, 1) if reverse else y
+    if D is not None:
+        y = y + f32(D)[None, None] * f32(u)
+    if z is not None:
+        y = y * jax.nn.silu(f32(z))
+    return ScanOutput(y.astype(u.dtype), from_state(h), states)
+
+
+def _decay(A, d):
+    return jnp.exp(d[:, :, None] * A[None])
+
+
+def _step(A, h, x):
+    d, du, b, _ = x
+    return _decay(A, d) * h + du[:, :, None] * b[..., None]
+
+
+@jax.custom_vjp
+def _readout(h, c):
+    """<C, h>, one state index after the other.
+
+    Not `jnp.sum`: XLA's CPU backend picks the order of a reduction by the size of the array, and a sample's bits
+    would change with the batch. The VJP is the broadcast that autodiff would build from one padding per state index.
+    """
+    y = h[:, :, 0] * c[:, :, 0, None]
+    for n in range(1, h.shape[2]):
+        y = y + h[:, :, n] * c[:, :, n, None]
+    return y
+
+
+def _readout_fwd(h, c):
+    return _readout(h, c), (h, c)
+
+
+def _readout_bwd(residuals, g):
+    h, c = residuals
+    return c[..., None] * g[:, :, None], jnp.sum(h * g[:, :, None], axis=3)
+
+
+_readout.defvjp(_readout_fwd, _readout_bwd)
+
+
+def _open_scan(A, xs, h, steps, transform, collect):
+    """The scan with user code in every step; autodiff recomputes each chunk from the state before it."""
+
+    def step(h, x):
+        *x, t = x
+        h = transform(_step(A, h, x), t)
+        return h, (_readout(h, x[3]), collect(h))
+
+    @jax.checkpoint
+    def chunk(h, x):
+        return jax.lax.scan(step, h, x, unroll=True)
+
+    h, (y, states) = jax.lax.scan(chunk, h, (*xs, steps))
+    return y, states, h
+
+
+@jax.custom_vjp
+def _scan(A, d, du, b, c, h0):
+    (y, h_last), _ = _scan_fwd(A, d, du, b, c, h0)
+    return y, h_last
+
+
+def _scan_fwd(A, d, du, b, c, h0):
+    def step(h, x):
+        h = cpu_barrier(_step(A, h, x))  # or each state is computed twice: for the readout, and for the next step
+        return h, _readout(h, x[3])
+
+    def chunk(h, x):
+        h_last, y = jax.lax.scan(step, h, x, unroll=True)
+        return h_last, (y, h)
+
+    h_last, (y, boundaries) = jax.lax.scan(chunk, h0, (d, du, b, c))
+    return (y, h_last), (A, d, du, b, c, boundaries)
+
+
+def _scan_bwd(residuals, cotangents):
+    """Walks back chunk by chunk: first the chunk's states again from its boundary, then the adjoint recurrence.
+
+    With g_t = dloss/dh_t and w_t = g_t * exp(delta_t A), g_t = w_{t+1} + C_t dy_t. Only w is formed: the two sums that
+    need g are taken over w and completed below by products that have no state axis.
+    """
+    A, d, du, b, c, boundaries = residuals
+    dy, dh_last = cotangents
+    length = d.shape[1]
+
+    def chunk(carry, x):
+        w, dA = carry
+        *x, boundary, dy = x
+        states, decays = [boundary], []
+        for t in range(length):
+            d, du, b, _ = (v[t] for v in x)
+            decays.append(_decay(A, d))
+            states.append(decays[t] * states[t] + du[:, :, None] * b[..., None])
+        out = []
+        for t in reversed(range(length)):
+            # Without the barriers XLA shares broadcasts with the recurrence, and writes each out as (B, G, N, P).
+            d, du, b, g = jax.lax.optimization_barrier((x[0][t], x[1][t], x[2][t], dy[t]))
+            d_du = jnp.sum(w * b[..., None], axis=2)
+            d_b = jnp.sum(w * du[:, :, None], axis=3)
+            d_c = jnp.sum(states[t + 1] * g[:, :, None], axis=3)
+            w = (w + x[3][t][..., None] * dy[t][:, :, None]) * decays[t]
+            d_exponent = w * states[t]
+            d_d = jnp.sum(jax.lax.optimization_barrier(d_exponent) * A[None], axis=2)
+            dA = dA + d_exponent * d[:, :, None]
+            out.append((d_d, d_du, d_b, d_c))
+        return (w, dA), tuple(jnp.stack(v[::-1]) for v in zip(*out, strict=True))
+
+    carry = (dh_last, jnp.zeros_like(dh_last))
+    (dh0, dA), (d_d, d_du, d_b, d_c) = jax.lax.scan(chunk, carry, (d, du, b, c, boundaries, dy), reverse=True)
+    d_du = d_du + dy * jnp.sum(b * c, axis=-1, keepdims=True)
+    d_b = d_b + c * jnp.sum(dy * du, axis=-1, keepdims=True)
+    return jnp.sum(dA, axis=0), d_d, d_du, d_b, d_c, dh0
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)

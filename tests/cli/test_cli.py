@@ -1,0 +1,267 @@
+"""The command line: every verb on a tiny model, and errors as one sentence."""
+
+import errno
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from draws import normal
+from flax import nnx
+
+from ouromamba_jax import create_model, implicit_attention, load, save
+from ouromamba_jax.cli.demo import middle_scan, received_attention
+from ouromamba_jax.cli.main import main
+from ouromamba_jax.evaluation.bench import Timing
+
+VERBS = ("convert", "generate", "quantize", "evaluate", "inspect", "bench", "demo")
+QUANTIZE = ("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out")
+GOLDEN = Path(__file__).parents[1] / "golden" / "models" / "vim_a"
+FIELDS = ("patch_size=8", "stride=8", "embed_dim=48", "depth=3", "num_classes=10")
+SIZES = tuple(part for field in FIELDS for part in ("--set", field))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny model for 32x32 digits, and calibration images."""
+    path = tmp_path_factory.mktemp("cli")
+    save(path / "tiny", create_model("vim_micro", embed_dim=16, depth=1, patch_size=8, stride=8, rngs=nnx.Rngs(3)))
+    images = np.asarray(jax.random.uniform(jax.random.key(0), (6, 32, 32, 3), minval=-1.0), np.float32)
+    np.savez(path / "images.npz", images=images, labels=np.arange(6))
+    return path
+
+
+def run(capsys, *arguments):
+    status = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"example: ouromamba {verb} " in text
+    assert not any(default in text for default in ("(default: None)", "(default: False)"))
+    assert verb != "quantize" or all(f"(default: {value})" in text for value in ("dynamic", "pow2", "online", 10, 3.0))
+
+
+def test_convert_writes_a_model_that_loads(folder, capsys):
+    options = ("--set", "img_size=32", *SIZES)
+    out = folder / "converted"
+    status, text, _ = run(capsys, "convert", "vim_tiny", GOLDEN / "checkpoint.pth", out, *options)
+    assert status == 0
+    assert "87,418 parameters" in text
+    assert load(out).config.embed_dim == 48
+    status, _, error = run(capsys, "convert", "vim_tiny", GOLDEN / "checkpoint.pth", out, *options)
+    assert status == 1
+    assert "already exists" in error
+
+
+def test_the_pipeline_from_images_to_scores(folder, capsys):
+    made, low = folder / "made.npz", folder / "low"
+    status, text, _ = run(
+        capsys, "generate", folder / "tiny", made, "--num-images", 3, "--batch-size", 3, "--iterations", 2,
+        "--contrastive", 0, "--figure", folder / "made.png",
+    )  # fmt: skip
+    assert status == 0
+    assert "3 images" in text
+    with np.load(made) as file:
+        assert file["images"].shape == (3, 32, 32, 3)
+        assert file["labels"].tolist() == [0, 3, 6]  # of ten classes
+    assert (folder / "made.png").stat().st_size > 1000
+
+    status, text, _ = run(
+        capsys, "quantize", folder / "tiny", "--images", made, "--bits", "w4a8", low, "--tune-epochs", 1
+    )
+    assert status == 0
+    assert "blocks.0.mixer.in_proj" in text
+    assert "smaller than FP16" in text
+
+    status, text, _ = run(capsys, "evaluate", low, "--data", folder / "images.npz", "--batch-size", 3)
+    assert status == 0
+    assert "top-5" in text
+    status, text, _ = run(capsys, "inspect", low)
+    assert status == 0
+    assert "quantised sites" in text
+
+
+def test_bench_names_the_models_and_the_parts_of_a_block(folder, capsys, monkeypatch):
+    timed = []
+
+    def time_models(models, batch_size):
+        timed.append(batch_size)
+        return {name: Timing((1.0,), (1.0,)) for name in models}
+
+    monkeypatch.setattr("ouromamba_jax.evaluation.bench.models_to_compare", lambda model, progress: {"float": model})
+    monkeypatch.setattr("ouromamba_jax.evaluation.bench.time_models", time_models)
+    status, text, _ = run(capsys, "bench", folder / "tiny", "--batch-size", 2)
+    assert status == 0
+    assert timed == [2]
+    assert all(part in text for part in ("float", "mixer.in_proj", "mixer.scan", "rest", "block"))
+
+
+def test_inspect_lists_a_pytorch_file(capsys):
+    status, text, _ = run(capsys, "inspect", GOLDEN / "checkpoint.pth")
+    assert status == 0
+    assert "cls_token" in text
+    assert "(1, 17, 48)" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("evaluate", "no-such-model", "--data", "digits"), "there is no checkpoint at no-such-model"),
+        (("convert", "vim_tinny", GOLDEN / "checkpoint.pth", "out"), "did you mean"),
+        (("convert", "vim_tiny", GOLDEN / "absent.pth", "out"), "absent.pth"),
+        (("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "out"), "does not fit the model"),
+        (
+            ("convert", "vmamba_micro", GOLDEN / "checkpoint.pth", "out", "--set", "depths=2"),
+            "depths is 2, but it must be a tuple of whole numbers from 1",
+        ),
+        (
+            ("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "out", *SIZES, "--set", "img_size=40"),
+            "interpolate_positions=True (--interpolate-positions on the command line)",
+        ),
+        (("convert", "qqq", GOLDEN / "checkpoint.pth", "out"), "no model named 'qqq'; choose one of mambavision_"),
+        (("generate", "vim_micro", "out.txt"), "must end in .npz"),
+        (("generate", "vim_micro", "out.npz", "--figure", "out.jpg"), "out.jpg must end in .png"),
+        (("generate", "vim_tiny", "out.npz"), "vim_tiny is a model's name; convert its checkpoint first"),
+        (("inspect", "vim_tiny"), "vim_tiny is a model's name; convert its checkpoint first"),
+        (("demo", "--out", __file__), "it is not a folder"),
+        (("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out"), "nowhere"),
+        ((*QUANTIZE, "--n-refresh", 0), "n_refresh must be at least 1"),
+        ((*QUANTIZE, "--sigma", 0), "sigma must be positive"),
+        ((*QUANTIZE, "--weight-group", 0), "weight_group must be a positive number"),
+        ((*QUANTIZE, "--batch-size", 0), "batch_size at least 1"),
+        (("generate", "vim_micro", "out.npz", "--batch-size", 0), "batch_size is 0; use at least 1"),
+        (("evaluate", "vim_micro", "--data", "digits", "--batch-size", 0), "batch_size is 0; use at least 1"),
+        (("bench", "vim_micro", "--batch-size", 0), "batch_size is 0; use at least 1"),
+    ],
+)
+def test_an_error_is_one_sentence(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, error = run(capsys, *arguments)
+    assert status == 1
+    assert says in error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "{}"),
+        ("generate", "vim_micro", "{}.npz"),
+        ("generate", "vim_micro", "a.npz", "--figure", "{}.png"),
+        ("quantize", "vim_micro", "--images", "digits", "--bits", "w4a4", "{}"),
+        ("demo", "--out", "{}"),
+    ],
+    ids=lambda a: f"{a[0]} {a[-1]}",
+)
+@pytest.mark.parametrize("place", ["file/out", "/proc/x"])
+def test_a_place_that_cannot_be_written_is_refused_at_the_start(arguments, place, tmp_path, capsys, monkeypatch):
+    if place.startswith("/proc") and not Path("/proc").exists():
+        pytest.skip("there is no /proc")
+    for work in ("cli.load", "cli.from_torch", "demo.load"):
+        monkeypatch.setattr(f"ouromamba_jax.{work}", lambda *_, **__: pytest.fail("it was begun"))
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    status, out, error = run(capsys, *(str(a).format(place) for a in arguments))
+    assert status == 1
+    assert error.startswith(f"ouromamba: {place}")
+    assert " cannot be written in " in error
+    assert out == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999", "-1", "one"])
+@pytest.mark.parametrize("verb", [("generate", "vim_micro", "out.npz"), ("demo",)], ids=lambda v: v[0])
+def test_a_seed_is_a_whole_number_of_32_bits(verb, seed, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*verb, f"--seed={seed}"])
+    assert stop.value.code == 2
+    assert f"'{seed}' is not a seed; give a whole number from 0 to 4294967295" in capsys.readouterr().err
+
+
+def test_a_figure_that_cannot_be_drawn_is_refused_at_the_start(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ouromamba_jax.cli.main.generate_images", lambda *_, **__: pytest.fail("it was generated"))
+    (tmp_path / "old.png").touch()
+    status, _, error = run(capsys, "generate", "vim_micro", tmp_path / "a.npz", "--figure", tmp_path / "old.png")
+    assert status == 1
+    assert "old.png already exists" in error
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)  # importing it now fails
+    status, _, error = run(capsys, "generate", "vim_micro", tmp_path / "a.npz", "--figure", tmp_path / "a.png")
+    assert status == 1
+    assert "figures need Matplotlib" in error
+
+
+def test_debug_raises(capsys):
+    with pytest.raises(ValueError, match="no checkpoint"):
+        main(["inspect", "no-such-model", "--debug"])
+
+
+def test_an_interrupted_write_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")  # of a write, which names no file
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    out = tmp_path / "images.npz"
+    status, _, error = run(
+        capsys, "generate", folder / "tiny", out, "--num-images", 3, "--batch-size", 3, "--iterations", 2,
+        "--contrastive", 0,
+    )  # fmt: skip
+    assert status == 1
+    assert error.endswith("ouromamba: no space left on device.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [((), "interrupted."), (("--resume", "run"), "interrupted; the same command goes on from run.")],
+)
+def test_an_interruption_says_how_to_go_on(options, says, folder, capsys, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ouromamba_jax.cli.main.generate_images", interrupt)
+    status, _, error = run(capsys, "generate", folder / "tiny", tmp_path / "images.npz", *options)
+    assert status == 130
+    assert error == f"ouromamba: {says}\n"
+
+
+# --- demo
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vim_micro", "vmamba_micro", "mambavision_micro"])
+def test_the_demo_of_every_family(name, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr("ouromamba_jax.cli.demo.BITS", ("w4a4",))  # the other bit widths take as long again, each
+    status, text, _ = run(capsys, "demo", "--model", name, "--num-images", 16, "--out", tmp_path)
+    assert status == 0
+    table = text[text.index(f"{name}: float top-1") :]
+    assert table.count("w4a4") == 4
+    assert "attention.png, generated.png, outliers.png, sqnr.png" in table
+    assert all((tmp_path / f"{figure}.png").stat().st_size > 1000 for figure in ("attention", "outliers"))
+
+
+@pytest.mark.slow
+def test_attention_of_windows_is_drawn_where_they_lie():
+    """Windows of 2 x 2 tokens on a 3 x 3 map, padded to 4 x 4."""
+    sizes = dict(img_size=24, dim=8, in_dim=4, depths=(1, 2), window_size=(8, 2), num_heads=(1, 2))
+    model = create_model("mambavision_micro", rngs=nnx.Rngs(3), **sizes)
+    _, trace = model.trace(normal(1, (2, 24, 24, 3)))
+    assert middle_scan(trace) == 1
+    layer = trace.layers[1]
+    received = received_attention(layer, None)
+    assert received.shape == (2, 3, 3)
+    windows = np.abs(implicit_attention(layer)).mean(axis=1)  # (8 windows, 4 tokens)
+    for sample, row, column in np.ndindex(received.shape):
+        window = 4 * sample + 2 * (row // 2) + column // 2
+        assert received[sample, row, column] == windows[window, 2 * (row % 2) + column % 2]

@@ -1,0 +1,214 @@
+"""Timing, the breakdown of a block, and what a quantised model weighs by its shapes."""
+
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from draws import normal
+from flax import nnx
+from tiny_models import TINY
+
+from ouromamba_jax.evaluation import bench, breakdown
+from ouromamba_jax.models import create_model, pure
+from ouromamba_jax.models.layers import QuantPoint
+from ouromamba_jax.ops import split as outliers
+from ouromamba_jax.ops.dispatch import Backend
+from ouromamba_jax.ops.split_types import OutlierConfig, OutlierSplit
+from ouromamba_jax.quantize import QuantConfig, memory_report
+from ouromamba_jax.quantize.modules import SiteSpec
+from ouromamba_jax.quantize.sites import iter_sites
+from ouromamba_jax.quantize.specs import apply_specs, quantized_specs
+
+
+@pytest.fixture(scope="module")
+def model() -> nnx.Module:
+    return create_model("vim_micro", **TINY)
+
+
+@pytest.fixture(scope="module")
+def quantised() -> nnx.Module:
+    return tiny_models.quantised(QuantConfig.preset("w4a4"))
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    timings = bench.time_interleaved(calls, repeats=3)
+    assert order == ["a", "b"] * 4  # the first round is not timed
+    assert [len(t.seconds) for t in timings.values()] == [3, 3]
+
+
+def test_the_ratio_is_that_of_the_work():
+    calls = {"slow": lambda: time.sleep(0.03), "fast": lambda: time.sleep(0.01)}
+    timings = bench.time_interleaved(calls, repeats=7)
+    assert timings["slow"].median >= 0.03
+    ratio = bench.time_ratio(timings["slow"], timings["fast"])
+    assert 1.2 < ratio < 8  # other work on the machine may stretch a sleep
+    np.testing.assert_allclose(bench.time_ratio(timings["fast"], timings["slow"]), 1 / ratio)
+
+
+def test_a_slow_round_does_not_move_the_ratio():
+    slow, fast = bench.Timing((2.0, 20.0, 2.0), (9.0, 9.0, 3.0)), bench.Timing((1.0, 10.0, 1.0), (3.0, 3.0, 3.0))
+    assert bench.time_ratio(slow, fast) == 2.0
+    assert bench.time_ratio(slow, fast, cpu=True) == 3.0
+    assert bench.Timing((1.0, 2.0, 3.0, 4.0, 5.0), ()).spread == pytest.approx(2 / 3)
+
+
+def test_sleeping_takes_no_processor_time():
+    timing = bench.time_interleaved({"sleep": lambda: time.sleep(0.05)}, repeats=3)["sleep"]
+    assert max(timing.cpu_seconds) < 0.5 * min(timing.seconds)
+
+
+def test_asynchronous_work_is_waited_for():
+    work = jax.jit(lambda x: jnp.linalg.matrix_power(x, 40))
+    x = normal(0, (256, 256)) / 16
+    timings = bench.time_interleaved({"result": lambda: (work(x), None)}, repeats=2)
+    start = time.perf_counter()
+    work(x).block_until_ready()
+    assert timings["result"].median > 0.1 * (time.perf_counter() - start)
+
+
+def test_repeats_must_be_positive():
+    with pytest.raises(ValueError, match="at least 1"):
+        bench.time_interleaved({"f": lambda: None}, repeats=0)
+
+
+def test_results_name_the_machine_but_no_folder_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/scripts/bench_x.py", "--data", f"{tmp_path}/{{split}}.npz"])
+    path = tmp_path / "new" / "results.json"
+    bench.write_results(path, {"rows": [["float", 1.5]]})
+    written = json.loads(path.read_text())
+    assert written["command"] == "python scripts/bench_x.py --data '{split}.npz'"
+    assert written["rows"] == [["float", 1.5]]
+    assert written["machine"]["jax"] == jax.__version__
+    assert written["machine"]["cpu"]
+    assert str(tmp_path) not in path.read_text()
+
+
+@pytest.mark.slow
+def test_a_float_model_is_quantised_for_comparison(model, quantised, monkeypatch):
+    said = []
+    monkeypatch.setattr(bench, "quantize_untuned", lambda model, preset: {"w4a4": quantised}[preset])
+    models = bench.models_to_compare(model, ("w4a4",), progress=said.append)
+    rows = bench.speed_rows(bench.time_models(models, 2, repeats=2), 2)
+    assert [row[0] for row in rows] == ["float", "w4a4"]
+    assert all(len(row) == len(bench.HEADERS) for row in rows)
+    for _, ms, spread, cpu_ms, rate, *_ in rows:
+        assert ms > 0
+        assert cpu_ms > 0
+        assert spread >= 0
+        assert rate == pytest.approx(2 / (ms / 1e3))
+    assert rows[0][-2:] == [1.0, 1.0]
+    assert any("w4a4" in text for text in said)
+    assert not quantized_specs(model)  # the model itself stays as it is
+
+
+@pytest.mark.slow
+def test_untuned_models_are_quantised(model):
+    low = bench.quantize_untuned(model, "w4a4")
+    assert {spec.config.weight_bits for spec in quantized_specs(low).values()} == {4, 8}
+    images = bench.random_images(low, 2)
+    assert images.shape == (2, 12, 16, 3)
+    fn, state = pure(low)
+    assert bool(jnp.isfinite(jax.jit(fn)(state, images)).all())
+
+
+def test_a_quantised_model_is_compared_with_its_float_model(quantised):
+    timed = bench.models_to_compare(quantised)
+    assert list(timed) == ["float", "quantised"]
+    assert timed["quantised"] is quantised
+    assert timed["float"].config == quantised.config
+    assert not quantized_specs(timed["float"])
+
+
+@pytest.mark.parametrize("kind", ["float", pytest.param("quantised", marks=pytest.mark.slow)])
+def test_the_breakdown_names_every_part(kind, model, quantised):
+    chosen = model if kind == "float" else quantised
+    before = jax.tree.leaves(nnx.state(chosen))
+    *parts, rest, block = breakdown.block_breakdown(chosen, repeats=2)
+    names = {f"mixer.directions.{i}.{layer}_proj" for i in (0, 1) for layer in ("x", "dt")}
+    assert {row[0] for row in parts} == names | {"mixer.in_proj", "mixer.out_proj", "mixer.scan"}
+    assert rest[0] == "rest"
+    assert sum(row[1] for row in (*parts, rest)) == pytest.approx(block[1])
+    assert all((row[3] is None) == (kind == "float") for row in parts)
+    assert all(row[3] is None or row[3] > 0 for row in parts)
+    after = jax.tree.leaves(nnx.state(chosen))  # recorders went into a copy
+    assert all(jnp.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["float", "quantised"])
+def test_the_breakdown_of_a_model_counts_equal_blocks(kind, monkeypatch):
+    """Every call takes 20 ms, so that the sums count calls: a block has 6 linear layers and a scan, stem and head 1."""
+    config = QuantConfig.preset("w4a4")
+    model = create_model("vim_micro", **(TINY | {"depth": 3})) if kind == "float" else tiny_models.quantised(config)
+    blocks = len(model.blocks)
+    timed = []
+
+    def time_interleaved(calls, *, repeats):
+        timed.extend(calls)
+        for call in calls.values():
+            jax.eval_shape(call)
+        return {name: bench.Timing((0.02,) * repeats, (0.02,) * repeats) for name in calls}
+
+    monkeypatch.setattr(breakdown, "time_interleaved", time_interleaved)
+    said = []
+    times = breakdown.model_breakdown(model, 2, inner=2, repeats=1, progress=said.append)
+    assert tuple(times) == breakdown.KINDS
+    assert sum(times.values()) == pytest.approx(10 * (blocks + 2))  # 10 ms per stage
+    assert said == ["timing stem, one of 1", f"timing blocks.0, one of {blocks}", "timing head, one of 1"]
+    layers = 6 * blocks + 2
+    split = {"float": 0, "quantised": 10 * (layers + blocks)}[kind]
+    whole = {"detection + split": 0, "product": 10 * layers, "scan": 10 * blocks}
+    if kind == "quantised":  # what remains of a part that takes as long as its splitting
+        whole = {"detection + split": split, "product": 0, "scan": 0}
+    assert {name: times[name] for name in whole} == pytest.approx(whole)
+    assert len([name for name in timed if name.endswith("splitting")]) == (0 if kind == "float" else layers + blocks)
+
+
+def test_a_preferred_backend_is_taken_where_it_supports_the_call(monkeypatch):
+    x = normal(0, (1, 2, 3))
+    marked = Backend(lambda x, config: None if x.shape[1] == 2 else "it wants two tokens", lambda x, *_, **__: x + 1)
+    monkeypatch.setitem(outliers.BACKENDS, "marked", marked)
+    before = list(outliers.BACKENDS)
+    split = jax.jit(lambda x: outliers.split_outliers(x, jnp.ones(x.shape[1]), OutlierConfig()))
+    assert not isinstance(split(x), jax.Array)
+    with bench.preferring("marked"):
+        np.testing.assert_array_equal(split(x), x + 1)
+        assert isinstance(split(x[:, :1]), OutlierSplit)
+        compiled = split.lower(x).compile()
+    assert not isinstance(split(x), jax.Array)
+    np.testing.assert_array_equal(compiled(x), x + 1)
+    assert list(outliers.BACKENDS) == before
+
+
+def test_an_unknown_preferred_backend_is_refused():
+    with pytest.raises(ValueError, match=r"'cuda'; choose one of .*mosaic_gpu"), bench.preferring("cuda"):
+        pass
+
+
+@pytest.mark.parametrize(("name", "least"), [("vim_small", 3.5), ("vim_base", 3.7)])
+def test_w4a4_memory_by_shapes(name, least):
+    """Without the compression of files; scripts/memory.py counts the bytes on disk."""
+    config = QuantConfig.preset("w4a4")
+
+    def quantised():
+        model = create_model(name)
+        tokens = {"stem": model.config.num_tokens - 1, "head": 1}
+        specs = {
+            path: SiteSpec(config.resolve(path), tokens.get(path.split(".")[0], model.config.num_tokens), 0)
+            for path, site in iter_sites(model)
+            if not isinstance(site, QuantPoint)
+        }
+        model = apply_specs(model, specs)
+        for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            leaf.set_value(leaf[...].astype(config.float_dtype))
+        return model
+
+    report = memory_report(nnx.eval_shape(quantised))
+    assert least < report.compression < 4
+    assert report.levels > 10 * (report.scales + report.float_parameters)

@@ -1,0 +1,34 @@
+"""Tables cell by cell."""
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from ouromamba_jax.report.tables import markdown_table, print_table
+
+ROWS = [["real", 98.256, 3], ["noise [x]", math.pi, None]]
+
+
+def test_markdown_table():
+    assert markdown_table(ROWS, ["images", "top-1", "n"]).splitlines() == [
+        "| images | top-1 | n |",
+        "| --- | ---: | ---: |",
+        "| real | 98.26 | 3 |",
+        "| noise [x] | 3.14 | - |",
+    ]
+    assert "a\\|b" in markdown_table([["a|b"]], ["name"])
+
+
+def test_terminal_table():
+    text = io.StringIO()
+    print_table(ROWS, ["images", "top-1", "n"], title="Result", console=Console(file=text, width=80))
+    assert "Result" in text.getvalue()
+    for cell in ("real", "98.26", "noise [x]", "3.14"):
+        assert cell in text.getvalue()
+
+
+def test_ragged_rows_are_refused():
+    with pytest.raises(ValueError, match="2 cells, but there are 3 headers"):
+        markdown_table([["a", 1]], ["a", "b", "c"])
