@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.quantize.modules import Scale, check_tokens
+from ouromamba_jax.quantize.activation import Calibrated, check_tokens
 
 
 class RoundedScan(SelectiveScan):
@@ -24,7 +24,7 @@ class RoundedScan(SelectiveScan):
         self.bits = bits
         self.directions, self.dtype = scan.directions, scan.dtype
         self.dt_bias, self.A_log, self.D = scan.dt_bias, scan.A_log, scan.D
-        self.state_scale = Scale(state_scale)
+        self.state_scale = Calibrated(state_scale)
 
     def _check(self, u: Array) -> None:
         check_tokens(u, self.state_scale.shape[1])

@@ -3,12 +3,11 @@
 import functools
 from dataclasses import dataclass, replace
 from typing import Any
+from typing import Any as Planes
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from ouromamba_jax.ops.split_types import Planes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["groups"], meta_fields=["shape", "dtype"])

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int8
 
 from ouromamba_jax.ops.qtensor import QTensor, max_level
-from ouromamba_jax.ops.split_types import LARGEST_FIXED_POINT
+
+LARGEST_FIXED_POINT = 32639
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 
 INT32_MAX = 2**31 - 1

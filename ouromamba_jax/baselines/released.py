@@ -1,0 +1,2 @@
+def search_ranges(*a):
+    raise NotImplementedError
