@@ -7,10 +7,9 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from ouromamba_jax.baselines.base import add_bias, from_tokens
+from ouromamba_jax.baselines.released import search_ranges
 from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.ops.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
-from ouromamba_jax.ops.released import search_ranges
-from ouromamba_jax.ops.split_types import OutlierConfig
 from ouromamba_jax.quantize.modules import Levels, Scale, check_tokens
 from ouromamba_jax.quantize.rounding import straight_through_round
 
@@ -38,7 +37,7 @@ def find_parameters(
     holds 0, and the zero point is a level.
     """
     smooth = smoothing(x, kernel, alpha)
-    scale, zero = search_ranges(x / smooth[None, None], OutlierConfig(act_bits=act_bits, detection="none"))
+    scale, zero = search_ranges(x / smooth[None, None], act_bits)
     weight = search_weight_scale(kernel * smooth[:, None], weight_bits)
     return {"weight": weight, "act": scale, "smooth": smooth}, jnp.clip(zero, 0, 2**act_bits - 1)
 

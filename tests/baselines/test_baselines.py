@@ -33,6 +33,9 @@ from ouromamba_jax.ops.qtensor import max_level
 from ouromamba_jax.quantize import QuantConfig, QuantLinear, QuantRule, QuantSelectiveScan, quantize
 from ouromamba_jax.quantize.sites import iter_sites
 
+INDEPENDENT = [name for name in BASELINES if name != "released"]
+"""Rivals whose results do not depend on the batch."""
+
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_quantises_a_model(name):
@@ -43,13 +46,14 @@ def test_every_baseline_quantises_a_model(name):
     assert 3 < sqnr_db(logits_of("float"), logits_of(name)) < 30
     modules = modules_of(low)
     linears = {path for path, site in iter_sites(float_model()) if isinstance(site, nnx.Linear)}
-    if name == "ptq4vm":
+    if name in ("ptq4vm", "released"):
         linears = {path for path in linears if path.startswith("blocks")}
     matmuls = {s.path: s for s in report.sites if s.kind == "matmul"}
     assert matmuls.keys() == linears
     for path, site in matmuls.items():
         expected = 8 if path.startswith(("stem", "head")) else 4
-        assert (site.weight_bits, site.act_bits, site.outlier_rate) == (expected, expected, 0)
+        assert (site.weight_bits, site.act_bits) == (expected, expected)
+        assert site.outlier_rate == 0 or (name == "released" and site.outlier_rate < 0.2)
         assert modules[path].levels.dtype == jnp.int8
         assert modules[path].levels.bits == expected
         used = np.asarray(modules[path].levels[...], np.int32)
@@ -60,7 +64,7 @@ def test_every_baseline_quantises_a_model(name):
     assert "SQNR" in str(report)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_batch_mates_change_nothing(name):
     low, x, expected = baseline(name)[0], images(1), logits_of(name)
     order = np.array([4, 0, 5, 1, 3, 2])
@@ -70,7 +74,7 @@ def test_batch_mates_change_nothing(name):
     assert np.isnan(spoiled[0]).all()
 
 
-@pytest.mark.parametrize("name", ["ptq4vm", "qmamba_like", "ksq_vmm"])
+@pytest.mark.parametrize("name", ["ptq4vm", "qmamba_like", "ksq_vmm", "released"])
 def test_reported_noise_is_that_of_the_site(name):
     """Every site by itself, none taken for another."""
     block, _, _, captured, _ = captured_block()
@@ -83,7 +87,7 @@ def test_reported_noise_is_that_of_the_site(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_the_size_of_a_batch_changes_nothing(name):
     for part in (slice(2, 4), slice(5, 6), slice(0, 3)):
         logits = predict(baseline(name)[0], images(1)[part])
