@@ -25,6 +25,7 @@ from tolerances import BATCHED_FLOAT, REORDERED
 
 from ouromamba_jax.baselines import BASELINES, KSQConfig, PTQ4VMConfig, QMambaLikeConfig, RTNConfig, quantize_baseline
 from ouromamba_jax.baselines.base import EDGES
+from ouromamba_jax.baselines.released import ReleasedLinear, ReleasedScan
 from ouromamba_jax.baselines.scans import walk_scan
 from ouromamba_jax.evaluation.evaluate import predict
 from ouromamba_jax.evaluation.metrics import sqnr_db
@@ -195,6 +196,20 @@ def test_walking_a_scan_is_the_scan():
     y = y + D.reshape(1, 1, 2, 40) * u
     for ours, theirs in ((y, expected.y), (last, expected.h_last), (states, expected.states)):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=REORDERED * float(jnp.abs(theirs).max()))
+
+
+# --- the published code
+
+
+def test_released_quantises_blocks_and_finds_outliers():
+    low, report = baseline("released")
+    modules = modules_of(low)
+    assert isinstance(modules[SCAN], ReleasedScan)
+    assert {p for p, m in modules.items() if isinstance(m, ReleasedLinear)} == {
+        p for p, m in iter_sites(float_model()) if isinstance(m, nnx.Linear) and p.startswith("blocks")
+    }
+    assert {site.outlier_bits for site in report.sites} == {8}
+    assert max(site.outlier_rate for site in report.sites) > 0.01
 
 
 # --- round to nearest

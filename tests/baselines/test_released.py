@@ -1,4 +1,4 @@
-"""The published code's quantiser against its recorded outputs and its own loop; and as a rival on a model."""
+"""The published code's quantiser against its recorded outputs and its own loop, and its layers."""
 
 from functools import partial
 from pathlib import Path
@@ -6,17 +6,22 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import nnx
-from tolerances import REORDERED, SCALE_ROUNDING
+from tiny_models import filled
+from tolerances import FLOAT64_LOOP, REORDERED, SCALE_ROUNDING
 
 from ouromamba_jax.baselines.released import (
     ReleasedLinear,
+    ReleasedScan,
+    bits_of_outliers,
     round_asymmetric,
     round_symmetric,
     search_ranges,
     search_scales,
 )
 from ouromamba_jax.baselines.released_detection import DELTA_SIGMA, inliers
+from ouromamba_jax.models.layers import SelectiveScan
 
 pytestmark = pytest.mark.optimized
 
@@ -156,3 +161,35 @@ def test_a_last_token_that_does_not_fit_triggers_once(is_delta, L):
     else:
         _, listed = round_symmetric(x, scale, bits=4, outlier_bits=8)
     np.testing.assert_array_equal(listed, expected)
+
+
+def test_the_scan_rounds_every_direction_on_the_last_ones_scales():
+    """Delta with its bias on and before softplus, A and D as one token each; then the recurrence in float64."""
+    types = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    scan = filled(nnx.eval_shape(lambda: SelectiveScan(2, 40, 3, **types, rngs=nnx.Rngs(0))))
+    u, B, C = (normal(seed, (6, 13, 2, width)) for seed, width in ((0, 40), (1, 3), (2, 3)))
+    delta = normal(3, u.shape).at[:, 2:, :, 5].add(-40.0)
+    low = ReleasedScan(scan, dict(delta=delta, B=B, C=C), 4)
+    y = low(u, delta, B, C).y
+    assert 0.01 < low.outlier_rate(dict(delta=delta, B=B, C=C)) < 0.1
+    delta = delta + scan.dt_bias[...].reshape(1, 1, 2, 40)
+    ranges = search_ranges(inliers(delta[:, :, 1], DELTA_SIGMA), 4)
+    A, D = scan.decay_rates().reshape(2, 1, 1, -1), scan.D[...].reshape(2, 1, 1, -1)
+    for g in range(2):
+        steps = round_asymmetric(delta[:, :, g], *ranges, 4, 8)[0]
+        own = [
+            round_symmetric(x, search_scales(last, 4), 4, 8)[0]
+            for x, last in ((A[g], A[1]), (B[:, :, g], B[:, :, 1]), (C[:, :, g], C[:, :, 1]), (D[g], D[1]))
+        ]
+        a, b, c, d = (np.asarray(x, np.float64).squeeze() for x in own)
+        sizes, entering = np.log1p(np.exp(np.asarray(steps, np.float64))), np.asarray(u[:, :, g], np.float64)
+        h, expected = np.zeros((6, 40, 3)), np.zeros(entering.shape)
+        for t in range(13):
+            h = np.exp(sizes[:, t, :, None] * a.reshape(40, 3)) * h
+            h += (sizes * entering)[:, t, :, None] * b[:, t, None]
+            expected[:, t] = (h * c[:, t, None]).sum(-1) + d * entering[:, t]
+        np.testing.assert_allclose(y[:, :, g], expected, rtol=0, atol=FLOAT64_LOOP * np.abs(expected).max())
+
+
+def test_outliers_beside_8_bits_stay_float():
+    assert [bits_of_outliers(bits) for bits in (2, 4, 6, 8)] == [8, 8, 8, 16]
