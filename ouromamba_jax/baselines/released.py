@@ -1,8 +1,9 @@
 """OuroMamba as its authors' code does it, which is not what their paper says: outliers found by a threshold taken from
 each token, in a grid of their own; step sizes with zero points.
 
-Linear layers and the scan's delta, B, C, A and D are rounded; stem, head, convolutions, gates and hidden states stay
-float, as published. Scales are static, one per token; what a token's outliers need is found as it passes.
+Linear layers and the scan's delta, B, C, A and D are rounded, A and D like activations of one token; stem, head,
+convolutions, gates and hidden states stay float, as published. Scales are static, one per token; what a token's
+outliers need is found as it passes.
 
 - A sample's result depends on its batch: one token anywhere that does not fit its scale lets the tokens at that place
   of every window, of every sample, extend their lists of outliers.
