@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int8
 
-from ouromamba_jax.models.layers import QuantPoint, as_tokens
+from ouromamba_jax.models.layers import Operand, as_tokens
 from ouromamba_jax.ops.matmul import KernelWeight, PackedSplit, outlier_matmul, prepare, takes_packed
 from ouromamba_jax.ops.qtensor import QTensor
 from ouromamba_jax.ops.released import quantize_asymmetric
@@ -182,7 +182,7 @@ class QuantLinear(nnx.Module):
         return self.act.split_for_product(x, packed=takes_packed(self.act.config, self.weight, self.dtype))
 
 
-class QuantizedPoint(QuantPoint):
+class QuantizedPoint(Operand):
     """A marked tensor, rounded by Algorithm 2."""
 
     def __init__(self, scales: ActScales, spec: SiteSpec):

@@ -5,10 +5,10 @@ from typing import Any
 
 from flax import nnx
 
-from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
+from ouromamba_jax.models.layers import Operand, SelectiveScan
 from ouromamba_jax.quantize.config import QuantConfig
 
-Site = nnx.Linear | SelectiveScan | QuantPoint
+Site = nnx.Linear | SelectiveScan | Operand
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
@@ -43,7 +43,7 @@ def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConf
     active = {
         path: c
         for path, (site, c) in resolved.items()
-        if c is None or not isinstance(site, QuantPoint) or path.rsplit(".", 1)[-1] in c.operands
+        if c is None or not isinstance(site, Operand) or path.rsplit(".", 1)[-1] in c.operands
     }
     unused = [rule.pattern for rule in config.rules if not any(rule.matches(path) for path in active)]
     if unused:

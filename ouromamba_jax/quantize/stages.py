@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.base import VisionModel, apply_stage
-from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
+from ouromamba_jax.models.layers import Operand, SelectiveScan
 from ouromamba_jax.quantize.calibrate import Captured, capture
 from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, QuantConfig
 from ouromamba_jax.quantize.coverage import check_coverage
@@ -162,7 +162,7 @@ def float_operands(stage: nnx.Module, config: QuantConfig, prefix: str) -> list[
     for path, module in named_modules(stage):
         settings = config.resolve(prefix + path)
         reason, rounded = (_BY_RULE, ()) if settings is None else (_BY_LIST, settings.operands)
-        if type(module) is QuantPoint:
+        if type(module) is Operand:
             found.append((prefix + path, reason))
         elif type(module) in (SelectiveScan, QuantSelectiveScan):
             found += [(f"{prefix}{path}.{name}", reason) for name in (*ACTIVATION_OPERANDS, "h") if name not in rounded]
