@@ -13,7 +13,6 @@ from jaxtyping import Array, DTypeLike, Float
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
 from ouromamba_jax.ops.scan import selective_scan
 from ouromamba_jax.ops.scan_types import ScanOutput
-from ouromamba_jax.ops.split_operand import SplitOperand, StackedOperand
 
 _DT_MIN, _DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
 
@@ -213,9 +212,9 @@ class DotProductAttention(nnx.Module):
         return out.reshape(*out.shape[:2], -1), probs
 
 
-def merge_groups(x: Float[Array, "B L G E"] | SplitOperand) -> StackedOperand | SplitOperand:
+def merge_groups(x: Float[Array, "B L G E"]) -> Float[Array, "B L GE"]:
     """Channels of all directions side by side, group-major, as `selective_scan` takes them."""
-    return x.reshape(*x.shape[:2], -1) if isinstance(x, SplitOperand) else StackedOperand(x)
+    return x.reshape(*x.shape[:2], -1)
 
 
 def broadcast_last(vector: Float[Array, " C"], like: Array) -> Array:
