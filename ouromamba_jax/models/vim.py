@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
-from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
+from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches, silu_once
 from ouromamba_jax.models.layers import Head, Operand, RMSNorm, SelectiveScan, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 
@@ -127,7 +127,7 @@ class VimDirection(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L E"]) -> tuple[Array, Array, Array, Array]:
         """(u, delta before bias and softplus, B, C) for tokens in this direction's scan order."""
-        u = jax.nn.silu(self.conv(x))
+        u = silu_once(self.conv(x))
         dt, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
         return u, self.dt_proj(dt), B, C
 
