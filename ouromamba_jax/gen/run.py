@@ -19,6 +19,7 @@ from ouromamba_jax.gen.network import Network, image_losses, split
 from ouromamba_jax.gen.prior import noise, optimiser
 from ouromamba_jax.gen.resume import RunState, restore, run_identity
 from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -116,6 +117,7 @@ def generate_images(
       FloatingPointError: if a loss or gradient is not finite; the message names the iteration.
       ValueError: if the model is quantised, or `checkpoint_dir` holds the run of another model, config or key.
     """
+    warn_if_miscompiled()
     network, weights = split(model)
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(weights)):  # integer levels; no float model has any
         raise ValueError("the model is quantised, so its images have no gradient: generate them from the float model.")
