@@ -1,5 +1,6 @@
 """Spreading a batch over all devices, of one host or many: a mesh with the one axis "data"."""
 
+import ctypes
 import os
 from contextlib import suppress
 from functools import partial
@@ -9,6 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+
+_KEEP = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
+"""glibc's M_ARENA_MAX: one heap for all threads; M_MMAP_MAX: no mappings of their own; M_TRIM_THRESHOLD: no return."""
 
 
 def use_all_cores() -> None:
@@ -24,6 +29,17 @@ def use_all_cores() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", cores)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what XLA frees, for the next call: new pages for every temporary take a quarter of the time.
+
+    Of VMamba-T's at batch 4 on one core (876 against 653 ms); the process holds 100 MB more. Elsewhere it does nothing.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in _KEEP:
+            mallopt(option, value)
 
 
 def data_mesh(batch: int) -> Mesh:

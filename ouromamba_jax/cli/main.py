@@ -10,7 +10,7 @@ import jax
 
 from ouromamba_jax.cli import calibration, checkpoints, demo, measurement
 from ouromamba_jax.ops.cpu_miscompile import mend_miscompile
-from ouromamba_jax.sharding import use_all_cores
+from ouromamba_jax.sharding import keep_freed_memory, use_all_cores
 
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError)
 """Bad input, and machines that are too small for it; anything else is a fault of ours and shows its traceback."""
@@ -41,9 +41,10 @@ def _sentence(error: BaseException) -> str:
 
 
 def _prepare_jax() -> None:
-    """What the command asks of JAX where the user did not: every core, right results, programs kept between runs."""
+    """What the command asks of JAX where the user did not: every core, right results, memory and programs that are kept."""
     mend_miscompile()
     use_all_cores()
+    keep_freed_memory()
     if jax.config.jax_compilation_cache_dir is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "ouromamba" / "xla"))
