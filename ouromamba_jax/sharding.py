@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-
 _KEEP = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
 """glibc's M_ARENA_MAX: one heap for all threads; M_MMAP_MAX: no mappings of their own; M_TRIM_THRESHOLD: no return."""
 

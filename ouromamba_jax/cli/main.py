@@ -41,7 +41,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _prepare_jax() -> None:
-    """What the command asks of JAX where the user did not: every core, right results, memory and programs that are kept."""
+    """What the command asks of JAX and the system: every core, right results, memory and programs that are kept."""
     mend_miscompile()
     use_all_cores()
     keep_freed_memory()
