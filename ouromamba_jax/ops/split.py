@@ -49,7 +49,7 @@ class OutlierConfig:
     act_bits: int = 4
     outlier_bits: int = 8
     n_refresh: int = 10
-    sigma: float = 3.0
+    sigma: float = 3.7
     detection: Detection = "dynamic"
     static_list: StaticList = "mean"
 
