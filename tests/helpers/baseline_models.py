@@ -14,7 +14,7 @@ from ouromamba_jax.evaluation.evaluate import predict
 from ouromamba_jax.models import create_model
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize import QuantConfig
-from ouromamba_jax.quantize.calibrate import capture
+from ouromamba_jax.quantize.capture import capture
 from ouromamba_jax.quantize.sites import iter_sites
 
 SCAN = "blocks.0.mixer.scan"
