@@ -79,7 +79,7 @@ def test_smoothing_changes_nothing_in_float():
     block = model.blocks[0]
     for path, site in list(iter_sites(block)):
         if isinstance(site, nnx.Linear):
-            factors = smoothing(captured[path]["act"], site.kernel[...], 0.5)
+            factors = smoothing(captured[path]["input"], site.kernel[...], 0.5)
             assert float(jnp.abs(jnp.log(factors)).max()) > 0.3, path
             set_module(block, path, Smoothed(site, factors))
     np.testing.assert_allclose(model(x), exact, rtol=0, atol=1e-5 * float(jnp.abs(exact).max()))
@@ -110,7 +110,7 @@ def test_joint_learning_lowers_its_loss_and_moves_every_parameter():
     block, x, out, captured, _ = captured_block()
     linears = {path: site for path, site in iter_sites(block) if isinstance(site, nnx.Linear)}
     bits = dict.fromkeys(linears, (4, 4))
-    found = {p: find_parameters(captured[p]["act"], s.kernel[...], 4, 4, 0.5) for p, s in linears.items()}
+    found = {p: find_parameters(captured[p]["input"], s.kernel[...], 4, 4, 0.5) for p, s in linears.items()}
     params, zeros = {p: f for p, (f, _) in found.items()}, {p: z for p, (_, z) in found.items()}
     config = PTQ4VMConfig(epochs=6)
     learned, losses = learn(block, bits, params, zeros, x, out - x, config)

@@ -19,7 +19,7 @@ from ouromamba_jax.baselines.qmamba_like import (
 )
 from ouromamba_jax.evaluation.metrics import sqnr_db
 from ouromamba_jax.quantize import QuantLinear
-from ouromamba_jax.quantize.modules import Levels
+from ouromamba_jax.quantize.activation import Levels
 from ouromamba_jax.quantize.sites import iter_sites
 
 

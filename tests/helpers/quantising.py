@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from draws import heavy_tailed, normal
+from draws import heavy_tailed
 from flax import nnx
-from tiny_models import TINY
+from tiny_models import TINY, natural_model
 
-from ouromamba_jax import QuantConfig, create_model, quantize
+from ouromamba_jax import QuantConfig, quantize
 from ouromamba_jax.ops.split_calibration import Calibration
 from ouromamba_jax.quantize.capture import capture
 from ouromamba_jax.quantize.run import calibrate_sites
@@ -24,11 +24,7 @@ def images(key: int = 0, count: int = 6) -> jax.Array:
 
 @cache
 def float_model() -> nnx.Module:
-    """A Vim in which no parameter has the regular values of its initialisation (A = -1 .. -N, D = 1, bias 0)."""
-    model = create_model("vim_micro", rngs=nnx.Rngs(5), **TINY)
-    for i, (_, leaf) in enumerate(nnx.to_flat_state(nnx.state(model))):
-        leaf.set_value(leaf[...] + 0.2 * normal(100 + i, leaf.shape))
-    return model
+    return natural_model("vim_micro", **TINY)
 
 
 @cache

@@ -37,6 +37,22 @@ def random_model(name: str, **fields: Any) -> VisionModel:
     return filled(nnx.eval_shape(lambda: create_model(name, **fields)))
 
 
+def natural_model(name: str, seed: int = 5, **fields: Any) -> VisionModel:
+    """`create_model` with values like a trained model's, none as it is initialised (A = -1 .. -N, D = 1, bias 0)."""
+    rng = np.random.default_rng(seed)
+    model = nnx.eval_shape(lambda: create_model(name, **fields))
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        shape = leaf.get_value().shape
+        value = rng.standard_normal(shape)
+        if path[-1] == "kernel":
+            value = value / np.sqrt(np.prod(shape[:-1]))
+        else:
+            middle = {"A_log": np.log(np.arange(1, shape[-1] + 1)), "D": 1, "scale": 1, "dt_bias": -2}
+            value = middle.get(path[-1], 0) + 0.2 * value
+        leaf.set_value(jnp.asarray(value, leaf.get_value().dtype))
+    return model
+
+
 def filled(model: Any, seed: int = 0) -> Any:
     """Random values of the right kind in every leaf."""
     rng = np.random.default_rng(seed)
