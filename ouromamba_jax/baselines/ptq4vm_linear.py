@@ -37,7 +37,7 @@ def find_parameters(
     holds 0, and the zero point is a level.
     """
     smooth = smoothing(x, kernel, alpha)
-    scale, zero = search_ranges(x / smooth[None, None], OutlierConfig(act_bits=act_bits, detection="none"))
+    scale, zero = search_ranges(x / smooth[None, None], act_bits)
     weight = search_weight_scale(kernel * smooth[:, None], weight_bits)
     return {"weight": weight, "act": scale, "smooth": smooth}, jnp.clip(zero, 0, 2**act_bits - 1)
 

@@ -99,8 +99,5 @@ def walk_scan(
 
 
 def read_state(h: Float[Array, "B G E N"], C: Float[Array, "B G N"]) -> Float[Array, "B G E"]:
-    """<C, h>, one state index after the other: a reduction's order, and so a sample's bits, may depend on the batch."""
-    y = h[..., 0] * C[:, :, None, 0]
-    for n in range(1, h.shape[-1]):
-        y = y + h[..., n] * C[:, :, None, n]
-    return y
+    """<C, h>."""
+    return jnp.sum(h * C[:, :, None], axis=-1)

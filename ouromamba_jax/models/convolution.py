@@ -4,11 +4,13 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.layers import LayerNorm, broadcast_last, uniform
+from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 
 
 class DepthwiseConv1d(nnx.Module):
@@ -56,6 +58,11 @@ class DepthwiseConv2d(nnx.Module):
         # As in DepthwiseConv1d: shifted multiply-adds fuse, a grouped convolution does not.
         taps = zip(kernel.reshape(9, -1), conv_taps(x.astype(self.dtype), stride=1), strict=True)
         return functools.reduce(jnp.add, (shifted * broadcast_last(tap, shifted) for tap, shifted in taps))
+
+
+def silu_once(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """SiLU of a convolution, for several readers: XLA's CPU backend would compute both anew for each of them."""
+    return cpu_barrier(jax.nn.silu(cpu_barrier(x)))
 
 
 class Conv3x3(nnx.Module):

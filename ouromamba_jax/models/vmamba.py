@@ -12,8 +12,8 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
-from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv
-from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, token_mean, uniform
+from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv, silu_once
+from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
@@ -148,7 +148,7 @@ class VMambaMixer(nnx.Module):
         return self._merge(out.y, x.shape), scans
 
     def _operands(self, x: Array) -> tuple[Array, Array, Array, Array]:
-        u = jax.nn.silu(self.conv(self.in_proj(x)))
+        u = silu_once(self.conv(self.in_proj(x)))
         rows, columns = as_tokens(u), as_tokens(u.swapaxes(1, 2))  # in the order of DIRECTIONS, here and in `_merge`
         routes = [rows, columns, jnp.flip(rows, axis=1), jnp.flip(columns, axis=1)]
         made = [direction(route) for direction, route in zip(self.directions, routes, strict=True)]
@@ -217,7 +217,7 @@ class VMambaHead(Head):
 
     def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
         """The vector that the linear head sees."""
-        return token_mean(self.norm(x))
+        return jnp.mean(self.norm(x), axis=(1, 2), dtype=jnp.float32)
 
 
 class VMamba(VisionModel):

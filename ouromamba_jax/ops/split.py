@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
+from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 from ouromamba_jax.ops.dispatch import Backend, choose
 from ouromamba_jax.ops.qtensor import divide, max_level
 from ouromamba_jax.pallas import outlier_split as kernel
@@ -231,6 +232,7 @@ def round_half_even(x: Float32[Array, "..."]) -> Int32[Array, "..."]:
 
 def _xla(x, scale, config: OutlierConfig, *, theta, shift, channels) -> Split:
     q, Q = float(config.largest_inlier), float(config.largest_outlier)
+    x = cpu_barrier(x)  # which is read twice: fused, what makes it would be computed twice
     first = find_first(x, detection_limit(scale, config, theta), config, channels)
     ratio = divide(x.astype(jnp.float32), scale[None, :, None])
     # What listing changes nothing about is rounded alike, and needs no list.
@@ -264,7 +266,7 @@ BACKENDS: dict[str, Backend] = {
 
 @jax.custom_jvp
 def _levels(ratio: Float[Array, "..."], bound: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Rounded half to even, clipped to [-bound, bound]; straight-through derivative 1 where nothing is clipped, else 0."""
+    """Round half to even, clip to [-bound, bound]; the derivative is taken as 1 where nothing is clipped, else as 0."""
     return jnp.clip(jnp.round(ratio), -bound, bound)
 
 

@@ -55,32 +55,26 @@ def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool =
     Where an outlier exceeds Q * S, S is raised until it fits, if that loses less than saturating it; else the outliers
     of this activation get a second byte.
 
-    Activations of so few channels that none can lie sigma deviations above their mean have no theta, and one step for
-    all tokens: a step per token from so few values would not cover samples that calibration has not seen.
+    Activations of so few channels that none can lie sigma deviations above their mean have one step for all tokens: a
+    step per token from so few values would not cover samples that calibration has not seen.
 
     Args:
       x: (B, L, C), tokens in scan order.
       search: False takes the inliers' range as it is.
     """
-    tokens, channels = x.shape[1:]
     found = {}
     if config.detection == "static":
         found["channels"] = calibrate_channels(x, config)
-    elif has_theta(config, channels):
+    elif config.detection == "dynamic":
         found["theta"] = calibrate_theta(x, config)
     scale = _search(x, _any_bits(config), float(config.largest_inlier), found, search)
-    calibration = Calibration(jnp.broadcast_to(scale, (tokens,)), **found)
+    calibration = Calibration(jnp.broadcast_to(scale, x.shape[1:2]), **found)
     if config.detection == "none" or config.largest_outlier == config.largest_inlier:
         return calibration
     raised, shift, needs_byte = _reach(x, calibration, config)
     if bool(needs_byte):
         return replace(calibration, shift=shift)
     return replace(calibration, scale=raised)
-
-
-def has_theta(config: OutlierConfig, channels: int) -> bool:
-    """Whether an activation of so many channels has thresholds."""
-    return config.detection == "dynamic" and not _too_few(config, channels)
 
 
 def _too_few(config: OutlierConfig, channels: int) -> bool:
@@ -96,11 +90,11 @@ def _any_bits(config: OutlierConfig) -> OutlierConfig:
 @partial(jax.jit, static_argnames=("config", "search"))
 def _search(x, config: OutlierConfig, largest_inlier, found, search: bool) -> Float32[Array, " L"]:
     x = x.astype(jnp.float32)
-    if found:
-        limit = found.get("theta", jnp.zeros(x.shape[1]))
-        x = jnp.where(find_listed(x, limit, config, found.get("channels")), 0.0, x)
     if _too_few(config, x.shape[2]):
         x = x.reshape(-1, 1, x.shape[2])
+    elif found:
+        limit = found.get("theta", jnp.zeros(x.shape[1]))
+        x = jnp.where(find_listed(x, limit, config, found.get("channels")), 0.0, x)
     return search_scale(x, largest_inlier, axes=(0, 2), fractions=FULL_RANGE_FRACTIONS if search else (1.0,))[0, :, 0]
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.ops.split import Split
-from ouromamba_jax.ops.split_calibration import Calibration, calibrate, has_theta
+from ouromamba_jax.ops.split_calibration import Calibration, calibrate
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 
 
@@ -110,10 +110,9 @@ def calibrate_activation(x: Float[Array, "B L C"], config: QuantConfig) -> Calib
 
 def empty_calibration(config: QuantConfig, tokens: int, channels: int, *, two_bytes: bool) -> Calibration:
     """Zeros of the shapes that `calibrate_activation` would return."""
-    splitting = config.splitting
     return Calibration(
         scale=jnp.zeros((tokens,)),
-        theta=jnp.zeros((tokens,)) if has_theta(splitting, channels) else None,
+        theta=jnp.zeros((tokens,)) if config.detection == "dynamic" else None,
         shift=jnp.zeros((tokens,), jnp.int8) if two_bytes else None,
-        channels=jnp.zeros((channels,), bool) if splitting.detection == "static" else None,
+        channels=jnp.zeros((channels,), bool) if config.detection == "static" else None,
     )
