@@ -7,7 +7,7 @@ import tolerances
 from split_loop import largest_levels, loop_loss, loop_split, loop_step, loop_theta
 
 from ouromamba_jax import OutlierConfig, split_outliers
-from ouromamba_jax.ops.split_calibration import calibrate, calibrate_channels, calibrate_theta, has_theta
+from ouromamba_jax.ops.split_calibration import calibrate, calibrate_channels, calibrate_theta
 
 pytestmark = pytest.mark.optimized
 
@@ -83,20 +83,15 @@ def test_else_outliers_get_a_second_byte(outlier_bits, samples):
     np.testing.assert_array_equal(wide.scale, found.scale)
 
 
-def test_few_channels_have_one_step_and_no_theta():
+@pytest.mark.parametrize(("channels", "sigma", "steps"), [(10, 3.0, 1), (10, 2.0, 12), (11, 3.0, 12), (1, 3.0, 1)])
+def test_few_channels_have_one_step(channels, sigma, steps):
     """None of ten values lies three deviations above their mean."""
-    x = jnp.asarray(activations(6, 2, 12, 10))
-    found = calibrate(x, OutlierConfig())
-    assert found.theta is None
-    assert len(np.unique(found.scale)) == 1
-    reach = float(jnp.abs(x).max()) / 127
-    expected = max(loop_step(np.asarray(x), 7), reach)
-    np.testing.assert_allclose(found.scale[0], expected, rtol=tolerances.SCALE_ROUNDING)
-    counts = [c for c in range(1, 20) if has_theta(OutlierConfig(), c)]
-    assert counts == list(range(11, 20))
-    assert has_theta(OutlierConfig(sigma=2.0), 10)
-    alone = calibrate(x[:, :, :1], OutlierConfig(detection="none"))
-    assert alone.scale.shape == (12,)
+    x = activations(6, 2, 12, channels)
+    found = calibrate(jnp.asarray(x), OutlierConfig(sigma=sigma, outlier_bits=16))
+    assert found.theta.shape == found.scale.shape == (12,)
+    assert len(np.unique(found.scale)) == steps
+    if steps == 1:
+        np.testing.assert_allclose(found.scale[0], loop_step(x, 7), rtol=tolerances.SCALE_ROUNDING)
 
 
 def test_without_detection_there_are_steps_alone():
