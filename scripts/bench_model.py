@@ -38,9 +38,9 @@ from memory import with_gaussian_weights
 
 from ouromamba_jax.evaluation.bench import (
     HEADERS,
+    compare_speed,
     models_to_compare,
     preferring,
-    quantize_untuned,
     random_images,
     speed_rows,
     time_interleaved,
@@ -53,7 +53,8 @@ from ouromamba_jax.models import VisionModel, create_model, model_config, pure
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.ops.scan_types import ScanOutput
 from ouromamba_jax.pallas.device import int4_reason
-from ouromamba_jax.quantize.modules import prepare_weights
+from ouromamba_jax.quantize import QuantConfig, quantize
+from ouromamba_jax.quantize.kinds import prepare_weights
 from ouromamba_jax.quantize.sites import set_module
 from ouromamba_jax.report.tables import print_table
 
@@ -114,10 +115,10 @@ def bench_associative(model: nnx.Module, batch: int, repeats: int) -> list[list]
 def bench_quantised(
     model: VisionModel, batch: int, repeats: int, bits: list[str]
 ) -> tuple[list[list], dict[str, list]]:
-    models = models_to_compare(model, tuple(bits), progress=partial(print, flush=True))
+    models = models_to_compare(model, tuple(bits))
     parts = {name: block_breakdown(m, batch, repeats=repeats) for name, m in models.items()}
     print("compiling and timing the whole models", flush=True)
-    return speed_rows(time_models(models, batch, repeats=repeats), batch), parts
+    return compare_speed(models, batch, repeats=repeats), parts
 
 
 def gpu_models(name: str, bits: list[str], **overrides: Any) -> dict[str, nnx.Module]:
@@ -125,6 +126,12 @@ def gpu_models(name: str, bits: list[str], **overrides: Any) -> dict[str, nnx.Mo
     model = create_model(name, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, **overrides)
     model = with_gaussian_weights(model, jax.random.key(0))
     return {FLOAT: model, **{preset: quantize_untuned(model, preset) for preset in bits}}
+
+
+def quantize_untuned(model: VisionModel, preset: str) -> VisionModel:
+    """`model` at a preset's bits, calibrated on one Gaussian image: fit to be timed, not to be used."""
+    config = QuantConfig.preset(preset, tune_epochs=0, scale_search="max")
+    return quantize(model, random_images(model, 1, seed=1), config)[0]
 
 
 def bench_gpu(models: dict[str, nnx.Module], batch: int, repeats: int) -> tuple[list[list], list[list]]:

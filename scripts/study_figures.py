@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-import jax
 import numpy as np
 from study_runs import BITS, OURS, Run, finished
 
@@ -65,7 +64,7 @@ def draw_images(study: Any, run: Run, seed: int) -> None:
     config, images = study.config, study.images(run, seed)
     sample = load_images(study.data, study.train_split, config.img_size, config.preprocessing, limit=1)
     names = sample.classes or [str(label) for label in range(config.num_classes)]
-    targets = class_targets(run.gen_config, config.num_classes, jax.random.key(seed))
+    targets = class_targets(run.gen_config, config.num_classes)
     titles = [names[target] for target in targets.tolist()]
     heading = "Synthetic images and the class each was made for"
     image_grid(study.out / "generated.png", to_pixels(images[:40], config.preprocessing), titles[:40], heading=heading)

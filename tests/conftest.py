@@ -4,9 +4,14 @@ import importlib.util
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 
 import jax
 import pytest
+
+from ouromamba_jax.ops.cpu_miscompile import mend_miscompile
+
+mend_miscompile()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

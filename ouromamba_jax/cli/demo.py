@@ -1,5 +1,7 @@
 """The whole pipeline on an embedded model: generate, quantise, compare, draw. Offline, minutes on two CPU cores."""
 
+import argparse
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from ouromamba_jax.checkpoint import load
+from ouromamba_jax.cli.common import Verb, console, parse_seed
 from ouromamba_jax.data import load_images, to_pixels
 from ouromamba_jax.evaluation.evaluate import Score, predict, score
 from ouromamba_jax.files import check_writable
@@ -22,6 +25,7 @@ from ouromamba_jax.ops.attention import implicit_attention
 from ouromamba_jax.quantize import PRESETS, MemoryReport, QuantConfig, QuantLinear, memory_report, quantize
 from ouromamba_jax.report.charts import line_chart
 from ouromamba_jax.report.figures import attention_maps, image_grid, outlier_map
+from ouromamba_jax.report.tables import print_table
 
 BITS = tuple(PRESETS)
 HEADERS = ("images", "bits", "top-1", "agree", "SQNR", "sites", "outl.", "MB", "FP16/")
@@ -55,6 +59,39 @@ class Run:
             f"{self.memory.total / 1e6:.3f}",
             f"{self.memory.compression:.2f}",
         ]
+
+
+def add_verb(verb: Verb) -> None:
+    """Adds demo to the command."""
+    sub = verb("demo", demo, "the whole pipeline on an embedded model, offline", "--out ouromamba-demo")
+    sub.add_argument("--model", default="vim_micro", help="vim_micro, vmamba_micro, mambavision_micro, or a checkpoint")
+    sub.add_argument("--out", default="ouromamba-demo", help="folder for the figures")
+    sub.add_argument("--num-images", type=int, default=64, help="images to generate")
+    sub.add_argument("--seed", type=parse_seed, default=0, help="same seed, same result")
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    with console.status("") as status:
+
+        def say(line: str) -> None:
+            status.update(line)
+            console.print(line)
+
+        runs, float_top1 = run_demo(
+            Path(arguments.out),
+            model_name=arguments.model,
+            num_images=arguments.num_images,
+            seed=arguments.seed,
+            say=say,
+        )
+    print_table(
+        [run.row() for run in runs],
+        HEADERS,
+        title=f"{arguments.model}: float top-1 {100 * float_top1:.1f} %; shares in %, SQNR in dB",
+    )
+    figures = ", ".join(sorted(p.name for p in Path(arguments.out).glob("*.png")))
+    print(f"{arguments.out}: {figures}; {time.perf_counter() - start:.0f} s")
 
 
 def run_demo(

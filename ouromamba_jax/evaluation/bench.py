@@ -18,22 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from ouromamba_jax.data.preprocessing import height_width
+from ouromamba_jax.evaluation.evaluate import StageRunner
+from ouromamba_jax.evaluation.limit import with_bare_products
+from ouromamba_jax.evaluation.stand_in import float_stand_in, quantised_stand_in
 from ouromamba_jax.files import write_json
-from ouromamba_jax.models import VisionModel, build_model, pure
+from ouromamba_jax.models import VisionModel
 from ouromamba_jax.ops import matmul
 from ouromamba_jax.ops import scan as scans
 from ouromamba_jax.ops import split as outliers
-from ouromamba_jax.quantize import QuantConfig, quantize
+from ouromamba_jax.quantize import QuantConfig
 from ouromamba_jax.quantize.kinds import quantized_specs
 
-Progress = Callable[[str], None]
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "numpy", "ouromamba_jax")
-HEADERS = ("model", "ms", "spread %", "CPU ms", "images/s", "speed-up", "CPU speed-up")
+HEADERS = ("model", "ms", "spread %", "CPU ms", "images/s", "speed-up", "CPU speed-up", "of limit")
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,39 @@ def time_ratio(slow: Timing, fast: Timing, *, cpu: bool = False) -> float:
 
 
 def repeated(operation: Callable[..., Any], times: int) -> Callable[[Any], Any]:
-    """A function of `operation`'s inputs that runs it so often, each run waiting for the last, in one compiled loop.
+    """A function of `operation`'s inputs that runs it so often, one run after the other, in one compiled loop.
 
-    The compiler cannot merge them. Launching a program takes a GPU about as long as many a kernel runs.
+    Launching a program takes a GPU about as long as many a kernel runs. Every run would change the first entry of each
+    input if the last one's result exceeded infinity. No compiler can rule that out, so it merges, hoists or skips none.
     """
 
-    def run(inputs: tuple) -> Any:
-        def again(_: Any, out: Any) -> Any:
-            held, _ = lax.optimization_barrier((inputs, out))
-            return operation(*held)
+    def run(inputs: tuple, infinity: Array) -> Any:
+        def again(_: Any, carry: Any) -> Any:
+            inputs, seen, _ = carry
+            # XLA on CPUs would copy the inputs to fuse the update of one entry into what reads them.
+            inputs = lax.optimization_barrier(jax.tree.map(partial(_reset_first, seen > infinity), inputs))
+            out = lax.optimization_barrier(operation(*inputs))
+            return inputs, _first_entries(out), out
 
-        return lax.fori_loop(1, times, again, operation(*inputs))
+        out = operation(*inputs)
+        return lax.fori_loop(1, times, again, (inputs, _first_entries(out), out))[2]
 
-    return jax.jit(run)
+    compiled = jax.jit(run)
+    return lambda inputs: compiled(inputs, jnp.float32(jnp.inf))
+
+
+def _reset_first(condition: Array, x: Array) -> Array:
+    """x, its first entry zero where `condition` holds."""
+    if not x.size:
+        return x
+    first = (0,) * x.ndim
+    return x.at[first].set(jnp.where(condition, jnp.zeros_like(x[first]), x[first]))
+
+
+def _first_entries(tree: Any) -> Float[Array, ""]:
+    """The sum of the first entries of all arrays."""
+    firsts = [x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(tree) if x.size]
+    return sum(firsts, jnp.float32(0))
 
 
 @contextmanager
@@ -156,41 +179,46 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     write_json(path, {**provenance(), **results})
 
 
-def models_to_compare(
-    model: VisionModel, bits: tuple[str, ...] = ("w8a8", "w4a4"), *, progress: Progress | None = None
-) -> dict[str, VisionModel]:
+def models_to_compare(model: VisionModel, bits: tuple[str, ...] = ("w8a8", "w4a4")) -> dict[str, VisionModel]:
     """The float model and quantised ones, by name, float first.
 
-    A float model is quantised at `bits`, presets of `QuantConfig` (untuned: speed does not depend on how good scales
-    are). A quantised one gets a fresh float model of its config beside it.
-
-    Args:
-      progress: called with a short text before each slow step.
+    Beside a float model stand ones of random levels at `bits`, presets of `QuantConfig`: speed does not depend on them.
+    Beside a quantised one stands a float model of its config and of random weights.
     """
-    say = progress or (lambda text: None)
     if quantized_specs(model):
-        say("building the float model")
-        return {"float": build_model(model.config, dtype=model.dtype), "quantised": model}
-    models = {"float": model}
-    for name in bits:
-        say(f"quantising to {name}")
-        models[name] = quantize_untuned(model, name)
-    return models
+        return {"float": float_stand_in(model), "quantised": model}
+    return {"float": model, **{name: quantised_stand_in(model, QuantConfig.preset(name)) for name in bits}}
 
 
 def time_models(models: Mapping[str, VisionModel], batch_size: int, *, repeats: int = 10) -> dict[str, Timing]:
-    """Interleaved timings under `jax.jit` of models that take the same Gaussian images, by name."""
+    """Interleaved timings of models that take the same Gaussian images, by name.
+
+    They run as in `evaluate`: stage by stage under `jax.jit`, the samples of a batch spread over the devices.
+    """
     images = random_images(next(iter(models.values())), batch_size)
-
-    def call(model: VisionModel) -> Callable[[], Array]:
-        fn, state = pure(model)
-        return partial(jax.jit(fn), state, images)
-
-    return time_interleaved({name: call(model) for name, model in models.items()}, repeats=repeats)
+    runners = {name: StageRunner(model, batch_size) for name, model in models.items()}
+    calls = {name: partial(runner.run, runner.place(images)) for name, runner in runners.items()}
+    return time_interleaved(calls, repeats=repeats)
 
 
-def speed_rows(timings: Mapping[str, Timing], batch_size: int) -> list[list[str | float]]:
-    """Table rows under `HEADERS`; the speed-up is over the first entry."""
+def compare_speed(
+    models: Mapping[str, VisionModel], batch_size: int, *, repeats: int = 10
+) -> list[list[str | float | None]]:
+    """Table rows under `HEADERS` of models, and how near each quantised one is to its limit (`with_bare_products`)."""
+    limits = {name: f"{name}, limit" for name, model in models.items() if quantized_specs(model)}
+    bare = {limit: with_bare_products(models[name]) for name, limit in limits.items()}
+    return speed_rows(time_models({**models, **bare}, batch_size, repeats=repeats), batch_size, limits=limits)
+
+
+def speed_rows(
+    timings: Mapping[str, Timing], batch_size: int, *, limits: Mapping[str, str] | None = None
+) -> list[list[str | float | None]]:
+    """Table rows under `HEADERS`; the speed-up is over the first entry.
+
+    Args:
+      limits: {name: name of the timing that is its limit}; the limits get no rows of their own.
+    """
+    limits = limits or {}
     first = next(iter(timings.values()))
     return [
         [
@@ -201,15 +229,11 @@ def speed_rows(timings: Mapping[str, Timing], batch_size: int) -> list[list[str 
             batch_size / t.median,
             time_ratio(first, t),
             time_ratio(first, t, cpu=True),
+            time_ratio(timings[limits[name]], t) if name in limits else None,
         ]
         for name, t in timings.items()
+        if name not in limits.values()
     ]
-
-
-def quantize_untuned(model: VisionModel, preset: str) -> VisionModel:
-    """`model` at a preset's bits, calibrated on one Gaussian image: fit to be timed, not to be used."""
-    config = QuantConfig.preset(preset, tune_epochs=0, scale_search="max")
-    return quantize(model, random_images(model, 1, seed=1), config)[0]
 
 
 def random_images(model: VisionModel, batch_size: int, *, seed: int = 0) -> Float[Array, "B H W 3"]:

@@ -6,15 +6,19 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ouromamba_jax.evaluation.bench import Progress, random_images, repeated, time_interleaved
+from ouromamba_jax.evaluation.bench import random_images, repeated, time_interleaved
+from ouromamba_jax.evaluation.evaluate import StageRunner
+from ouromamba_jax.evaluation.limit import with_bare_products
 from ouromamba_jax.models import VisionModel
 from ouromamba_jax.models.base import apply_stage
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize import QuantLinear, QuantSelectiveScan
 from ouromamba_jax.quantize.operand import QuantOperand
 from ouromamba_jax.quantize.sites import set_module
+from ouromamba_jax.sharding import replicate, split_samples
 
 BREAKDOWN_HEADERS = ("part", "ms", "% of block", "of it splitting, ms")
 KINDS = ("detection + split", "product", "scan", "rest")
@@ -25,37 +29,47 @@ def block_breakdown(model: VisionModel, batch_size: int = 1, *, repeats: int = 1
     """Where the middle block of a model spends its time, as table rows under `BREAKDOWN_HEADERS`.
 
     Every linear layer and the scan are timed alone on what they receive inside the block, interleaved with the whole
-    block. The splitting of outliers is timed alone, too. "rest" is what the block takes beyond its parts; alone, parts
-    cannot fuse with their surroundings, so it may come out below zero.
+    block; the splitting of outliers and, of a quantised block, its limit (`with_bare_products`), too. "rest" is what
+    the block takes beyond its parts; alone, parts cannot fuse with their surroundings, so it may come out below zero.
+    The samples are spread over the devices.
     """
-    stages = [stage for _, stage in model.stages]
-    *before, block = stages[: len(stages) // 2 + 1]
-    x = random_images(model, batch_size)
-    for stage in before:
-        x = apply_stage(*nnx.split(stage), x)
+    runner, middle = StageRunner(model, batch_size), len(model.stages) // 2
+    block = model.stages[middle][1]
+    x = runner.run(runner.place(random_images(model, batch_size)), middle)
     parts = _part_inputs(block, x, _PARTS)
-    calls: dict[str, Callable[[], Any]] = {"block": _jitted(block, x)}
+    jitted = partial(_jitted, runner.mesh)
+    calls: dict[str, Callable[[], Any]] = {"block": jitted(block, x)}
     for path, (module, args) in parts.items():
-        calls[path] = _jitted(module, *args)
+        calls[path] = jitted(module, *args)
         if (splitting := _splitting(module)) is not None:
-            calls[path + " splitting"] = _jitted(module, *args, method=splitting)
+            calls[path + " splitting"] = jitted(module, *args, method=splitting)
+    if any(isinstance(module, QuantLinear) for module, _ in parts.values()):
+        calls["limit"] = jitted(with_bare_products(block), x)
     milliseconds = {name: 1e3 * t.median for name, t in time_interleaved(calls, repeats=repeats).items()}
     whole = milliseconds["block"]
     rows = [(path, milliseconds[path], milliseconds.get(path + " splitting")) for path in parts]
     splits = [split for _, _, split in rows if split is not None]
     rows.append(("rest", whole - sum(ms for _, ms, _ in rows), None))
     rows.append(("block", whole, sum(splits) if splits else None))
+    if "limit" in milliseconds:
+        rows.append(("limit: int8 products, no splitting", milliseconds["limit"], None))
     return [[path, ms, 100 * ms / whole, split] for path, ms, split in rows]
 
 
 def model_breakdown(
-    model: VisionModel, batch_size: int, *, inner: int = 20, repeats: int = 10, progress: Progress | None = None
+    model: VisionModel,
+    batch_size: int,
+    *,
+    inner: int = 20,
+    repeats: int = 10,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Milliseconds that a whole model spends on each of `KINDS`.
 
-    Stages of equal structure are timed once, each part alone on what it receives there, `inner` times per call. What
-    a linear layer, scan or rounded tensor takes beyond its splitting is its product or scan; what a stage takes
-    beyond its parts is the rest. Alone, parts cannot fuse with their surroundings, so the rest may be below zero.
+    On one device. Stages of equal structure are timed once, each part alone on what it receives there, `inner` times
+    per call. What a linear layer, scan or rounded tensor takes beyond its splitting is its product or scan; what a
+    stage takes beyond its parts is the rest. Alone, parts cannot fuse with their surroundings, so the rest may be below
+    zero.
     """
     total = dict.fromkeys(KINDS, 0.0)
     for path, stage, x, count in _distinct_stages(model, batch_size):
@@ -102,9 +116,11 @@ def _functional(module: nnx.Module, *args: Array, method: Callable = lambda m, *
     return lambda state, *args: method(nnx.merge(graphdef, state), *args), (state, *args)
 
 
-def _jitted(module: nnx.Module, *args: Array, **method: Callable) -> Callable[[], Any]:
-    function, inputs = _functional(module, *args, **method)
-    return partial(jax.jit(function), *inputs)
+def _jitted(mesh: Mesh, module: nnx.Module, *args: Array, **method: Callable) -> Callable[[], Any]:
+    function, (state, *inputs) = _functional(module, *args, **method)
+    if mesh.size > 1:
+        state, inputs = replicate(mesh, state), split_samples(mesh, inputs)
+    return partial(jax.jit(function), state, *inputs)
 
 
 def _splitting(module: nnx.Module) -> Callable[..., Any] | None:

@@ -11,12 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from ouromamba_jax.evaluation.metrics import agreement, sqnr_db, top1, topk
 from ouromamba_jax.models.base import VisionModel, apply_stage
+from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
 _NO_IMAGES = "there are no images to evaluate on; name a data set that has some."
 
 
-class _Runner:
+class StageRunner:
     """A model ready for batches of one size: its stages on every device, the samples of a batch spread over them.
 
     Stage by stage, what compiles is one block, however deep the model. On one device nothing is placed: `jax.jit` would
@@ -24,6 +25,7 @@ class _Runner:
     """
 
     def __init__(self, model: VisionModel, batch_size: int):
+        warn_if_miscompiled()
         self.size, self.mesh = batch_size, data_mesh(batch_size)
         self.stages = [nnx.split(stage) for _, stage in model.stages]
         if self.mesh.size > 1:
@@ -32,10 +34,17 @@ class _Runner:
     def __call__(self, images: np.ndarray) -> Float[np.ndarray, "N classes"]:
         """Logits. A short batch is filled up with its first image, so that nothing is retraced."""
         batch = np.concatenate([images, np.repeat(images[:1], self.size - len(images), axis=0)])
-        x = split_samples(self.mesh, batch) if self.mesh.size > 1 else jnp.asarray(batch)
-        for graphdef, state in self.stages:
+        return to_host(self.mesh, self.run(self.place(batch)))[: len(images)]
+
+    def place(self, images: Array | np.ndarray) -> Float[Array, "B H W 3"]:
+        """A whole batch, where `run` takes it from."""
+        return split_samples(self.mesh, images) if self.mesh.size > 1 else jnp.asarray(images)
+
+    def run(self, x: Array, stop: int | None = None) -> Array:
+        """What the stages before `stop`, by default all, make of a placed batch."""
+        for graphdef, state in self.stages[:stop]:
             x = apply_stage(graphdef, state, x)
-        return to_host(self.mesh, x)[: len(images)]
+        return x
 
 
 def predict(
@@ -48,7 +57,7 @@ def predict(
     """
     if not len(images):
         raise ValueError(_NO_IMAGES)
-    run = _Runner(model, min(batch_size, len(images)))
+    run = StageRunner(model, min(batch_size, len(images)))
     return np.concatenate([run(np.asarray(images[i : i + run.size])) for i in range(0, len(images), run.size)])
 
 
@@ -87,7 +96,7 @@ def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]
     run = None
     logits, labels, timed, seconds = [], [], 0, 0.0
     for images, batch_labels in batches:
-        run = run or _Runner(model, len(images))
+        run = run or StageRunner(model, len(images))
         start = time.perf_counter()
         logits.append(run(images))
         if len(logits) > 1:

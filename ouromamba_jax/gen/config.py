@@ -5,10 +5,8 @@ from typing import Literal, get_args
 
 from ouromamba_jax.ops.attention import Weighting, neighbourhood_mask
 
-OutputLoss = Literal["cross_entropy", "mae"]
 Features = Literal["readout", "attention"]
 Negatives = Literal["neighbourhood", "all"]
-Targets = Literal["round_robin", "random"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,7 @@ class GenConfig:
         pixels, None goes down to about 4 x 4 cells.
       chroma: share of noise and updates that is independent between the colours, between 0 (grey images) and 1.
       contrastive: weight of the patch-contrastive loss, which is 1 where all similarities are equal.
-      output: weight of the output loss.
-      output_loss: "cross_entropy", or "mae" on probabilities (times classes / 2: between 0 and 1).
-      smoothing: probability that the cross-entropy's target spreads over all classes, as in training; it bounds the
-        logits.
+      output: weight of the output loss, the cross-entropy to the image's target.
       pse: weight of PSAQ-ViT's patch-similarity entropy, the loss that the contrastive one replaces.
       total_variation: weight of the mean absolute difference of neighbouring pixels, in units of [0, 1] pixels.
       weighting: weights of the hidden states in the patched sum: "delta" (mean over channels) or "uniform".
@@ -39,9 +34,6 @@ class GenConfig:
       negatives: what it is pushed away from: the rest of its "neighbourhood", or "all" other tokens.
       temperature: of the contrastive softmax.
       jitter: every iteration sees the images shifted (cyclically) by up to this share of their height and width.
-      flip: every iteration sees the images mirrored with probability 1/2.
-      targets: class of every image: "round_robin" over the classes, evenly spaced ones if there are fewer images than
-        classes, or "random". `class_targets` gives them.
       checkpoint_every: iterations between two checkpoints, where `generate_images` is given a directory.
     """
 
@@ -53,8 +45,6 @@ class GenConfig:
     chroma: float = 0.2
     contrastive: float = 0.1
     output: float = 1.0
-    output_loss: OutputLoss = "cross_entropy"
-    smoothing: float = 0.0
     pse: float = 0.0
     total_variation: float = 0.5
     weighting: Weighting = "delta"
@@ -64,18 +54,10 @@ class GenConfig:
     negatives: Negatives = "all"
     temperature: float = 0.1
     jitter: float = 0.125
-    flip: bool = False
-    targets: Targets = "round_robin"
     checkpoint_every: int = 50
 
     def __post_init__(self):
-        choices = {
-            "output_loss": OutputLoss,
-            "weighting": Weighting,
-            "features": Features,
-            "negatives": Negatives,
-            "targets": Targets,
-        }
+        choices = {"weighting": Weighting, "features": Features, "negatives": Negatives}
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, get_args(kind)))}.")
@@ -88,7 +70,7 @@ class GenConfig:
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use a positive number.")
-        for name in ("chroma", "jitter", "smoothing"):
+        for name in ("chroma", "jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use a share between 0 and 1.")
         if self.scales is not None and self.scales < 1:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ouromamba_jax.gen.config import Negatives, OutputLoss
+from ouromamba_jax.gen.config import Negatives
 from ouromamba_jax.ops.attention import neighbourhood_mask
 
 
@@ -90,19 +90,9 @@ def patch_similarity_entropy(features: Float[Array, "B M F"], *, bandwidth: floa
     return jnp.sum(density * jnp.log(density + 1e-12), axis=1) * step
 
 
-def output_loss(
-    logits: Float[Array, "B K"],
-    targets: Int[Array, " B"],
-    kind: OutputLoss,
-    *,
-    smoothing: float = 0.0,
-) -> Float[Array, " B"]:
-    """How far the output is from the target class, one value per image; see `GenConfig.output_loss` and `smoothing`."""
-    classes = jax.nn.one_hot(targets, logits.shape[1])
-    if kind == "cross_entropy":
-        return optax.softmax_cross_entropy(logits, optax.smooth_labels(classes, smoothing))
-    difference = jax.nn.softmax(logits) - classes
-    return 0.5 * jnp.sum(jnp.abs(difference), axis=1)
+def output_loss(logits: Float[Array, "B K"], targets: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Cross-entropy to the target class, one value per image."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def total_variation(images: Float[Array, "B H W 3"]) -> Float[Array, " B"]:

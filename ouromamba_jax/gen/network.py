@@ -103,9 +103,7 @@ def image_losses(
         if values:
             losses[name] = functools.reduce(jnp.add, values) / len(values)
     if config.output:
-        losses["output"] = output_loss(
-            nnx.merge(network.head, head)(x), targets, config.output_loss, smoothing=config.smoothing
-        )
+        losses["output"] = output_loss(nnx.merge(network.head, head)(x), targets)
     if config.total_variation:
         losses["total_variation"] = total_variation(images * network.preprocessing.mean_and_std()[1])
     return losses

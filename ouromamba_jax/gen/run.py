@@ -19,6 +19,7 @@ from ouromamba_jax.gen.network import Network, image_losses, split
 from ouromamba_jax.gen.prior import noise, optimiser
 from ouromamba_jax.gen.resume import RunState, restore, run_identity
 from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -45,14 +46,11 @@ def _pixel_range(preprocessing: Preprocessing) -> tuple[Array, Array]:
     return (0.0 - mean) / std, (1.0 - mean) / std
 
 
-def _augment(images: Array, key: Array, config: GenConfig) -> Array:
-    shift_key, flip_key = jax.random.split(key)
+def _shifted(images: Array, key: Array, config: GenConfig) -> Array:
     reach = tuple(int(config.jitter * side) for side in images.shape[1:3])
     for axis, side in enumerate(reach, start=1):
-        shift = jax.random.randint(jax.random.fold_in(shift_key, axis), (), -side, side + 1)
+        shift = jax.random.randint(jax.random.fold_in(key, axis), (), -side, side + 1)
         images = jnp.roll(images, shift, axis=axis) if side else images
-    if config.flip:
-        images = jnp.where(jax.random.bernoulli(flip_key), jnp.flip(images, axis=2), images)
     return images
 
 
@@ -76,7 +74,7 @@ def _advance(
         (pixels, moments), record = carry
 
         def total(pixels: Array) -> tuple[Array, dict[str, Array]]:
-            seen = _augment(pixels, jax.random.fold_in(key, iteration), config)
+            seen = _shifted(pixels, jax.random.fold_in(key, iteration), config)
             losses = image_losses(network, weights, seen, targets, config)
             weighted = [getattr(config, name) * value for name, value in losses.items()]
             # The sum over images gives every image the gradient that it would have alone.
@@ -119,18 +117,19 @@ def generate_images(
       FloatingPointError: if a loss or gradient is not finite; the message names the iteration.
       ValueError: if the model is quantised, or `checkpoint_dir` holds the run of another model, config or key.
     """
+    warn_if_miscompiled()
     network, weights = split(model)
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(weights)):  # integer levels; no float model has any
         raise ValueError("the model is quantised, so its images have no gradient: generate them from the float model.")
     mesh = data_mesh(config.batch_size)
     weights = replicate(mesh, weights)
     batches = -(-config.num_images // config.batch_size)
-    targets = _batch_targets(config, model.config.num_classes, key)
+    targets = _batch_targets(config, model.config.num_classes)
     shape = (config.batch_size, *height_width(model.config.img_size), 3)
     low, high = _pixel_range(network.preprocessing)
     names = (*config.loss_names, "total", "gradient")
     # Without the fields that no update depends on, so that they do not compile it again.
-    update = dataclasses.replace(config, num_images=1, targets="round_robin", checkpoint_every=1)
+    update = dataclasses.replace(config, num_images=1, checkpoint_every=1)
 
     run = RunState(
         done=np.zeros((0, *shape[1:]), np.float32),
@@ -173,16 +172,14 @@ def generate_images(
     return Generated(jnp.asarray(run.done[: config.num_images]), targets[: config.num_images], run.history)
 
 
-def class_targets(config: GenConfig, num_classes: int, key: Array) -> Int[Array, " N"]:
-    """The class that each image of `generate_images` with this config and key is made for."""
-    return _batch_targets(config, num_classes, key)[: config.num_images]
+def class_targets(config: GenConfig, num_classes: int) -> Int[Array, " N"]:
+    """The class that each image of `generate_images` is made for: evenly spread over the classes."""
+    return _batch_targets(config, num_classes)[: config.num_images]
 
 
-def _batch_targets(config: GenConfig, num_classes: int, key: Array) -> Int[Array, " N"]:
+def _batch_targets(config: GenConfig, num_classes: int) -> Int[Array, " N"]:
     """Those of all batches; the last one is full."""
     count = -(-config.num_images // config.batch_size) * config.batch_size
-    if config.targets == "random":
-        return jax.random.randint(jax.random.fold_in(key, 0), (count,), 0, num_classes)
     index = np.arange(count)
     if config.num_images < num_classes:
         # The first classes alone would be one kind of thing: ImageNet begins with 398 animals.

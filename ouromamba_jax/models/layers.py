@@ -58,7 +58,7 @@ class Head(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, x: Array) -> Float[Array, "B classes"]:
-        return self.proj(self.features(x)).astype(jnp.float32)
+        return nan_unless_finite(self.proj(self.features(x)).astype(jnp.float32), x)
 
 
 class MLP(nnx.Module):
@@ -210,6 +210,15 @@ class DotProductAttention(nnx.Module):
         probs = self.probs(jax.nn.softmax(scores).astype(self.dtype))
         out = product("bhlm,bmhd->blhd", probs, v).astype(self.dtype)
         return out.reshape(*out.shape[:2], -1), probs
+
+
+def nan_unless_finite(y: Float[Array, "B ..."], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """y, but NaN for every sample whose x is not finite.
+
+    Integers hold no NaN: without this a quantised model would classify a broken sample without a word.
+    """
+    finite = jnp.isfinite(x).all(axis=range(1, x.ndim))
+    return jnp.where(finite.reshape(-1, *(1,) * (y.ndim - 1)), y, jnp.nan)
 
 
 def merge_groups(x: Float[Array, "B L G E"]) -> Float[Array, "B L GE"]:

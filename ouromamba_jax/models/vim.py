@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches, silu_once
-from ouromamba_jax.models.layers import Head, Operand, RMSNorm, SelectiveScan, uniform
+from ouromamba_jax.models.layers import Head, Operand, RMSNorm, SelectiveScan, nan_unless_finite, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 
 
@@ -109,7 +109,7 @@ class VimStem(nnx.Module):
         class_token = jnp.broadcast_to(self.class_token[...].astype(jnp.float32), (x.shape[0], 1, config.embed_dim))
         p = config.class_index
         x = jnp.concatenate([x[:, :p], class_token, x[:, p:]], axis=1)
-        return x + self.positions[...].astype(jnp.float32)[None]
+        return nan_unless_finite(x + self.positions[...].astype(jnp.float32)[None], images)
 
 
 class VimDirection(nnx.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv, silu_once
-from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, uniform
+from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, nan_unless_finite, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
@@ -104,7 +104,8 @@ class VMambaStem(nnx.Module):
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
             raise ValueError(f"images have shape {images.shape}, but this model takes (batch, height, width, 3).")
-        return self.second(jax.nn.gelu(self.first(images), approximate=False)).astype(jnp.float32)
+        x = self.second(jax.nn.gelu(self.first(images), approximate=False)).astype(jnp.float32)
+        return nan_unless_finite(x, images)
 
 
 class VMambaDirection(nnx.Module):

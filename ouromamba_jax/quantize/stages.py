@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from ouromamba_jax.models.base import VisionModel, apply_stage
 from ouromamba_jax.models.layers import Operand, SelectiveScan
+from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
 from ouromamba_jax.quantize.activation import Calibrated, Levels
 from ouromamba_jax.quantize.capture import Captured, capture
 from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, QuantConfig
@@ -69,6 +70,7 @@ def quantize_stages(
     """
     if any(isinstance(leaf, Levels | Calibrated) for _, leaf in nnx.to_flat_state(nnx.state(model))):
         raise ValueError("the model is already quantised; quantise the float model it came from.")
+    warn_if_miscompiled()
     images = jnp.asarray(images)
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images must be of shape (N, H, W, 3) with N > 0, not {images.shape}.")

@@ -1,6 +1,8 @@
 """The command line: every verb on a tiny model, and errors as one sentence."""
 
 import errno
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from flax import nnx
 from ouromamba_jax import create_model, implicit_attention, load, save
 from ouromamba_jax.cli.demo import middle_scan, received_attention
 from ouromamba_jax.cli.main import main
-from ouromamba_jax.evaluation.bench import Timing
+from ouromamba_jax.ops.cpu_miscompile import MENDING_FLAG
 
 VERBS = ("convert", "generate", "quantize", "evaluate", "inspect", "bench", "demo")
 QUANTIZE = ("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out")
@@ -90,18 +92,37 @@ def test_the_pipeline_from_images_to_scores(folder, capsys):
 
 
 def test_bench_names_the_models_and_the_parts_of_a_block(folder, capsys, monkeypatch):
-    timed = []
-
-    def time_models(models, batch_size):
-        timed.append(batch_size)
-        return {name: Timing((1.0,), (1.0,)) for name in models}
-
-    monkeypatch.setattr("ouromamba_jax.evaluation.bench.models_to_compare", lambda model, progress: {"float": model})
-    monkeypatch.setattr("ouromamba_jax.evaluation.bench.time_models", time_models)
+    monkeypatch.setattr("ouromamba_jax.cli.measurement.models_to_compare", lambda model: {"float": model})
     status, text, _ = run(capsys, "bench", folder / "tiny", "--batch-size", 2)
     assert status == 0
-    assert timed == [2]
+    assert "batch 2 on 1 of 1 cpu devices" in text
     assert all(part in text for part in ("float", "mixer.in_proj", "mixer.scan", "rest", "block"))
+
+
+LOOK = """
+import sys
+from ouromamba_jax.cli.main import main
+main(["evaluate", sys.argv[1], "--data", sys.argv[2]])
+import jax, os
+print(jax.device_count(), os.environ["XLA_FLAGS"])
+"""
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["by-itself", "as-the-user-chose"])
+def test_the_command_prepares_jax(chosen, folder, tmp_path):
+    """A device per core, the flag against miscompiled products, programs kept in the user's cache folder."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    environment.pop("JAX_NUM_CPU_DEVICES")
+    if chosen:
+        environment |= {"JAX_NUM_CPU_DEVICES": "3", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine" / "a" / "b")}
+    code = [sys.executable, "-c", LOOK, str(folder / "tiny"), str(folder / "images.npz")]
+    done = subprocess.run(code, env=environment, capture_output=True, text=True, check=True)
+    devices, first, second = done.stdout.splitlines()[-1].split()
+    assert int(devices) == (3 if chosen else len(os.sched_getaffinity(0)))
+    assert (first, second) == ("--xla_cpu_enable_fast_math=false", MENDING_FLAG)
+    programs = list((tmp_path / "ouromamba" / "xla").glob("*"))
+    assert bool(programs) != chosen
+    assert "Warning" not in done.stderr
 
 
 def test_inspect_lists_a_pytorch_file(capsys):
@@ -168,8 +189,8 @@ def test_an_error_is_one_sentence(arguments, says, capsys, tmp_path, monkeypatch
 def test_a_place_that_cannot_be_written_is_refused_at_the_start(arguments, place, tmp_path, capsys, monkeypatch):
     if place.startswith("/proc") and not Path("/proc").exists():
         pytest.skip("there is no /proc")
-    for work in ("cli.load", "cli.from_torch", "demo.load"):
-        monkeypatch.setattr(f"ouromamba_jax.{work}", lambda *_, **__: pytest.fail("it was begun"))
+    for work in ("checkpoints.from_torch", "calibration.load", "demo.load"):
+        monkeypatch.setattr(f"ouromamba_jax.cli.{work}", lambda *_, **__: pytest.fail("it was begun"))
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     status, out, error = run(capsys, *(str(a).format(place) for a in arguments))
@@ -190,7 +211,9 @@ def test_a_seed_is_a_whole_number_of_32_bits(verb, seed, capsys):
 
 
 def test_a_figure_that_cannot_be_drawn_is_refused_at_the_start(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ouromamba_jax.cli.main.generate_images", lambda *_, **__: pytest.fail("it was generated"))
+    monkeypatch.setattr(
+        "ouromamba_jax.cli.calibration.generate_images", lambda *_, **__: pytest.fail("it was generated")
+    )
     (tmp_path / "old.png").touch()
     status, _, error = run(capsys, "generate", "vim_micro", tmp_path / "a.npz", "--figure", tmp_path / "old.png")
     assert status == 1
@@ -229,7 +252,7 @@ def test_an_interruption_says_how_to_go_on(options, says, folder, capsys, tmp_pa
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ouromamba_jax.cli.main.generate_images", interrupt)
+    monkeypatch.setattr("ouromamba_jax.cli.calibration.generate_images", interrupt)
     status, _, error = run(capsys, "generate", folder / "tiny", tmp_path / "images.npz", *options)
     assert status == 130
     assert error == f"ouromamba: {says}\n"

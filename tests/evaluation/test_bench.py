@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,8 @@ from flax import nnx
 from tiny_models import TINY
 
 from ouromamba_jax.evaluation import bench, breakdown
-from ouromamba_jax.models import create_model, pure
-from ouromamba_jax.models.layers import Operand
+from ouromamba_jax.models import create_model
+from ouromamba_jax.models.layers import QuantPoint
 from ouromamba_jax.ops import split as outliers
 from ouromamba_jax.ops.dispatch import Backend
 from ouromamba_jax.ops.split_types import OutlierConfig, OutlierSplit
@@ -91,11 +93,9 @@ def test_results_name_the_machine_but_no_folder_of_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_float_model_is_quantised_for_comparison(model, quantised, monkeypatch):
-    said = []
-    monkeypatch.setattr(bench, "quantize_untuned", lambda model, preset: {"w4a4": quantised}[preset])
-    models = bench.models_to_compare(model, ("w4a4",), progress=said.append)
-    rows = bench.speed_rows(bench.time_models(models, 2, repeats=2), 2)
+def test_a_float_model_is_compared_with_quantised_ones(model):
+    models = bench.models_to_compare(model, ("w4a4",))
+    rows = bench.compare_speed(models, 2, repeats=2)
     assert [row[0] for row in rows] == ["float", "w4a4"]
     assert all(len(row) == len(bench.HEADERS) for row in rows)
     for _, ms, spread, cpu_ms, rate, *_ in rows:
@@ -103,22 +103,20 @@ def test_a_float_model_is_quantised_for_comparison(model, quantised, monkeypatch
         assert cpu_ms > 0
         assert spread >= 0
         assert rate == pytest.approx(2 / (ms / 1e3))
-    assert rows[0][-2:] == [1.0, 1.0]
-    assert any("w4a4" in text for text in said)
+    assert rows[0][-3:] == [1.0, 1.0, None]
+    assert rows[1][-1] > 0
     assert not quantized_specs(model)  # the model itself stays as it is
 
 
-@pytest.mark.slow
-def test_untuned_models_are_quantised(model):
-    low = bench.quantize_untuned(model, "w4a4")
-    assert {spec.config.weight_bits for spec in quantized_specs(low).values()} == {4, 8}
-    images = bench.random_images(low, 2)
-    assert images.shape == (2, 12, 16, 3)
-    fn, state = pure(low)
-    assert bool(jnp.isfinite(jax.jit(fn)(state, images)).all())
+def test_a_limit_is_no_row_of_its_own():
+    timings = {
+        name: bench.Timing((seconds,) * 3, (seconds,) * 3) for name, seconds in (("a", 4.0), ("b", 2.0), ("c", 1.0))
+    }
+    rows = bench.speed_rows(timings, 1, limits={"b": "c"})
+    assert [(row[0], row[-1]) for row in rows] == [("a", None), ("b", 0.5)]
 
 
-def test_a_quantised_model_is_compared_with_its_float_model(quantised):
+def test_a_quantised_model_is_compared_with_a_float_one(quantised):
     timed = bench.models_to_compare(quantised)
     assert list(timed) == ["float", "quantised"]
     assert timed["quantised"] is quantised
@@ -126,11 +124,50 @@ def test_a_quantised_model_is_compared_with_its_float_model(quantised):
     assert not quantized_specs(timed["float"])
 
 
+def block_of_a_model() -> tuple[Callable, tuple]:
+    block = tiny_models.random_model("vim_micro", embed_dim=32, depth=1).blocks[0]
+    graphdef, state = nnx.split(block)
+    return lambda state, x: nnx.merge(graphdef, state)(x), (state, normal(0, (1, 65, 32)))
+
+
+def int8(seed: int, *shape: int) -> jax.Array:
+    return (30 * normal(seed, shape)).astype(jnp.int8)
+
+
+OPERATIONS = {
+    "elementwise": (lambda x: jnp.exp(x) + x, (normal(0, (400, 400)),)),
+    "matmul": (jnp.matmul, (normal(0, (128, 256)), normal(1, (256, 128)))),
+    "int8": (partial(jax.lax.dot, preferred_element_type=jnp.int32), (int8(0, 128, 256), int8(1, 256, 128))),
+    "mask": (lambda x: x ^ jnp.roll(x, 1, axis=0), (normal(0, (2000, 1000)) > 1,)),
+    "scan": (lambda x: jax.lax.scan(lambda h, u: (0.9 * h + u,) * 2, jnp.zeros(400), x)[1], (normal(0, (400, 400)),)),
+    "weights": (lambda x, w: x @ jnp.exp(w), (normal(0, (1, 400)), normal(1, (400, 400)))),
+    "block": block_of_a_model(),
+}
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+def test_twice_the_repeats_take_twice_the_processor_time(name):
+    """So none is hoisted, merged or skipped; "weights": nor what depends on one of the inputs alone."""
+    operation, inputs = OPERATIONS[name]
+    single = bench.repeated(operation, 1)
+    results = jax.tree.leaves(jax.block_until_ready(single(inputs)))
+    times = 20
+    calls = {str(n): partial(bench.repeated(operation, n), inputs) for n in (times, 2 * times)}
+    timings = bench.time_interleaved(calls, repeats=3)
+    few, many = (min(t.cpu_seconds) for t in timings.values())
+    assert 1.6 < many / few < 2.5
+    for got, expected in zip(jax.tree.leaves(calls[str(times)]()), results, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["float", pytest.param("quantised", marks=pytest.mark.slow)])
 def test_the_breakdown_names_every_part(kind, model, quantised):
     chosen = model if kind == "float" else quantised
     before = jax.tree.leaves(nnx.state(chosen))
-    *parts, rest, block = breakdown.block_breakdown(chosen, repeats=2)
+    rows = breakdown.block_breakdown(chosen, repeats=2)
+    if kind == "quantised":
+        assert rows.pop()[0].startswith("limit")
+    *parts, rest, block = rows
     names = {f"mixer.directions.{i}.{layer}_proj" for i in (0, 1) for layer in ("x", "dt")}
     assert {row[0] for row in parts} == names | {"mixer.in_proj", "mixer.out_proj", "mixer.scan"}
     assert rest[0] == "rest"
@@ -202,7 +239,7 @@ def test_w4a4_memory_by_shapes(name, least):
         specs = {
             path: SiteSpec(config.resolve(path), tokens.get(path.split(".")[0], model.config.num_tokens), 0)
             for path, site in iter_sites(model)
-            if not isinstance(site, Operand)
+            if not isinstance(site, QuantPoint)
         }
         model = apply_specs(model, specs)
         for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):

@@ -83,3 +83,9 @@ SHARDED_PIXELS_MEAN = 5e-4
 # benchmark of the kernels (test_bench_kernels)
 SAME_PRODUCT = 0.9
 """Correlation of a layer at 4 bits with the same layer in bfloat16, on 84 outputs; with another layer it is near 0."""
+
+# --- what the compiler fuses (test_miscompile.py)
+
+FUSED = 2e-5
+"""The same float32 operations fused and one by one, relative to the largest entry; sums have up to 4,096 terms. A
+miscompiled product is off by more than it is."""

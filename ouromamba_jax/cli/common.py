@@ -1,0 +1,53 @@
+"""What verbs share: outputs refused before the work, fields of configs, seeds, bars of progress."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ouromamba_jax.files import check_writable
+
+Verb = Callable[..., argparse.ArgumentParser]
+"""Adds a verb: called with its name, function, help and example."""
+
+console = Console(stderr=True)
+
+
+def given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The fields of a config that the command line sets."""
+    values = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_output(path: str, *, suffix: str | None = None) -> None:
+    """Refuses, before any work is done, what could not be written at its end."""
+    if suffix is not None and not path.endswith(suffix):
+        raise ValueError(f"{path} must end in {suffix}.")
+    if Path(path).exists():
+        raise ValueError(f"{path} already exists; choose another name or remove it first.")
+    check_writable(path)
+
+
+@contextmanager
+def bar(label: str):
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total, name: progress.update(
+            task, completed=done, total=total, description=f"{label} {name}"
+        )
+
+
+def parse_seed(text: str) -> int:
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; give a whole number from 0 to {2**32 - 1}")
+    return seed
