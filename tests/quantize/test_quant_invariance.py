@@ -8,7 +8,7 @@ from draws import normal, student_t
 from tiny_models import FAMILIES, quantised
 from tolerances import BATCHED_FLOAT
 
-from ouromamba_jax import QuantConfig, pure
+from ouromamba_jax import QuantConfig, QuantRule, pure
 from ouromamba_jax.quantize import OPERANDS
 
 BATCH = 6
@@ -44,3 +44,13 @@ def test_mates_do_not_change_a_sample(family, config):
     others = spiky_images(family, 1).at[3].set(images[3]).at[2].set(jnp.nan)
     assert_same(fn(state, others)[3], 3)
     assert_same(fn(state, images[3:5]), slice(3, 5))
+
+
+@pytest.mark.parametrize("family", ["vim", pytest.param("vmamba", marks=pytest.mark.slow)])
+def test_a_sample_that_is_not_finite_has_nan_logits(family):
+    """Though integers hold no NaN: here one token's residual stream does, and none that the head reads."""
+    config = QuantConfig.preset("w4a4", rules=(QuantRule("^stem", skip=True),))
+    fn, state = pure(quantised(config, family))
+    images = spiky_images(family, 0).at[1, 0, 0, 0].set(jnp.nan).at[4, 0, 0, 0].set(jnp.inf)
+    logits = np.asarray(jax.jit(fn)(state, images))
+    np.testing.assert_array_equal(np.isnan(logits), np.isin(np.arange(BATCH), [1, 4])[:, None] & np.full((1, 7), True))
