@@ -45,10 +45,10 @@ def test_prediction_takes_the_programs_of_quantisation():
         x = apply_in_batches(stage, x, batch_size=4)
     with compilations() as compiled:
         np.testing.assert_array_equal(predict(model, images, batch_size=4), x)
-    assert not compiled
+    assert not [name for name in compiled if "apply_stage" in name]
     with compilations() as compiled:
         predict(model, images, batch_size=2)
-    assert compiled
+    assert [name for name in compiled if "apply_stage" in name]
 
 
 @pytest.mark.slow

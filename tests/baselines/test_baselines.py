@@ -72,6 +72,7 @@ def test_batch_mates_change_nothing(name):
     np.testing.assert_allclose(predict(low, x[order]), expected[order], rtol=0, atol=BATCHED_FLOAT)
     spoiled = predict(low, x.at[0].set(jnp.nan))
     np.testing.assert_allclose(spoiled[1:], expected[1:], rtol=0, atol=BATCHED_FLOAT)
+    assert np.isnan(spoiled[0]).all()
 
 
 @pytest.mark.slow

@@ -7,16 +7,16 @@ import jax
 
 
 @contextmanager
-def compilations() -> Iterator[list[float]]:
-    """Collects the seconds of every compilation, those from the cache on disk included."""
-    seconds: list[float] = []
+def compilations() -> Iterator[list[str]]:
+    """Collects what is compiled by name, what comes from the cache on disk included."""
+    names: list[str] = []
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration: float, *, fun_name: str = "", **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
+            names.append(fun_name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield seconds
+        yield names
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

@@ -38,7 +38,7 @@ def for_backends(names, cases, interpreted=()):
     everywhere = [
         pytest.param(name, *case, marks=marks.get(name, ())) for name, case in product(("xla", "mosaic_gpu"), cases)
     ]
-    everywhere += [pytest.param("interpreted", *case) for case in interpreted]
+    everywhere += [pytest.param("interpreted", *case, marks=pytest.mark.kernels) for case in interpreted]
     return pytest.mark.parametrize(("implementation", *names), everywhere, indirect=["implementation"])
 
 

@@ -3,6 +3,7 @@
 import jax
 import pytest
 from scan_inputs import make_inputs
+from tiers import slow
 
 from ouromamba_jax import selective_scan
 
@@ -19,7 +20,7 @@ def sizes_in(jaxpr):
                 yield from sizes_in(inner)
 
 
-@pytest.mark.parametrize("collect", [None, lambda h: h.mean((1, 2))], ids=["plain", "collect"])
+@pytest.mark.parametrize("collect", [None, *slow(lambda h: h.mean((1, 2)))], ids=["plain", "collect"])
 def test_no_array_of_all_states_is_formed(collect):
     batch, length, channels, d_state = 2, 394, 32, 16
     inputs = make_inputs(batch, length, channels, d_state)
