@@ -183,7 +183,7 @@ def outlier_figure(path: Path, model: VisionModel, images: np.ndarray) -> None:
         for p, m in nnx.iter_modules(model.blocks[middle])
         if isinstance(m, QuantLinear) and p[-1] == "in_proj"
     )
-    mask = np.asarray(site.act.split(trace.layers[middle].mixer_in, with_mask=True).mask)
+    mask = np.asarray(site.split(trace.layers[middle].mixer_in).listed())
     sample = "image" if len(mask) == 1 else "window"
     heading = f"Outlier channels found by blocks.{middle}.{name}, one {sample}"
     fullest = mask[np.argmax(np.mean(mask, axis=(1, 2)))]

@@ -191,7 +191,7 @@ def find_first(
     n = window_length(L, config.n_refresh)
     whole = L // n
     if config.detection != "dynamic":
-        listed = jnp.zeros((C,), bool) if config.detection == "none" else channels
+        listed = jnp.zeros((C,), bool) if channels is None else channels
         first = jnp.where(listed, 0, n).astype(_counter(n))
         return jnp.broadcast_to(first, (B, -(-L // n), C))
 
@@ -235,20 +235,24 @@ def _xla(x, scale, config: OutlierConfig, *, theta, shift, channels) -> Split:
     x = cpu_barrier(x)  # which is read twice: fused, what makes it would be computed twice
     first = find_first(x, detection_limit(scale, config, theta), config, channels)
     ratio = divide(x.astype(jnp.float32), scale[None, :, None])
-    # What listing changes nothing about is rounded alike, and needs no list.
-    listed = None if q == Q and shift is None else _listed(first, x.shape[1], config.n_refresh)
-    if shift is not None:
-        unit = jnp.where(listed, jnp.exp2(shift.astype(jnp.float32))[None, :, None], 1.0)
-        ratio = ratio / unit  # a power of two: exact
-    bound = q if listed is None else jnp.where(listed, Q, q)
-    ratio = jnp.minimum(jnp.maximum(ratio, -bound), bound)
+    if q == Q and shift is None:  # what is listed is rounded like the rest
+        return Split(round_half_even(_clip(ratio, q)).astype(jnp.int8), None, scale, first, config.n_refresh)
+    listed = _listed(first, x.shape[1], config.n_refresh)
+    bound = jnp.where(listed, Q, q)
     if config.outlier_bits != 16 and shift is None:
-        return Split(round_half_even(ratio).astype(jnp.int8), None, scale, first, config.n_refresh)
-    levels = round_half_even(jnp.where(jnp.isnan(ratio), 0.0, ratio))
-    if shift is not None:
-        levels = jnp.where(listed, jnp.left_shift(levels, shift.astype(jnp.int32)[None, :, None]), levels)
+        return Split(round_half_even(_clip(ratio, bound)).astype(jnp.int8), None, scale, first, config.n_refresh)
+    ratio = jnp.where(jnp.isnan(ratio), 0.0, ratio)
+    if shift is None:
+        levels = round_half_even(_clip(ratio, bound))
+    else:
+        j = jnp.where(listed, shift.astype(jnp.int32)[None, :, None], 0)
+        levels = jnp.left_shift(round_half_even(_clip(jnp.ldexp(ratio, -j), bound)), j)
     high = jnp.right_shift(levels + 128, 8).astype(jnp.int8)
     return Split(levels.astype(jnp.int8), high, scale, first, config.n_refresh)  # int8 wraps to the low byte
+
+
+def _clip(ratio: Float32[Array, "..."], bound: Any) -> Float32[Array, "..."]:
+    return jnp.minimum(jnp.maximum(ratio, -bound), bound)
 
 
 def _mosaic_gpu(x, scale, config: OutlierConfig, *, theta, shift, channels, **options) -> Split:

@@ -1,5 +1,6 @@
 """What every site of a stage sees on the calibration images."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Array
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.kinds import kind_of
 from ouromamba_jax.quantize.sites import iter_sites, set_module
+from ouromamba_jax.sharding import data_mesh, replicate, split_samples
 
 Captured = dict[str, dict[str, Array]]
 """{site: {name: activation}}: "input" (B, L, C) of a linear layer or marked tensor, (B, L, G, C) per scan operand."""
@@ -42,8 +44,21 @@ def capture(stage: nnx.Module, x: Array, configs: dict[str, QuantConfig], batch_
     """The stage's output on x (N, ...), and what entered every site of `configs`, in batches."""
     graphdef, state = nnx.split(stage)
     sites = tuple((path, _what_to_record(config)) for path, config in configs.items())
-    parts = [_capture_batch(graphdef, sites, state, x[i : i + batch_size]) for i in range(0, len(x), batch_size)]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return in_batches(partial(_capture_batch, graphdef, sites), state, x, batch_size)
+
+
+def in_batches(function: Callable[[nnx.State, Array], Any], state: nnx.State, x: Array, batch_size: int) -> Any:
+    """function(state, x) of x (N, ...) by batches, each spread over all devices; its arrays (N, ...) on one."""
+    mesh = data_mesh(min(batch_size, len(x)))
+    state = replicate(mesh, state) if mesh.size > 1 else state
+    parts = []
+    for i in range(0, len(x), batch_size):
+        part = x[i : i + batch_size]
+        if mesh.size > 1:
+            part = split_samples(mesh, part) if len(part) % mesh.size == 0 else replicate(mesh, part)
+        parts.append(function(state, part))
+    whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return jax.device_put(whole, jax.devices()[0]) if mesh.size > 1 else whole
 
 
 def _what_to_record(config: QuantConfig) -> QuantConfig:

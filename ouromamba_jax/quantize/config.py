@@ -72,7 +72,7 @@ class QuantConfig(OutlierConfig):
       rules: exceptions by path, first match wins.
     """
 
-    act_bits: int | None = 4  # type: ignore[assignment]
+    act_bits: Any = 4  # an int or None; the rivals, whose settings these are too, always have one
     weight_bits: int = 4
     weight_group: int | None = None
     operands: tuple[str, ...] = ("delta", "B", "C", "A", "D", "q", "k", "v", "probs")

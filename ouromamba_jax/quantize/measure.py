@@ -57,4 +57,4 @@ def _measure_site(graphdefs: Any, states: Any, seen: dict[str, Array]) -> dict[s
 def _site_report(path: str, facts: dict[str, Any], total: Measured) -> SiteReport:
     with np.errstate(divide="ignore", invalid="ignore"):
         sqnr = float(10 * np.log10(np.divide(total.signal, total.noise)))
-    return SiteReport(path=path, **facts, outlier_rate=total.outliers / total.entries, sqnr_db=sqnr)
+    return SiteReport(path=path, **facts, outlier_rate=float(total.outliers / total.entries), sqnr_db=sqnr)

@@ -215,17 +215,17 @@ def measure(scan: SelectiveScan, module: QuantSelectiveScan, seen: dict[str, Arr
     found = {}
     for name, quantizers in module.act.items():
         splits = [quantizer.split(seen[name][:, :, g]) for g, quantizer in enumerate(quantizers)]
-        rounded, listed = (
-            jnp.stack(parts, axis=2) for parts in ([s.merge() for s in splits], [s.listed() for s in splits])
-        )
-        found[name] = compare(seen[name], rounded, listed)
+        merged = jnp.stack([split.merge() for split in splits], axis=2)
+        listed = jnp.stack([split.listed() for split in splits], axis=2)
+        found[name] = compare(seen[name], merged, listed)
     for name, levels in module.parameter_levels.items():
         beyond = jnp.abs(levels[...].astype(jnp.int32)) > max_level(module.spec.config.splitting.act_bits)
-        found[name] = compare(scan_parameter(scan, name), module.parameter(name), beyond)
+        rounded: Any = module.parameter(name)
+        found[name] = compare(scan_parameter(scan, name), rounded, beyond)
     if module.state_scale is not None:
         operands = scan.operands(*(seen[name] for name in ("u", "delta", "B", "C")))
-        rounded = scan.scan(*operands, state_transform=module.state_transform(seen["u"])).y
-        found["h"] = compare(seen["y"], rounded)
+        y = scan.scan(*operands, state_transform=module.state_transform(seen["u"])).y
+        found["h"] = compare(seen["y"], y)
     return found
 
 

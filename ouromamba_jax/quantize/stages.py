@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from ouromamba_jax.models.base import VisionModel, apply_stage
 from ouromamba_jax.models.layers import Operand, SelectiveScan
 from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
 from ouromamba_jax.quantize.activation import Calibrated, Levels
-from ouromamba_jax.quantize.capture import Captured, capture
+from ouromamba_jax.quantize.capture import Captured, capture, in_batches
 from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, QuantConfig
 from ouromamba_jax.quantize.coverage import check_coverage
 from ouromamba_jax.quantize.kinds import prepare_weights
@@ -117,8 +118,9 @@ def replace_sites(stage: nnx.Module, modules: dict[str, nnx.Module]) -> nnx.Modu
 
 
 def apply_in_batches(stage: nnx.Module, x: Array, batch_size: int) -> Array:
+    """The stage's output on x (N, ...), batches spread over all devices."""
     graphdef, state = nnx.split(stage)
-    return jnp.concatenate([apply_stage(graphdef, state, x[i : i + batch_size]) for i in range(0, len(x), batch_size)])
+    return in_batches(partial(apply_stage, graphdef), state, x, batch_size)
 
 
 def store_floats(

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from ouromamba_jax.ops.split_calibration import Calibration
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.kinds import Calibrated, install_fakes
+from ouromamba_jax.sharding import data_mesh, replicate
 
 
 def update_of(stage_output: Array, x: Array) -> Array:
@@ -52,8 +54,12 @@ def tune_scales(
     epochs = [rng.permutation(len(x))[: len(x) - len(x) % batch] for _ in range(config.tune_epochs)]
     order = np.stack(epochs).reshape(config.tune_epochs, -1, batch)
     rate = jnp.float32(config.tune_learning_rate)
-    tuned, losses = _tune(graphdef, tuple(specs.items()), rate, state, calibrated, x, target, order)
-    return tuned, np.asarray(losses).tolist()
+    mesh = data_mesh(batch)
+    inputs = (rate, state, calibrated, x, target, order)
+    inputs = replicate(mesh, inputs) if mesh.size > 1 else inputs
+    tuned, losses = _tune(graphdef, tuple(specs.items()), mesh, *inputs)
+    # The scales of one device are as good as those of all, and need no mesh afterwards.
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tuned), np.asarray(losses).tolist()
 
 
 def _is_calibration(leaf: Any) -> bool:
@@ -62,7 +68,11 @@ def _is_calibration(leaf: Any) -> bool:
 
 def log_factors(calibrated: Calibrated) -> Any:
     """Zeros, one for each scale of activations, weights, parameters and states."""
-    return jax.tree.map(lambda c: jnp.zeros_like(getattr(c, "scale", c)), calibrated, is_leaf=_is_calibration)
+
+    def zeros(c: Any) -> Array:
+        return jnp.zeros_like(c.scale if isinstance(c, Calibration) else c)
+
+    return jax.tree.map(zeros, calibrated, is_leaf=_is_calibration)
 
 
 def rescaled(calibrated: Calibrated, factors: Any) -> Calibrated:
@@ -80,9 +90,12 @@ def stage_loss(graphdef, specs, state, calibrated, factors, x, target) -> Float[
     return cosine_loss(update_of(stage(x), x), target)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _tune(graphdef, specs, rate, state, calibrated, x, target, order):
-    """All steps in one program; `order` (epochs, steps, batch) indexes x. A new learning rate retraces nothing."""
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _tune(graphdef, specs, mesh, rate, state, calibrated, x, target, order):
+    """All steps in one program; `order` (epochs, steps, batch) indexes x. A new learning rate retraces nothing.
+
+    Every device takes its share of a batch.
+    """
     steps = order.shape[0] * order.shape[1]
 
     def schedule(count: Array) -> Array:
@@ -92,9 +105,10 @@ def _tune(graphdef, specs, rate, state, calibrated, x, target, order):
 
     def step(carry, chosen):
         factors, opt_state = carry
-        loss, grads = jax.value_and_grad(stage_loss, argnums=4)(
-            graphdef, specs, state, calibrated, factors, x[chosen], target[chosen]
-        )
+        batch = x[chosen], target[chosen]
+        if mesh.size > 1:
+            batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
+        loss, grads = jax.value_and_grad(stage_loss, argnums=4)(graphdef, specs, state, calibrated, factors, *batch)
         with jax.numpy_dtype_promotion("standard"):  # Optax mixes its int32 step count with floats
             updates, opt_state = optimizer.update(grads, opt_state, factors)
         return (optax.apply_updates(factors, updates), opt_state), loss
