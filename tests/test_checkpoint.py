@@ -18,29 +18,23 @@ from flax import nnx
 from tiny_models import TINY, TOKENS, quantised, random_model
 
 from ouromamba_jax.checkpoint import CheckpointError, load, read_description, resolve, save
-from ouromamba_jax.models import create_model
 from ouromamba_jax.quantize import OPERANDS, QuantConfig, memory_report
-from ouromamba_jax.quantize.calibrate import find_scales
-from ouromamba_jax.quantize.modules import Levels
-from ouromamba_jax.quantize.run import quantized_module
+from ouromamba_jax.quantize.activation import Levels
+from ouromamba_jax.quantize.kinds import apply_specs, kind_of
 from ouromamba_jax.quantize.sites import iter_sites, named_modules
-from ouromamba_jax.quantize.specs import apply_specs
 from ouromamba_jax.quantize.stages import store_floats
 
 CONFIGS = {
     "w4a4": QuantConfig.preset("w4a4"),
-    "w4a8": QuantConfig.preset("w4a8"),
-    "w6a6": QuantConfig.preset("w6a6", outlier_scale="free"),
     "w8a8": QuantConfig.preset("w8a8"),
     "every operand": QuantConfig.preset("w4a4", operands=OPERANDS),
     "no operand": QuantConfig.preset("w4a4", operands=()),
     "static": QuantConfig.preset("w4a4", detection="static"),
-    "offline": QuantConfig.preset("w4a4", threshold="offline"),
-    "static, offline": QuantConfig.preset("w4a4", detection="static", threshold="offline"),
-    "none, offline": QuantConfig.preset("w4a4", detection="none", threshold="offline"),
-    "released": QuantConfig.preset("w4a4", outlier_scale="free", spec="released"),
+    "none": QuantConfig.preset("w4a4", detection="none"),
+    "weights alone": QuantConfig(act_bits=None),
     "groups": QuantConfig(weight_bits=3, weight_group=2),
 }
+TWO_BYTES = {"blocks.0.mixer.out_proj": ("input",), "blocks.0.mixer.scan": ("delta.0", "B.1")}
 SKIPPED = ("stem.proj", "blocks.0.mixer.directions.1.x_proj", "blocks.0.mixer.z")
 
 
@@ -143,26 +137,34 @@ def test_quantised_round_trip(tmp_path, name, skipped):
     assert_same(model, load(tmp_path / "model"))
 
 
-@pytest.mark.parametrize("name", ["static", "offline", "static, offline", "none, offline", "released", "every operand"])
+def test_sites_with_a_second_byte_come_back(tmp_path):
+    model = quantised(CONFIGS["w4a4"], two_bytes=TWO_BYTES)
+    mixer = model.blocks[0].mixer
+    shifts = [
+        act.shift for act in (mixer.out_proj.act, mixer.in_proj.act, *mixer.scan.act["delta"], *mixer.scan.act["B"])
+    ]
+    assert [shift is not None for shift in shifts] == [True, False, True, False, False, True]
+    save(tmp_path / "model", model)
+    assert_same(model, load(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["w4a4", "static", "none", "every operand"])
 def test_what_calibration_stores_is_what_loading_expects(name):
     """`load` makes a model from the specs alone: the same scales, thresholds and lists as `quantize` found."""
-    model, config = create_model("vim_micro", **TINY), dataclasses.replace(CONFIGS[name], scale_search="max")
+    model, config = random_model("vim_micro", **TINY), dataclasses.replace(CONFIGS[name], scale_search="max")
     for path in ("blocks.0.mixer.in_proj", "blocks.0.mixer.scan"):
         site = dict(iter_sites(model))[path]
-        settings = config.resolve(path)
         x = normal(0, (2, TOKENS, 2, 40))
-        seen = dict(u=x, delta=x, B=x[..., :3], C=x[..., :3], y=x, h=jnp.ones((2, TOKENS, 2)), act=x[:, :, 0, :20])
-        spec, scales, fixed = find_scales(site, seen, settings)
-        found, expected = quantized_module(site, spec, scales, fixed), apply_specs(model, {path: spec})
+        seen = dict(u=x, delta=x, B=x[..., :3], C=x[..., :3], y=x, h=jnp.ones((2, TOKENS, 2)), input=x[:, :, 0, :20])
+        spec, found = kind_of(site).calibrate(site, seen, config.resolve(path))
+        module, expected = kind_of(site).make(site, spec, found), apply_specs(nnx.clone(model), {path: spec})
         expected = dict(named_modules(expected))[path]
-        shapes = ({k: v.shape for k, v in nnx.to_flat_state(nnx.state(module))} for module in (found, expected))
+        shapes = ({k: v.shape for k, v in nnx.to_flat_state(nnx.state(module))} for module in (module, expected))
         assert next(shapes) == next(shapes), path
 
 
-@pytest.mark.optimized
-@pytest.mark.parametrize("name", ["w4a4", pytest.param("every operand", marks=pytest.mark.slow)])
-def test_logits_keep_their_bits(tmp_path, name):
-    model = quantised(CONFIGS[name])
+def test_logits_keep_their_bits(tmp_path):
+    model = quantised(CONFIGS["w4a4"])
     save(tmp_path / "model", model)
     again = load(tmp_path / "model")
     images = normal(0, (2, 12, 16, 3))
@@ -207,12 +209,13 @@ def test_a_missing_checkpoint(tmp_path):
     ("text", "what"),
     [
         ("", "damaged"),
-        ('{"format": 2, "family"', "damaged"),
+        ('{"format": 3, "family"', "damaged"),
         ("\x00\x01", "damaged"),
         ("[1, 2]", "format None"),
         ("{}", "format None"),
-        ('{"format": 1}', "format 1; this version reads format 2, so save the model again"),
-        ('{"format": 2}', "does not describe a model"),
+        ('{"format": 1}', "format 1, and this version reads format 3: convert or quantise the model again."),
+        ('{"format": 2}', "format 2, and this version reads format 3: convert or quantise the model again."),
+        ('{"format": 3}', "does not describe a model"),
     ],
 )
 def test_a_damaged_description(copy, text, what):
@@ -290,7 +293,10 @@ def test_a_quantised_description_of_another_model(tmp_path):
     refused(with_spec(out_proj, dict(bits=4)), "bits")
     refused(with_sites({**sites, out_proj: {**sites[out_proj], "config": 2}}), "does not describe a model")
     refused(with_spec(out_proj, tokens=9), f"{out_proj}.act.scale is float32[13], not float32[9]")
-    refused(with_spec(out_proj, dict(threshold="offline")), f"{out_proj}.act.theta is missing")
+    refused(with_spec(out_proj, two_bytes=["input"]), f"{out_proj}.act.shift is missing")
+    refused(with_spec(out_proj, dict(detection="none")), f"{out_proj}.act.theta is not part of the model")
+    refused(with_spec(out_proj, dict(detection="static")), f"{out_proj}.act.channels is missing")
+    refused(with_spec(out_proj, dict(outlier_scale="free")), "outlier_scale")
     refused(with_spec(scan, dict(operands=["A"])), f"{scan}.D is missing")
 
 

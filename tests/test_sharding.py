@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
+from compiling import compilations
 from draws import normal
 from flax import nnx
 
 from ouromamba_jax import GenConfig, create_model, generate_images
 from ouromamba_jax.evaluation.evaluate import evaluate, predict
-from ouromamba_jax.models.base import apply_stage
 from ouromamba_jax.quantize.stages import apply_in_batches
 from ouromamba_jax.sharding import data_mesh
 
@@ -43,11 +43,12 @@ def test_prediction_takes_the_programs_of_quantisation():
     x = images = normal(0, (4, 16, 16, 3))
     for _, stage in model.stages:
         x = apply_in_batches(stage, x, batch_size=4)
-    programs = apply_stage._cache_size()
-    np.testing.assert_array_equal(predict(model, images, batch_size=4), x)
-    assert apply_stage._cache_size() == programs
-    predict(model, images, batch_size=2)
-    assert apply_stage._cache_size() > programs
+    with compilations() as compiled:
+        np.testing.assert_array_equal(predict(model, images, batch_size=4), x)
+    assert not [name for name in compiled if "apply_stage" in name]
+    with compilations() as compiled:
+        predict(model, images, batch_size=2)
+    assert [name for name in compiled if "apply_stage" in name]
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ def test_batch_mates_change_nothing(name):
     assert np.isnan(spoiled[0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ptq4vm", "qmamba_like", "ksq_vmm", "released"])
 def test_reported_noise_is_that_of_the_site(name):
     """Every site by itself, none taken for another."""
@@ -82,7 +83,7 @@ def test_reported_noise_is_that_of_the_site(name):
     sites, low = dict(iter_sites(block)), modules_of(baseline(name)[0].blocks[0])
     reported = {site.path: site.sqnr_db for site in baseline(name)[1].sites}
     for path in ("mixer.in_proj", "mixer.directions.0.x_proj", "mixer.directions.1.x_proj"):
-        x = captured[path]["act"]
+        x = captured[path]["input"]
         expected = sqnr_db(np.asarray(sites[path](x)), np.asarray(low[path](x)))
         np.testing.assert_allclose(reported[f"blocks.0.{path}"], expected, atol=0.05)
 
@@ -243,7 +244,7 @@ def test_rtn_per_tensor_has_one_scale_of_the_whole_range():
             differ += (own != own.max()).any()
             np.testing.assert_array_equal(module.levels[...], tokens[path].levels[...])
     assert differ == 5  # stem, in_proj, two x_proj, out_proj; so few channels or tokens as the others have share one
-    x = np.asarray(captured["mixer.in_proj"]["act"])
+    x = np.asarray(captured["mixer.in_proj"]["input"])
     np.testing.assert_allclose(tensor["blocks.0.mixer.in_proj"].act.scale[...], np.abs(x).max() / 7, rtol=1e-6)
     np.testing.assert_allclose(
         tokens["blocks.0.mixer.in_proj"].act.scale[...], np.abs(x).max(axis=(0, 2)) / 7, rtol=1e-6

@@ -8,6 +8,7 @@ import pytest
 from baseline_models import SCAN, baseline, float_model, in_numpy, modules_of, scan_operands
 from draws import heavy_tailed
 from flax import nnx
+from tiers import slow
 from tiny_models import TOKENS
 
 from ouromamba_jax.baselines.qmamba_like import (
@@ -19,7 +20,7 @@ from ouromamba_jax.baselines.qmamba_like import (
 )
 from ouromamba_jax.evaluation.metrics import sqnr_db
 from ouromamba_jax.quantize import QuantLinear
-from ouromamba_jax.quantize.modules import Levels
+from ouromamba_jax.quantize.activation import Levels
 from ouromamba_jax.quantize.sites import iter_sites
 
 
@@ -42,7 +43,7 @@ def test_temporal_groups(tokens, groups):
         np.testing.assert_allclose(scale[member == g], tried[np.argmin(errors)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize("bits", [4, *slow(3, 6)])
 def test_the_long_tailed_grid(bits):
     """2^bits levels, 1 among them, spaced evenly in log(1 - a): dense near 1, sparse towards 0."""
     largest, octaves = 0.93, 7.0
@@ -65,6 +66,7 @@ def test_the_long_tailed_grid(bits):
         np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_qmamba_like_scan():
     """exp(delta A) on its grid and h on its groups' grids, against a loop."""
     scan, operands = scan_operands()
@@ -97,6 +99,7 @@ def test_the_qmamba_like_scan():
     assert 10 < sqnr_db(np.asarray(scan(*operands).y), ours) < 45
 
 
+@pytest.mark.slow
 def test_the_long_tail_beats_a_uniform_grid_on_decays():
     """The idea of the method: at 4 bits, with decays near 1, a uniform grid costs more."""
     spread = np.random.default_rng(0).standard_normal(4000) * 1.5 - 4.5

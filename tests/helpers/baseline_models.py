@@ -3,18 +3,16 @@
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from draws import heavy_tailed
 from flax import nnx
-from tiny_models import TINY
+from tiny_models import TINY, natural_model
 
 from ouromamba_jax.baselines import quantize_baseline
 from ouromamba_jax.evaluation.evaluate import predict
-from ouromamba_jax.models import create_model
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize import QuantConfig
-from ouromamba_jax.quantize.calibrate import capture
+from ouromamba_jax.quantize.capture import capture
 from ouromamba_jax.quantize.sites import iter_sites
 
 SCAN = "blocks.0.mixer.scan"
@@ -45,13 +43,8 @@ def images(key: int = 0, count: int = 6) -> jax.Array:
 
 @cache
 def float_model(family: str = "vim") -> nnx.Module:
-    """A tiny model in which no parameter has the regular values of its initialisation."""
     name, fields = FAMILIES[family]
-    model = create_model(name, rngs=nnx.Rngs(5), **fields)
-    for i, (_, leaf) in enumerate(nnx.to_flat_state(nnx.state(model))):
-        noise = np.random.default_rng(100 + i).standard_normal(leaf.shape)
-        leaf.set_value(jnp.asarray(np.asarray(leaf[...]) + 0.2 * noise, jnp.float32))
-    return model
+    return natural_model(name, **fields)
 
 
 @cache

@@ -11,7 +11,7 @@ ATTENTION_ROUNDING = 2e-5
 PIXEL = 1e-6
 """Normalised pixels in float32 against float64: values up to 3, one division and one subtraction."""
 
-# Quantiser (test_qtensor, test_outliers, test_matmul)
+# Quantiser (test_qtensor, test_split, test_split_calibration, test_matmul)
 SCALE_ROUNDING = 5e-7
 """A searched scale is max * fraction / q: three float32 roundings, ours and the official code's in different order."""
 EPILOGUE = 2e-5
@@ -46,11 +46,9 @@ REORDERED = 5e-6
 BFLOAT16_LOGITS = 0.03
 """Relative error of the logits of a two-block model computed in bfloat16 (2^-8 per rounding)."""
 
-# quantised models (test_quantize), relative to the largest entry
+# quantised models (test_fake), relative to the largest entry
 FAKE_AGAINST_INTEGER = 5e-6
 """One float product of rounded values against integers with a float epilogue."""
-FAKE_AGAINST_INTEGER_16 = 2e-4
-"""With 16-bit outliers the integer path keeps them as fixed point: 2^-15 of the token's largest entry each."""
 
 # --- interpolated positions (test_convert.py)
 

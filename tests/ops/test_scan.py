@@ -1,4 +1,4 @@
-"""The selective scan against a float64 loop: values, every gradient, memory, and no sample depending on its batch.
+"""The selective scan against a float64 loop: values, every gradient, and no sample depending on its batch.
 
 Tests that take `implementation` run for XLA, for the GPU kernels in interpret mode, and on a GPU where there is one.
 """
@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import tolerances
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from scan_inputs import make_inputs
 
 from ouromamba_jax.ops import scan, scan_mosaic
 from ouromamba_jax.ops.dispatch import Backend
 from ouromamba_jax.ops.scan import selective_scan
 from ouromamba_jax.ops.scan_types import ScanOutput
-from ouromamba_jax.ops.split import split_for_product
-from ouromamba_jax.ops.split_operand import SplitOperand, floats
-from ouromamba_jax.ops.split_types import OutlierConfig
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.tiles import ScanTiles
 
@@ -40,7 +38,7 @@ def for_backends(names, cases, interpreted=()):
     everywhere = [
         pytest.param(name, *case, marks=marks.get(name, ())) for name, case in product(("xla", "mosaic_gpu"), cases)
     ]
-    everywhere += [pytest.param("interpreted", *case) for case in interpreted]
+    everywhere += [pytest.param("interpreted", *case, marks=pytest.mark.kernels) for case in interpreted]
     return pytest.mark.parametrize(("implementation", *names), everywhere, indirect=["implementation"])
 
 
@@ -51,31 +49,6 @@ def value_tolerance(implementation):
 
 def gradient_tolerance(implementation):
     return tolerances.SCAN_GRADIENT_GPU if implementation == "mosaic_gpu" else tolerances.SCAN_GRADIENT
-
-
-def make_inputs(batch, length, channels, d_state, *, groups=None, dtype=jnp.float32, drop=(), seed=0):
-    """Random arguments of a scan; `groups=None` gives the (B, L, N) form of B and C."""
-    rng = np.random.default_rng(seed)
-    projection = (batch, length, d_state) if groups is None else (batch, length, groups, d_state)
-    shapes = {
-        "u": (batch, length, channels), "delta": (batch, length, channels), "B": projection, "C": projection,
-        "D": (channels,), "z": (batch, length, channels), "delta_bias": (channels,), "h0": (batch, channels, d_state),
-    }  # fmt: skip
-    inputs = {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
-    inputs["delta"] = inputs["delta"] * 0.5 - 1
-    inputs["A"] = -jnp.exp(jnp.asarray(rng.normal(size=(channels, d_state)), jnp.float32) * 0.5)
-    return {name: value for name, value in inputs.items() if name not in drop}
-
-
-def make_split(x, groups, largest):
-    """`x` rounded, every third channel an outlier; the largest level is `largest`, if that needs no shift."""
-    config = OutlierConfig(detection="static")
-    parts = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:2], groups, -1), 2, 0)
-    listed = jnp.arange(parts.shape[-1]) % 3 == 0
-    scales = jnp.max(jnp.abs(parts), axis=(1, 3)) / largest
-    pairs = zip(parts, scales, strict=True)
-    planes = tuple(split_for_product(part, scale, config, channels=listed) for part, scale in pairs)
-    return SplitOperand(planes, x.shape, x.dtype)
 
 
 def python_scan(step, h, xs):
@@ -190,31 +163,6 @@ def test_values_match_a_float64_loop(implementation, length, channels, d_state, 
     assert_close(out.y, y, tolerance[dtype], "y")
     assert_close(out.h_last, h_last, tolerance["float32"], "h_last")
     assert_close(out.states, states, tolerance["float32"], "states")
-
-
-@for_backends(
-    ("names", "largest", "dtype"),
-    [(("u", "delta", "B", "C"), 100, "float32"), (("delta", "B", "C"), 1000, "bfloat16")],
-    [(("u", "delta", "B", "C"), 100, "float32"), (("delta", "B", "C"), 1000, "bfloat16"), (("u",), 1000, "float32")],
-)
-def test_operands_in_integers(implementation, names, largest, dtype):
-    """Levels that fit int8, others on shifted steps: all give what their floats give.
-
-    The kernel's levels are exact, whereas floats are rounded to the operand's dtype.
-    """
-    inputs = make_inputs(2, 7, 24, 8, groups=2, dtype=dtype)
-    split = inputs | {name: make_split(inputs[name], 2, largest) for name in names}
-    shifts = [planes.shift for name in names for planes in split[name].groups]
-    assert all(bool((shift == 0).all()) == (largest <= 127) for shift in shifts)
-    collect = None if len(names) == 4 else lambda h: h.mean(axis=2)
-    out = run(split, reverse=True, collect=collect, implementation=implementation)
-    expected = run({name: floats(x) for name, x in split.items()}, reverse=True, collect=collect, implementation="xla")
-    assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, expected)
-    for name, actual, wanted in zip(out._fields, out, expected, strict=True):
-        if implementation == "xla":
-            assert wanted is None or np.array_equal(actual, wanted)
-        elif wanted is not None:
-            assert_close(actual, wanted.astype(jnp.float32), value_tolerance(implementation)[dtype], name)
 
 
 @pytest.mark.parametrize(
@@ -382,39 +330,6 @@ def test_vmap_and_jit_agree_with_a_loop_of_calls():
             assert_close(gradients[name][i], gradient[name], tolerances.SCAN_GRADIENT["float32"], name)
 
 
-def sizes_in(jaxpr):
-    """The sizes of all intermediates, those of inner computations included."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
-        for parameter in equation.params.values():
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from sizes_in(inner)
-
-
-@pytest.mark.optimized
-@pytest.mark.parametrize("collect", [None, lambda h: h.mean((1, 2))], ids=["plain", "collect"])
-def test_no_array_of_all_states_is_formed(collect):
-    batch, length, channels, d_state = 2, 394, 32, 16
-    inputs = make_inputs(batch, length, channels, d_state)
-    all_states = batch * length * channels * d_state
-
-    def gradient(collect):
-        def loss(x):
-            out = selective_scan(**x, delta_softplus=True, collect=collect)
-            return out.y.sum() + (0.0 if collect is None else out.states.sum())
-
-        return jax.grad(loss)
-
-    def largest(collect):
-        return max(sizes_in(jax.make_jaxpr(gradient(collect))(inputs).jaxpr))
-
-    assert largest(lambda h: h) >= all_states  # the measure does see them where they are asked for
-    assert largest(collect) <= all_states / 4
-    temporary = jax.jit(gradient(collect)).lower(inputs).compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 4 * all_states  # bytes of all states in float32
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -442,12 +357,6 @@ def test_integer_inputs_raise():
     inputs = make_inputs(2, 9, 12, 4)
     with pytest.raises(TypeError, match="B must be of a floating dtype"):
         selective_scan(**(inputs | {"B": jnp.round(inputs["B"]).astype(jnp.int8)}))
-
-
-def test_operands_in_integers_have_the_groups_of_the_scan():
-    inputs = make_inputs(2, 9, 12, 4, groups=2)
-    with pytest.raises(ValueError, match="u must be split in 2 groups, as many as B has, not in 1"):
-        selective_scan(**(inputs | {"u": make_split(inputs["u"], 1, largest=20)}))
 
 
 def test_dispatch(monkeypatch):

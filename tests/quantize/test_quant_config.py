@@ -27,13 +27,18 @@ from ouromamba_jax.quantize import QuantConfig, QuantRule
         (lambda: QuantConfig(scale_search="fast"), "scale_search"),
         (lambda: QuantConfig(tune_epochs=-1), "tune_epochs"),
         (lambda: QuantConfig(detection="sometimes"), "detection"),
-        (lambda: QuantConfig(spec="released"), "released"),
         (lambda: QuantConfig.preset("w2a2"), "no preset 'w2a2'; choose among w4a4"),
     ],
 )
 def test_contradictions_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_weights_alone_have_no_operands_and_no_outliers_no_wider_levels():
+    weights, none = QuantConfig(act_bits=None), QuantConfig(detection="none")
+    assert (weights.activation_operands, none.activation_operands) == ((), QuantConfig().operands)
+    assert (none.splitting.act_bits, none.splitting.outlier_bits) == (4, 4)
 
 
 def test_the_first_rule_that_matches_decides():

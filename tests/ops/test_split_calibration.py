@@ -1,0 +1,132 @@
+"""What calibration finds: thresholds, steps, their reach and fixed lists, against plain loops."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tolerances
+from split_loop import largest_levels, loop_loss, loop_split, loop_step, loop_theta
+
+from ouromamba_jax import OutlierConfig, split_outliers
+from ouromamba_jax.ops.split_calibration import calibrate, calibrate_channels, calibrate_theta
+
+pytestmark = pytest.mark.optimized
+
+
+def activations(seed: int, B: int, L: int, C: int) -> np.ndarray:
+    """Gaussian with a few heavy channels and a few single heavy entries."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(B, L, C)) * np.where(rng.random(C) < 0.1, 15, 1)
+    return (x * np.where(rng.random((B, L, C)) < 0.01, 20, 1)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("L", "config"), [(7, OutlierConfig(n_refresh=4)), (23, OutlierConfig(sigma=2.0))])
+def test_theta_and_steps_equal_a_loop(L, config):
+    x = activations(0, 3, L, 48)
+    found = calibrate(jnp.asarray(x), config)
+    theta = loop_theta(x, config)
+    np.testing.assert_allclose(found.theta, theta, rtol=1e-5)
+    beyond_theta = loop_split(x, np.full(L, 1e-6, np.float32), config, theta=np.asarray(found.theta))[1]
+    assert 0.02 < beyond_theta.mean() < 0.5
+    steps = np.array([loop_step(np.where(beyond_theta, 0, x)[:, t], 7) for t in range(L)])
+    reached = np.abs(x).max((0, 2)) <= 127 * steps  # elsewhere steps are raised, see below
+    assert reached.mean() > 0.5
+    np.testing.assert_allclose(np.asarray(found.scale)[reached], steps[reached], rtol=tolerances.SCALE_ROUNDING)
+    assert found.channels is None
+    largest = calibrate(jnp.asarray(x), config, search=False).scale
+    expected = np.abs(np.where(beyond_theta, 0, x)).max((0, 2)) / np.float32(7)
+    np.testing.assert_allclose(np.asarray(largest)[reached], expected[reached], rtol=tolerances.SCALE_ROUNDING)
+
+
+def test_steps_may_use_the_full_range():
+    x = jnp.asarray(np.random.default_rng(16).choice([-0.875, 0.25, 0.875], size=(2, 3, 64)).astype(np.float32))
+    np.testing.assert_array_equal(calibrate(x, OutlierConfig()).scale, np.full(3, 0.125, np.float32))
+
+
+def on_the_grid(outliers: np.ndarray, samples: int = 2) -> np.ndarray:
+    """(samples, 4, 128) levels of 4 bits, so that the step is 1; in the first sample, an outlier at every token."""
+    x = np.random.default_rng(5).integers(-7, 8, (samples, 4, 128)).astype(np.float32)
+    x[:, :, 1] = 7
+    x[0, :, 0] = outliers
+    return x
+
+
+def test_a_step_is_raised_until_outliers_fit_where_that_loses_less():
+    config = OutlierConfig()
+    x = on_the_grid(np.float32([100, 127, 1000, 1e5]))
+    found = calibrate(jnp.asarray(x), config)
+    assert found.shift is None
+    np.testing.assert_allclose(found.scale, np.float32([1, 1, 1000 / 127, 1e5 / 127]), rtol=tolerances.SCALE_ROUNDING)
+    ones, theta = np.ones(4, np.float32), np.asarray(found.theta)
+    losses = [loop_loss(x, scale, config, theta=theta) for scale in (ones, np.asarray(found.scale))]
+    np.testing.assert_array_equal(losses[1] < losses[0], [False, False, True, True])
+    np.testing.assert_allclose(found.split(jnp.asarray(x), config).merge()[0, :, 0], x[0, :, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("outlier_bits", "samples"), [(5, 2), (8, 100)])
+def test_else_outliers_get_a_second_byte(outlier_bits, samples):
+    """Where one token loses more by a raised step: shifts, as small as may be, and steps as they were."""
+    config = OutlierConfig(outlier_bits=outlier_bits)
+    Q = largest_levels(config)[1]
+    x = on_the_grid(Q * np.float32([0.9, 1.02, 2, 5]), samples)
+    found = calibrate(jnp.asarray(x), config)
+    raised = np.maximum(np.abs(x).max((0, 2)) / Q, 1).astype(np.float32)
+    losses = [loop_loss(x, scale, config, theta=np.asarray(found.theta)) for scale in (np.ones(4, np.float32), raised)]
+    assert losses[0][1] < losses[1][1]
+    np.testing.assert_array_equal(found.scale, np.ones(4, np.float32))
+    np.testing.assert_array_equal(found.shift, [0, 1, 1, 3])
+    split = found.split(jnp.asarray(x), config)
+    assert split.high is not None
+    error = np.abs(np.asarray(split.merge()) - x)[0, :, 0]
+    assert (error <= 0.5 * 2.0 ** np.asarray(found.shift)).all()
+    wide = calibrate(jnp.asarray(x), OutlierConfig(outlier_bits=16))
+    assert wide.shift is None
+    np.testing.assert_array_equal(wide.scale, found.scale)
+
+
+@pytest.mark.parametrize(("channels", "sigma", "steps"), [(10, 3.0, 1), (10, 2.0, 12), (11, 3.0, 12), (1, 3.0, 1)])
+def test_few_channels_have_one_step(channels, sigma, steps):
+    """None of ten values lies three deviations above their mean."""
+    x = activations(6, 2, 12, channels)
+    found = calibrate(jnp.asarray(x), OutlierConfig(sigma=sigma, outlier_bits=16))
+    assert found.theta.shape == found.scale.shape == (12,)
+    assert len(np.unique(found.scale)) == steps
+    if steps == 1:
+        np.testing.assert_allclose(found.scale[0], loop_step(x, 7), rtol=tolerances.SCALE_ROUNDING)
+
+
+def test_without_detection_there_are_steps_alone():
+    x = activations(7, 2, 12, 40)
+    found = calibrate(jnp.asarray(x), OutlierConfig(detection="none"))
+    assert (found.theta, found.shift, found.channels) == (None, None, None)
+    expected = [loop_step(x[:, t], 7) for t in range(12)]
+    np.testing.assert_allclose(found.scale, expected, rtol=tolerances.SCALE_ROUNDING)
+
+
+def test_static_channels_are_the_heavy_ones():
+    rng = np.random.default_rng(18)
+    x = rng.normal(size=(4, 9, 64)).astype(np.float32)
+    x[:, :, [5, 40]] = rng.choice([-30.0, 30.0], size=(4, 9, 2)) * rng.uniform(0.9, 1.1, size=(4, 9, 2))
+    config = OutlierConfig(detection="static", n_refresh=1)
+    found = calibrate(jnp.asarray(x), config)
+    np.testing.assert_array_equal(np.flatnonzero(found.channels), [5, 40])
+    assert found.theta is None
+    inliers = np.where(np.asarray(found.channels), 0, x)
+    expected = [loop_step(inliers[:, t], 7) for t in range(9)]
+    np.testing.assert_allclose(found.scale, expected, rtol=tolerances.SCALE_ROUNDING)
+    np.testing.assert_array_equal(
+        found.split(jnp.asarray(x), config).listed(), np.broadcast_to(found.channels, x.shape)
+    )
+
+
+@pytest.mark.parametrize("statistic", ["mean", "max"])
+def test_the_static_list_has_the_dynamic_budget_and_the_largest_channels(statistic):
+    x = activations(23, 6, 20, 64)
+    config = OutlierConfig(detection="static", static_list=statistic, n_refresh=1)
+    theta = calibrate_theta(jnp.asarray(x), config)
+    tiny = jnp.full((20,), 1e-6)
+    listed = split_outliers(jnp.asarray(x), tiny, OutlierConfig(n_refresh=1), theta=theta).listed()
+    budget = int(np.ceil(np.asarray(listed).sum(axis=-1).mean()))
+    assert 0 < budget < 32
+    order = np.argsort(-getattr(np.abs(x), statistic)(axis=(0, 1)))
+    channels = calibrate_channels(jnp.asarray(x), config)
+    np.testing.assert_array_equal(np.flatnonzero(channels), np.sort(order[:budget]))
