@@ -59,12 +59,12 @@ class Preprocessing:
 
         The rule: integers are refused, and so are floats if they
           - are nowhere below 0 and reach twice what white becomes: pixels of 0..255;
-          - lie within 0..1 and are not all equal: pixels of 0..1. Normalised ones are negative wherever the picture is
-            darker than `mean`; with a mean of 0 they never are, and such a model's images pass;
+          - lie within 0..1, are not all equal, and are not what levels of 0..255 become: pixels of 0..1. Normalised ones
+            are negative wherever a picture is darker than `mean`; with a mean of 0 they never are, and all pass;
           - reach ten times beyond what black and white become, which noise and synthetic images do not.
 
         Args:
-          images: all that are judged together, since a single bright image may have no value below 0.
+          images: all that are judged together, since one that is bright everywhere has no value below 0.
           what: their name in a sentence.
           finite: refuse NaN and infinities, too; otherwise they are not looked at.
 
@@ -85,7 +85,7 @@ class Preprocessing:
         black, white = -mean / std, (1 - mean) / std
         if low >= 0 and high > 2 * white.max():
             raise ValueError(f"{what} are 0 to {high:.4g}, but a model takes normalised pixels; {_fix(' / 255')}.")
-        if black.max() < 0 <= low < high <= 1:
+        if black.max() < 0 <= low < high <= 1 and not _are_levels((images * std + mean) * 255):
             raise ValueError(f"{what} lie within 0 and 1, but a model takes normalised pixels; {_fix('')}.")
         if max(-low, high) > 10 * max(-black.min(), white.max()):
             raise ValueError(
@@ -101,6 +101,10 @@ def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
+
+
+def _are_levels(pixels: Float[Any, "..."]) -> bool:
+    return bool((abs(pixels - pixels.round()) < 0.01).all())
 
 
 def _fix(divisor: str) -> str:
