@@ -59,8 +59,8 @@ class Preprocessing:
 
         The rule: integers are refused, and so are floats if they
           - are nowhere below 0 and reach twice what white becomes: pixels of 0..255;
-          - lie within 0..1, are not all equal, and are not what levels of 0..255 become: pixels of 0..1. Normalised ones
-            are negative wherever a picture is darker than `mean`; with a mean of 0 they never are, and all pass;
+          - lie within 0..1, are not all equal, and are not what levels of 0..255 become: pixels of 0..1. Normalised
+            ones are negative wherever a picture is darker than `mean`; with a mean of 0 they never are, and all pass;
           - reach ten times beyond what black and white become, which noise and synthetic images do not.
 
         Args:
