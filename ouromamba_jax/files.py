@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,21 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """`path` with "~" as the home folder.
+
+    Raises:
+      ValueError: for an URL such as gs://bucket/x, and for the home of a user who does not exist.
+    """
+    text = os.fspath(path)
+    if re.match(r"[a-z][a-z0-9+.-]+:/", text, re.IGNORECASE):  # of a Path, one of the two slashes is left
+        raise ValueError(f"{text} is a URL, and only local files are read and written; copy it and give its path here.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text} has no home folder ({error}); give the whole path.") from error
 
 
 @contextmanager
@@ -20,7 +36,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises:
       OSError: if nothing can be written there.
     """
-    path = Path(path)
+    path = local_path(path)
     check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -38,7 +54,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
       OSError: one sentence that names `path`, not a temporary file.
     """
-    place = next(parent for parent in Path(path).absolute().parents if os.path.lexists(parent))
+    place = next(parent for parent in local_path(path).absolute().parents if os.path.lexists(parent))
     try:
         with tempfile.TemporaryFile(dir=place):  # permissions alone do not tell, e.g. of /proc
             pass
@@ -64,8 +80,9 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: if it is damaged, or no .npz of plain arrays.
     """
+    path = local_path(path)
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # NumPy, zipfile and zlib raise a dozen types for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__

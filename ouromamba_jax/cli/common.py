@@ -4,13 +4,12 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ouromamba_jax.files import check_writable
+from ouromamba_jax.files import check_writable, local_path
 
 Verb = Callable[..., argparse.ArgumentParser]
 """Adds a verb: called with its name, function, help and example."""
@@ -28,7 +27,7 @@ def check_output(path: str, *, suffix: str | None = None) -> None:
     """Refuses, before any work is done, what could not be written at its end."""
     if suffix is not None and not path.endswith(suffix):
         raise ValueError(f"{path} must end in {suffix}.")
-    if Path(path).exists():
+    if local_path(path).exists():
         raise ValueError(f"{path} already exists; choose another name or remove it first.")
     check_writable(path)
 

@@ -18,7 +18,7 @@ from ouromamba_jax.checkpoint import load
 from ouromamba_jax.cli.common import Verb, console, parse_seed
 from ouromamba_jax.data import load_images, to_pixels
 from ouromamba_jax.evaluation.evaluate import Score, predict, score
-from ouromamba_jax.files import check_writable
+from ouromamba_jax.files import check_writable, local_path
 from ouromamba_jax.gen import GenConfig, Generated, generate_images
 from ouromamba_jax.models import LayerTrace, Trace, VisionModel, WindowOrder
 from ouromamba_jax.ops.attention import implicit_attention
@@ -79,7 +79,7 @@ def demo(arguments: argparse.Namespace) -> None:
             console.print(line)
 
         runs, float_top1 = run_demo(
-            Path(arguments.out),
+            local_path(arguments.out),
             model_name=arguments.model,
             num_images=arguments.num_images,
             seed=arguments.seed,
@@ -90,7 +90,7 @@ def demo(arguments: argparse.Namespace) -> None:
         HEADERS,
         title=f"{arguments.model}: float top-1 {100 * float_top1:.1f} %; shares in %, SQNR in dB",
     )
-    figures = ", ".join(sorted(p.name for p in Path(arguments.out).glob("*.png")))
+    figures = ", ".join(sorted(p.name for p in local_path(arguments.out).glob("*.png")))
     print(f"{arguments.out}: {figures}; {time.perf_counter() - start:.0f} s")
 
 

@@ -9,6 +9,7 @@ from ouromamba_jax import list_models
 from ouromamba_jax.checkpoint import load
 from ouromamba_jax.cli.common import Verb, bar, console
 from ouromamba_jax.data import iterate_batches
+from ouromamba_jax.data.classes import read_class_names
 from ouromamba_jax.evaluation.bench import HEADERS, compare_speed, models_to_compare
 from ouromamba_jax.evaluation.breakdown import BREAKDOWN_HEADERS, block_breakdown
 from ouromamba_jax.evaluation.evaluate import evaluate
@@ -25,6 +26,9 @@ def add_verbs(verb: Verb) -> None:
     sub.add_argument("--split", default="test", help="split of a named data set")
     sub.add_argument("--limit", type=int, help="use this many images; by default all")
     sub.add_argument("--batch-size", type=int, default=64, help="images per step")
+    names = sub.add_mutually_exclusive_group()
+    names.add_argument("--classes", metavar="FILE", help="names of the model's classes in their order, one per line")
+    names.add_argument("--class-names", metavar="NAME,NAME,...", help="the same on the command line")
 
     sub = verb("bench", bench, "speed of a model, float and quantised, part by part", "vim_tiny --batch-size 4")
     sub.add_argument("model", help="checkpoint folder, or a model name for random weights")
@@ -32,7 +36,13 @@ def add_verbs(verb: Verb) -> None:
 
 
 def evaluate_verb(arguments: argparse.Namespace) -> None:
+    names = read_class_names(arguments.classes) if arguments.classes else ()
+    names = arguments.class_names.split(",") if arguments.class_names else names
     model = load(arguments.model)
+    if names and len(names) != model.config.num_classes:
+        raise ValueError(
+            f"there are {len(names)} class names, but the model has {model.config.num_classes} classes; name every one."
+        )
     batches = iterate_batches(
         arguments.data,
         arguments.split,
@@ -41,6 +51,7 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         limit=arguments.limit,
         labelled=True,
+        classes=names or model.config.num_classes,
     )
     with bar("evaluating") as advance:
 
@@ -53,6 +64,8 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
         result = evaluate(model, watched())
     rows = [[100 * result.top1, 100 * result.top5, result.images, result.images_per_second]]
     print_table(rows, ["top-1 %", "top-5 %", "images", "images/s"], title=str(arguments.model))
+    if result.non_finite:
+        print(f"{result.non_finite} of the images have logits that are not finite, and count as wrong.")
 
 
 def bench(arguments: argparse.Namespace) -> None:

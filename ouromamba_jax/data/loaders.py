@@ -1,6 +1,6 @@
 """The public loaders: a whole source in memory, or batch by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from ouromamba_jax.data.classes import align_classes
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.data.sources import Source, open_source, tfds_name
 from ouromamba_jax.data.transform import preprocess
@@ -30,13 +31,15 @@ def load_images(
     limit: int | None = None,
     seed: int | None = None,
     labelled: bool = False,
+    classes: int | Sequence[str] | None = None,
 ) -> Dataset:
     """The images of a source in memory, ready for a model.
 
     Args:
       source: one of
         "digits" (scikit-learn's handwritten digits, splits "train" and "test");
-        an image folder, one subfolder per class or flat and then without labels;
+        an image folder, one subfolder per class or flat and then without labels; pictures are turned as their EXIF
+        orientation says, GIFs give their first frame, and kinds that are not read are counted in a warning;
         an .npz with `images` and optionally `labels`, `classes`, or with JPEG files end to end in `jpeg` and
         their boundaries in `offsets`. uint8 images are pixels; float images are model input already;
         "tfds:NAME" or "tfds:NAME:SPLIT", a data set that TFDS has prepared; "cifar10" is short for "tfds:cifar10".
@@ -47,11 +50,13 @@ def load_images(
       limit: take this many images, evenly spaced over the source.
       seed: draw those at random instead, by this seed.
       labelled: refuse images without a class (no labels, or negative ones): nothing can be scored on them.
+      classes: the model's: how many, or their names in the order of its logits. Labels then count these, and a source
+        whose classes are others is refused; see `align_classes`.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: one sentence that names the file and what to do.
     """
-    opened = open_source(str(source), split)
+    opened = _open(source, split, preprocessing, classes)
     indices = _spread(opened.length, limit)
     if seed is not None:
         indices = np.random.default_rng(seed).permutation(opened.length)[: len(indices)]
@@ -71,11 +76,12 @@ def iterate_batches(
     batch_size: int,
     limit: int | None = None,
     labelled: bool = False,
+    classes: int | Sequence[str] | None = None,
 ) -> Iterator[Dataset]:
     """As `load_images`, but `batch_size` images at a time; the last batch holds what is left."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; use at least 1.")
-    opened = open_source(str(source), split)
+    opened = _open(source, split, preprocessing, classes)
     indices = _spread(opened.length, limit)
 
     def batches() -> Iterator[Dataset]:
@@ -87,6 +93,13 @@ def iterate_batches(
                 yield batch
 
     return batches()  # a source that cannot be opened is reported now, not at the first batch
+
+
+def _open(source: str | Path, split: str, preprocessing: Preprocessing, classes: int | Sequence[str] | None) -> Source:
+    opened = open_source(str(source), split)
+    if opened.floats is not None:
+        preprocessing.check_normalised(opened.floats, f"the float images of {source}")
+    return opened if classes is None else align_classes(opened, str(source), classes)
 
 
 def _read(
@@ -108,7 +121,6 @@ def _read(
                 f"the float images of {name} are {picture.shape[0]}x{picture.shape[1]}, but the model takes "
                 f"{height}x{width}; store uint8 pixels, which are resized, or build the model with another img_size."
             )
-        preprocessing.check_normalised(picture, f"the floats of image {i} of {name}")
         return picture, label
 
     pictures, labels = zip(*pool.map(load, indices.tolist()), strict=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32
 
@@ -32,14 +34,16 @@ class Preprocessing:
     def __post_init__(self):
         for name in ("mean", "std"):
             value = getattr(self, name)
-            if isinstance(value, list):  # as JSON has it; not hashable
-                object.__setattr__(self, name, value := tuple(value))
+            # Lists, as JSON has them, cannot be hashed, and JSON takes no number of NumPy's.
+            value = tuple(value) if isinstance(value, list | np.ndarray) else value
             if not isinstance(value, tuple) or len(value) != 3 or not all(map(_is_finite, value)):
                 raise ValueError(f"{name} is {value}, but it must be three numbers, one per channel; change it.")
+            object.__setattr__(self, name, tuple(map(float, value)))
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}, but pixels are divided by it; use positive numbers.")
         if not _is_finite(self.crop_pct) or not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is {self.crop_pct}, but it is a share of the side; use one in (0, 1].")
+        object.__setattr__(self, "crop_pct", float(self.crop_pct))
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(
                 f"there is no interpolation {self.interpolation!r}; use one of {', '.join(INTERPOLATIONS)}."
@@ -50,25 +54,43 @@ class Preprocessing:
         mean, std = (np.asarray(values, np.float32)[None, None, None] for values in (self.mean, self.std))
         return mean, std
 
-    def check_normalised(self, images: Float[Any, "..."], what: str = "images") -> None:
-        """Refuses what can be no model input: integers, values that are not finite, pixels as they are in a file.
+    def check_normalised(self, images: Float[Any, "..."], what: str = "images", *, finite: bool = True) -> None:
+        """Refuses pixels as they are in a file, which a model takes without a word and classifies wrongly.
 
-        Noise and synthetic images may lie outside what pixels become, so only ten times as much is too much.
+        The rule: integers are refused, and so are floats if they
+          - are nowhere below 0 and reach twice what white becomes: pixels of 0..255;
+          - lie within 0..1, are not all equal, and are not what levels of 0..255 become: pixels of 0..1. Normalised
+            ones are negative wherever a picture is darker than `mean`; with a mean of 0 they never are, and all pass;
+          - reach ten times beyond what black and white become, which noise and synthetic images do not.
+
+        Args:
+          images: all that are judged together, since one that is bright everywhere has no value below 0.
+          what: their name in a sentence.
+          finite: refuse NaN and infinities, too; otherwise they are not looked at.
 
         Raises:
           ValueError: naming `what` and the way out.
         """
-        way_out = "load_images takes uint8 pixels and normalises them"
         if np.dtype(images.dtype).kind in "biu":
-            raise ValueError(f"{what} are {images.dtype}, but a model takes normalised floats; {way_out}.")
-        largest = float(abs(images).max(initial=0))
-        if not math.isfinite(largest):
-            raise ValueError(f"{what} hold values that are not finite; make them again.")
+            raise ValueError(f"{what} are {images.dtype}, but a model takes normalised floats; {_fix(' / 255')}.")
+        if not images.size:
+            return
+        xp = jnp if isinstance(images, jax.Array) else np
+        valid = xp.isfinite(images)
+        if finite and not valid.all():  # the largest value does not tell: XLA's max may drop a NaN
+            first = int(xp.argmin(valid.reshape(len(images), -1).all(axis=1)))
+            raise ValueError(f"{what} hold values that are not finite, first in number {first}; make them again.")
+        low, high = (float(f(images, where=valid, initial=start)) for f, start in ((xp.min, np.inf), (xp.max, -np.inf)))
         mean, std = self.mean_and_std()
-        limit = float(max((mean / std).max(), ((1 - mean) / std).max()))
-        if largest > 10 * limit:
+        black, white = -mean / std, (1 - mean) / std
+        if low >= 0 and high > 2 * white.max():
+            raise ValueError(f"{what} are 0 to {high:.4g}, but a model takes normalised pixels; {_fix(' / 255')}.")
+        if black.max() < 0 <= low < high <= 1 and not _are_levels((images * std + mean) * 255):
+            raise ValueError(f"{what} lie within 0 and 1, but a model takes normalised pixels; {_fix('')}.")
+        if max(-low, high) > 10 * max(-black.min(), white.max()):
             raise ValueError(
-                f"{what} reach {largest:.4g}, but pixels normalised for this model {limit:.2g}; {way_out}."
+                f"{what} reach from {low:.4g} to {high:.4g}, but normalised black and white are {black.min():.2g} and "
+                f"{white.max():.2g}; {_fix(' / 255')}."
             )
 
 
@@ -79,3 +101,14 @@ def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
+
+
+def _are_levels(pixels: Float[Any, "..."]) -> bool:
+    return bool((abs(pixels - pixels.round()) < 0.01).all())
+
+
+def _fix(divisor: str) -> str:
+    return (
+        f"compute (images{divisor} - mean) / std with mean, std = model.config.preprocessing.mean_and_std(), "
+        "or give uint8 pixels to load_images"
+    )

@@ -1,6 +1,8 @@
 """Where pictures come from: one opener per kind of source, each giving random access to its pictures and labels."""
 
 import io
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +12,29 @@ import numpy as np
 from jaxtyping import Int
 
 from ouromamba_jax.data.transform import to_rgb
-from ouromamba_jax.files import read_npz
+from ouromamba_jax.files import local_path, read_npz
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".tga", ".exr", ".dng", ".cr2", ".nef")
+"""Of pictures that are not read; files of other kinds are notes, lists, archives."""
 DIGITS_TEST_PER_CLASS = 50
 SHORT_NAMES = {"cifar10": "tfds:cifar10"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """`example(i)` is picture i (PIL image, uint8 pixels, or float32 model input) and its label or None."""
+    """`example(i)` is picture i (PIL image, uint8 pixels, or float32 model input) and its label or None.
+
+    `classes` are the names that the labels count, `floats` all pictures at once where they are model input.
+    """
 
     length: int
     example: Callable[[int], tuple[Any, int | None]]
     classes: tuple[str, ...] | None = None
+    floats: np.ndarray | None = None
 
 
 def open_source(source: str, split: str) -> Source:
@@ -40,7 +48,7 @@ def open_source(source: str, split: str) -> Source:
     source = SHORT_NAMES.get(source, source)
     if source.startswith("tfds:"):
         return _open_tfds(source, split)
-    path = Path(source.replace("{split}", split)).expanduser()
+    path = local_path(source.replace("{split}", split))
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
@@ -88,14 +96,23 @@ def _open_digits(split: str) -> Source:
 
 
 def _open_folder(folder: Path) -> Source:
-    flat = _image_files(folder.iterdir())
+    unread: Counter[str] = Counter()
+    flat = _image_files(folder.iterdir(), unread)
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    members = [_image_files((folder / name).rglob("*")) for name in classes]
+    members = [_image_files((folder / name).rglob("*"), Counter() if flat else unread) for name in classes]
     if flat and any(members):
         raise ValueError(f"{folder} holds images beside class folders; move them into a class folder or away.")
     files = flat or [path for paths in members for path in paths]
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
     if not files:
-        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); give the folder that does.")
+        found = f" but pictures of other kinds ({kinds}), so convert those" if kinds else "; give the folder that does"
+        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){found}.")
+    if kinds:
+        warnings.warn(
+            f"{sum(unread.values())} pictures in {folder} are of kinds that are not read and left out ({kinds}); "
+            "convert them to PNG.",
+            stacklevel=4,
+        )
     empty = [name for name, paths in zip(classes, members, strict=True) if not paths]
     if empty and not flat:
         # A class without images would shift no label, but it usually means an unfinished download.
@@ -125,11 +142,12 @@ def _open_npz(path: Path) -> Source:
             f"give one integer per image."
         )
     classes = arrays.get("classes")
+    floats = arrays["images"] if "images" in arrays and arrays["images"].dtype != np.uint8 else None
 
     def example(i: int) -> tuple[Any, int | None]:
         return picture(i), None if labels is None else int(labels[i])
 
-    return Source(length, example, None if classes is None else tuple(str(name) for name in classes))
+    return Source(length, example, None if classes is None else tuple(str(name) for name in classes), floats)
 
 
 def _pixel_reader(path: Path, images: np.ndarray) -> tuple[int, Callable[[int], Any]]:
@@ -185,10 +203,18 @@ def _open_tfds(source: str, split: str) -> Source:
     return Source(len(examples), example)
 
 
-def _image_files(paths: Iterator[Path]) -> list[Path]:
-    """Without hidden files: beside "x.jpg" macOS leaves a "._x.jpg", which is no image."""
-    visible = (path for path in paths if not path.name.startswith("."))
-    return sorted(path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+def _image_files(paths: Iterator[Path], unread: Counter[str]) -> list[Path]:
+    """Without hidden files: beside "x.jpg" macOS leaves a "._x.jpg", which is no image. `unread` counts other kinds."""
+    found = []
+    for path in paths:
+        suffix = path.suffix.lower()
+        if path.name.startswith(".") or suffix not in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) or not path.is_file():
+            continue
+        if suffix in IMAGE_SUFFIXES:
+            found.append(path)
+        else:
+            unread[suffix] += 1
+    return sorted(found)
 
 
 def _decode(file: Any, name: str) -> "Image.Image":

@@ -40,18 +40,24 @@ def preprocess(
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
-    """A picture of any mode as 8-bit RGB. Pillow's own conversion cuts 16-bit gray at 255 instead of scaling it.
+    """A picture of any mode as 8-bit RGB, turned as its EXIF orientation says.
+
+    Pillow's own conversion cuts 16-bit gray at 255 instead of scaling it. 16-bit colours are Pillow's: the high byte.
+    Of an animation the first frame is taken; transparency is ignored, as timm does.
 
     Raises:
       ValueError: for 32-bit pictures, whose range nobody knows.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"a picture of mode {image.mode} has no known range; store 8 or 16 bits per channel.")
     if image.mode.startswith("I;16"):
         levels = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # 65535 / 257 = 255
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns if this step is left out
     return image.convert("RGB")
 
 

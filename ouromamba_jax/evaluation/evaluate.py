@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ouromamba_jax.evaluation.metrics import agreement, sqnr_db, top1, topk
+from ouromamba_jax.evaluation.metrics import agreement, hits, sqnr_db, top1
 from ouromamba_jax.models.base import VisionModel, apply_stage
 from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
@@ -50,13 +50,14 @@ class StageRunner:
 def predict(
     model: VisionModel, images: Float[Array | np.ndarray, "N H W 3"], *, batch_size: int = 128
 ) -> Float[np.ndarray, "N classes"]:
-    """Logits of all images, in batches under `jax.jit`, spread over all devices.
+    """Logits of all images, in batches under `jax.jit`, spread over all devices. NaN where a pixel is not finite.
 
     Raises:
-      ValueError: if there are no images.
+      ValueError: if there are no images, or they are not normalised (`Preprocessing.check_normalised`).
     """
     if not len(images):
         raise ValueError(_NO_IMAGES)
+    model.config.preprocessing.check_normalised(images, finite=False)
     run = StageRunner(model, min(batch_size, len(images)))
     return np.concatenate([run(np.asarray(images[i : i + run.size])) for i in range(0, len(images), run.size)])
 
@@ -79,36 +80,45 @@ def score(
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Result of `evaluate`: fractions, number of images, and images per second without the first, compiling batch."""
+    """Result of `evaluate`: fractions, numbers of images, and images per second without batches that compile.
+
+    `non_finite` images have logits that are not finite, and count as wrong.
+    """
 
     top1: float
     top5: float
     images: int
     images_per_second: float
+    non_finite: int
 
 
 def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Accuracy:
-    """Accuracy over (images, labels) batches of one size; only the last may be smaller.
+    """Accuracy over (images, labels) batches of any sizes; one that is larger than all before it compiles anew.
 
     Raises:
-      ValueError: if there are no batches, or a label is no class of the model.
+      ValueError: if there are no images, the first batch is not normalised (`Preprocessing.check_normalised`), or a
+        label is no class of the model.
     """
     run = None
-    logits, labels, timed, seconds = [], [], 0, 0.0
-    for images, batch_labels in batches:
-        run = run or StageRunner(model, len(images))
+    first, fifth, count, non_finite, timed, seconds = 0, 0, 0, 0, 0, 0.0
+    for images, labels in batches:
+        if not len(images):
+            continue
+        if not count:
+            model.config.preprocessing.check_normalised(images, finite=False)
         start = time.perf_counter()
-        logits.append(run(images))
-        if len(logits) > 1:
+        is_new = run is None or len(images) > run.size
+        if is_new:
+            run = StageRunner(model, len(images))
+        logits = run(images)
+        if not is_new:
             seconds += time.perf_counter() - start
             timed += len(images)
-        labels.append(batch_labels)
-    if not logits:
+        count += len(images)
+        first += int(hits(logits, labels, 1).sum())
+        fifth += int(hits(logits, labels, 5).sum())
+        non_finite += int((~np.isfinite(logits).all(axis=-1)).sum())
+    if not count:
         raise ValueError(_NO_IMAGES)
-    everything, truth = np.concatenate(logits), np.concatenate(labels)
-    return Accuracy(
-        top1(everything, truth),
-        topk(everything, truth, 5),
-        len(truth),
-        timed / seconds if seconds else float("nan"),
-    )
+    speed = timed / seconds if seconds else float("nan")
+    return Accuracy(first / count, fifth / count, count, speed, non_finite)

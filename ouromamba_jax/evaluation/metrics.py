@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def top1(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarray, " N"]) -> float:
@@ -12,7 +12,14 @@ def top1(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarra
 
 
 def topk(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarray, " N"], k: int) -> float:
-    """Share of the samples whose label is among the k largest logits, in [0, 1]; all of them if there are k classes.
+    """Share of the samples that are `hits`, in [0, 1]; raises as it does."""
+    return float(np.mean(hits(logits, labels, k)))
+
+
+def hits(
+    logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarray, " N"], k: int
+) -> Bool[np.ndarray, " N"]:
+    """Whether the label is among the k largest logits; never where a logit is not finite.
 
     Raises:
       ValueError: if there are not as many labels as rows of logits, or one is not in [0, K).
@@ -28,7 +35,7 @@ def topk(logits: Float[Array | np.ndarray, "N K"], labels: Int[Array | np.ndarra
             "model."
         )
     best = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
-    return float(np.mean(np.any(best == labels[:, None], axis=-1)))
+    return np.any(best == labels[:, None], axis=-1) & np.isfinite(logits).all(axis=-1)
 
 
 def agreement(logits: Float[Array | np.ndarray, "N K"], reference: Float[Array | np.ndarray, "N K"]) -> float:

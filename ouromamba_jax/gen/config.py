@@ -1,7 +1,10 @@
 """What OuroMamba-Gen optimises, and how."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+import numpy as np
 
 from ouromamba_jax.ops.attention import Weighting, neighbourhood_mask
 
@@ -14,10 +17,10 @@ class GenConfig:
     """What is optimised, and how. A loss with weight 0 is not computed.
 
     Args:
-      num_images: images to make; the last batch is filled up and cut.
+      num_images: images to make; the last batch holds what is left.
       iterations: updates per batch. The paper takes 1000; scored on training images (docs/study), the images of 50 to
         100 calibrate best on a micro model, those of 200 and 400 slightly worse.
-      batch_size: images optimised together; an image depends on the key, its batch and its target, not on num_images.
+      batch_size: images optimised together, at most; an image depends on the key, its batch and its target.
       learning_rate: Adam's at the start of a cosine schedule that ends at 0; in units of normalised pixels.
       scales: resolutions that noise and updates are the sum of (see `prior.py`), each half the one before; 1 is plain
         pixels, None goes down to about 4 x 4 cells.
@@ -57,11 +60,17 @@ class GenConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
         choices = {"weighting": Weighting, "features": Features, "negatives": Negatives}
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, get_args(kind)))}.")
         for name in ("num_images", "iterations", "batch_size", "positives", "checkpoint_every"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use a whole number.")
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")
         for name in ("contrastive", "output", "pse", "total_variation"):

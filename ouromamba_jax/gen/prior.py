@@ -36,7 +36,7 @@ def noise(key: Array, shape: tuple[int, ...], config: GenConfig) -> Float[Array,
     """Gaussian noise of the prior's spectrum and colours; white with one scale and chroma 1."""
     shapes = pyramid_shapes(shape, config.scales)
     keys = jax.random.split(key, len(shapes))
-    pyramid = tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    pyramid = tuple(jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, shapes, strict=True))
     return compose(pyramid, shape, config.chroma)
 
 

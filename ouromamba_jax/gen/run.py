@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
+from ouromamba_jax.files import local_path
 from ouromamba_jax.gen.config import GenConfig
 from ouromamba_jax.gen.network import Network, image_losses, split
 from ouromamba_jax.gen.prior import noise, optimiser
@@ -49,7 +49,7 @@ def _pixel_range(preprocessing: Preprocessing) -> tuple[Array, Array]:
 def _shifted(images: Array, key: Array, config: GenConfig) -> Array:
     reach = tuple(int(config.jitter * side) for side in images.shape[1:3])
     for axis, side in enumerate(reach, start=1):
-        shift = jax.random.randint(jax.random.fold_in(key, axis), (), -side, side + 1)
+        shift = jax.random.randint(jax.random.fold_in(key, axis), (), -side, side + 1, jnp.int32)
         images = jnp.roll(images, shift, axis=axis) if side else images
     return images
 
@@ -96,52 +96,67 @@ def generate_images(
     config: GenConfig,
     key: Array,
     *,
+    targets: Int[Array | np.ndarray, " N"] | Sequence[int] | None = None,
     progress: Progress | bool | None = None,
     checkpoint_dir: str | os.PathLike | None = None,
 ) -> Generated:
     """Makes images for calibration from the model's weights alone (OuroMamba, Algorithm 1).
 
     Pixels start as Gaussian noise; Adam lowers `config`'s losses, and after every update the pixels are clipped to the
-    normalised range of real ones. The same key gives the same bits.
+    normalised range of real ones. The same key gives the same bits: an image depends on it, on its batch and on its
+    target. Batches are full but the last, which starts from the noise of a full one and differs from it in rounding.
 
     Args:
       model: a float model of any family.
       config: see `GenConfig`.
       key: a `jax.random` key; the images do not depend on the number of devices that a batch is spread over, save for
         rounding.
+      targets: the class of every image; by default `class_targets` of the classes that the model's head has.
       progress: True for a progress bar on the terminal, or a function of (iteration, total, losses), both counted over
         all batches.
-      checkpoint_dir: where to keep the state of the run. If it holds one, the run continues from there, bit for bit.
+      checkpoint_dir: where to keep the state of the run. If it holds one, the run continues from there, bit for bit; so
+        does one that made fewer images.
 
     Raises:
       FloatingPointError: if a loss or gradient is not finite; the message names the iteration.
-      ValueError: if the model is quantised, or `checkpoint_dir` holds the run of another model, config or key.
+      ValueError: if the model is quantised, a target is no class of its head, or `checkpoint_dir` holds the run of
+        another model, config or key, of another number of iterations, or of more images.
     """
     warn_if_miscompiled()
     network, weights = split(model)
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(weights)):  # integer levels; no float model has any
         raise ValueError("the model is quantised, so its images have no gradient: generate them from the float model.")
-    mesh = data_mesh(config.batch_size)
-    weights = replicate(mesh, weights)
-    batches = -(-config.num_images // config.batch_size)
-    targets = _batch_targets(config, model.config.num_classes)
-    shape = (config.batch_size, *height_width(model.config.img_size), 3)
+    classes = _head_classes(model)
+    if config.output and not classes:
+        raise ValueError("the model has no classes to make images for; load it with its head, or set output=0.")
+    wanted = _checked_targets(targets, config, classes)
+    batch_size = config.batch_size
+    batches = -(-config.num_images // batch_size)
+    image_shape = (*height_width(model.config.img_size), 3)
     low, high = _pixel_range(network.preprocessing)
     names = (*config.loss_names, "total", "gradient")
     # Without the fields that no update depends on, so that they do not compile it again.
-    update = dataclasses.replace(config, num_images=1, checkpoint_every=1)
+    update = dataclasses.replace(config, num_images=1, batch_size=1, checkpoint_every=1)
 
     run = RunState(
-        done=np.zeros((0, *shape[1:]), np.float32),
+        done=np.zeros((0, *image_shape), np.float32),
         history={name: np.zeros((batches, config.iterations), np.float32) for name in names},
+        targets=wanted,
     )
-    path = None if checkpoint_dir is None else Path(checkpoint_dir) / "generation.npz"
+    path = None if checkpoint_dir is None else local_path(checkpoint_dir) / "generation.npz"
     identity = "" if path is None else run_identity(model, weights, config, key)
-    saved = None if path is None else restore(path, identity, run)
+    saved = None if path is None else restore(path, identity, run, batch_size)
 
     with ExitStack() as stack:
         report = _progress_bar(stack, batches * config.iterations) if progress is True else (progress or None)
-        for batch in range(len(run.done) // config.batch_size, batches):
+        mesh = None
+        for batch in range(-(-len(run.done) // batch_size), batches):
+            batch_targets = wanted[batch * batch_size : (batch + 1) * batch_size]
+            shape = (len(batch_targets), *image_shape)
+            if mesh is None or len(batch_targets) < batch_size:  # the first and the last one may be of other sizes
+                mesh = data_mesh(len(batch_targets))
+                weights = replicate(mesh, weights)
+            batch_targets = split_samples(mesh, batch_targets)
             batch_key = jax.random.fold_in(key, batch + 1)
             noise_key, update_key = jax.random.split(batch_key)
             pixels = jnp.clip(noise(noise_key, shape, config), low, high)
@@ -149,7 +164,6 @@ def generate_images(
             if saved is not None:
                 state, start = jax.tree.unflatten(jax.tree.structure(state), saved.leaves), saved.iteration
                 saved = None
-            batch_targets = split_samples(mesh, targets[batch * config.batch_size : (batch + 1) * config.batch_size])
             while start < config.iterations:
                 due = start - start % config.checkpoint_every + config.checkpoint_every
                 stop = min(start + _DISPATCH, due, config.iterations)
@@ -169,22 +183,40 @@ def generate_images(
             run.done = np.concatenate([run.done, to_host(mesh, state[0])])
             if path is not None:
                 run.save(path, identity, 0, [])
-    return Generated(jnp.asarray(run.done[: config.num_images]), targets[: config.num_images], run.history)
+    return Generated(jnp.asarray(run.done), jnp.asarray(wanted), run.history)
 
 
 def class_targets(config: GenConfig, num_classes: int) -> Int[Array, " N"]:
-    """The class that each image of `generate_images` is made for: evenly spread over the classes."""
-    return _batch_targets(config, num_classes)[: config.num_images]
+    """The class that each image of `generate_images` is made for by default, whatever images come after it.
+
+    `num_classes` images in a row have every class once, and the first ones are spread over all of them: in the order of
+    the multiples of the golden section. (The first classes alone would be one kind of thing: ImageNet begins with 398
+    animals.)
+    """
+    order = np.argsort(np.argsort(np.arange(num_classes) * ((5**0.5 - 1) / 2) % 1))
+    return jnp.asarray(order[np.arange(config.num_images) % num_classes], jnp.int32)
 
 
-def _batch_targets(config: GenConfig, num_classes: int) -> Int[Array, " N"]:
-    """Those of all batches; the last one is full."""
-    count = -(-config.num_images // config.batch_size) * config.batch_size
-    index = np.arange(count)
-    if config.num_images < num_classes:
-        # The first classes alone would be one kind of thing: ImageNet begins with 398 animals.
-        index = index * num_classes // config.num_images
-    return jnp.asarray(index % num_classes, jnp.int32)
+def _head_classes(model: VisionModel) -> int:
+    """How many classes the model tells apart: its head's outputs, which the config may not have followed."""
+    kernel = getattr(getattr(model.head, "proj", None), "kernel", None)
+    return model.config.num_classes if kernel is None else kernel.shape[-1]
+
+
+def _checked_targets(targets: Any, config: GenConfig, classes: int) -> Int[np.ndarray, " N"]:
+    if targets is None:
+        return np.asarray(class_targets(config, max(classes, 1)))
+    targets = np.asarray(targets)
+    if targets.ndim != 1 or targets.dtype.kind not in "iu":
+        raise ValueError(f"targets are {targets.dtype} of shape {targets.shape}; give one whole number per image.")
+    if len(targets) != config.num_images:
+        raise ValueError(
+            f"there are {len(targets)} targets for {config.num_images} images; give one each, or set num_images."
+        )
+    if targets.min() < 0 or targets.max() >= max(classes, 1):
+        wrong = targets[(targets < 0) | (targets >= classes)][0]
+        raise ValueError(f"there is a target {wrong}, but the model has {classes} classes; count them from 0.")
+    return targets.astype(np.int32)
 
 
 def _check_finite(record: dict[str, np.ndarray], batch: int, start: int) -> None:
