@@ -93,14 +93,15 @@ class MambaVisionConfig:
           ValueError: if a hybrid level's map has another size than in `before`; the message names both choices.
         """
         hybrid = range(self.conv_levels, len(self.depths))
-        if self.window_size == before.window_size and self.grids[self.conv_levels :] != before.grids[self.conv_levels :]:
-            whole = tuple(
-                max(self.grids[i]) if i in hybrid else window for i, window in enumerate(self.window_size)
-            )
+        if (
+            self.window_size == before.window_size
+            and self.grids[self.conv_levels :] != before.grids[self.conv_levels :]
+        ):
+            whole = tuple(max(self.grids[i]) if i in hybrid else window for i, window in enumerate(self.window_size))
             raise ValueError(
-                f"img_size {self.img_size} changes the maps that windows of {before.window_size} tokens were chosen for "
-                f"at {before.img_size}, and no weight tells whether they stay; set window_size, to {whole} for one "
-                f"window per map or to {before.window_size} for the same windows."
+                f"img_size {self.img_size} changes the maps that windows of {before.window_size} tokens were chosen "
+                f"for at {before.img_size}, and no weight tells whether they stay; set window_size, to {whole} for "
+                f"one window per map or to {before.window_size} for the same windows."
             )
 
     def is_attention(self, level: int, index: int) -> bool:

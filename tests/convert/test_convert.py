@@ -16,7 +16,7 @@ from tolerances import INTERPOLATION, INTERPOLATION_FLOAT16, PARITY
 
 from ouromamba_jax.convert import ConversionError, from_torch, load_tensors
 from ouromamba_jax.convert.keymap import Rule, fill
-from ouromamba_jax.convert.vim import VIM_RULES
+from ouromamba_jax.convert.vim import vim_rules
 from ouromamba_jax.models import create_model, list_models, pure
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models" / "vim_a"
@@ -204,13 +204,14 @@ def test_names_and_fields_are_checked_first():
 def test_the_table_is_checked_too(tensors):
     """A leaf without a rule, a part without a rule, and two alternatives at once are errors, not zeros."""
     model = nnx.eval_shape(lambda: create_model("vim_tiny", **VIM_A))
-    without_bias = [rule for rule in VIM_RULES if rule.key != "head.bias"]
+    rules = vim_rules(model.config)
+    without_bias = [rule for rule in rules if rule.key != "head.bias"]
     with pytest.raises(ConversionError, match=re.escape("no rule fills head.proj.bias")):
         fill(model, tensors, without_bias)
-    half = [rule for rule in VIM_RULES if rule.key != "layers.{i}.mixer.D_b"]
+    half = [rule for rule in rules if rule.key != "layers.{i}.mixer.D_b"]
     with pytest.raises(ConversionError, match=re.escape("no rule fills blocks.2.mixer.scan.D of")):
         fill(model, tensors, half)
-    alternatives = [*VIM_RULES, Rule("classifier.bias", "head.proj.bias")]
+    alternatives = [*rules, Rule("classifier.bias", "head.proj.bias")]
     fill(model, tensors, alternatives)
     renamed = {("classifier.bias" if key == "head.bias" else key): value for key, value in tensors.items()}
     fill(model, renamed, alternatives)
