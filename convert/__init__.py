@@ -1,32 +1,29 @@
 """PyTorch checkpoints into Flax models, without PyTorch."""
 
-import re
+import dataclasses
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 
+from ouromamba_jax.convert.facts import check_facts
 from ouromamba_jax.convert.keymap import ConversionError
 from ouromamba_jax.convert.mambavision import fill_mambavision
-from ouromamba_jax.convert.torch_file import TorchFileError, load_tensors, read_torch
-from ouromamba_jax.convert.unpickle import shown
+from ouromamba_jax.convert.recognise import HEAD, check_family, check_release, main_difference, without_prefix
+from ouromamba_jax.convert.source import CheckpointNote, load_tensors, read_source, tell
+from ouromamba_jax.convert.torch_file import TorchFileError, read_torch
 from ouromamba_jax.convert.vim import fill_vim
 from ouromamba_jax.convert.vmamba import fill_vmamba
 from ouromamba_jax.models import VisionModel, create_model
+from ouromamba_jax.models.layers import classifier
 
-__all__ = ["ConversionError", "TorchFileError", "from_torch", "load_tensors", "read_torch"]
+__all__ = ["CheckpointNote", "ConversionError", "TorchFileError", "from_torch", "load_tensors", "read_torch"]
 
 _FILL: dict[str, Callable[..., VisionModel]] = {
     "vim": fill_vim,
     "vmamba": fill_vmamba,
     "mambavision": fill_mambavision,
-}
-# A key that only this family's checkpoints have.
-_SIGNATURES = {
-    "vim": r"layers\.\d+\.mixer\..+",
-    "vmamba": r"layers\.\d+\.blocks\.\d+\..+",
-    "mambavision": r"(?:encoder\.)?levels\.\d+\..+",
 }
 
 
@@ -35,37 +32,59 @@ def from_torch(
     source: str | PathLike[str] | Mapping[str, Any],
     *,
     entry: str | None = None,
+    prefix: str | None = None,
+    head: Literal["checkpoint", "fresh"] = "checkpoint",
     interpolate_positions: bool = False,
     **overrides: Any,
 ) -> VisionModel:
     """The named model with the weights of a PyTorch checkpoint.
 
-    Nothing in the file is executed. Every tensor of the checkpoint and every parameter of the model is accounted for.
+    Nothing in the file is executed. Every tensor of the checkpoint and every parameter of the model is accounted for,
+    and what the checkpoint says of its own architecture must agree with the config. Warns with a `CheckpointNote` about
+    an entry that was chosen among several, and a prefix that was taken off.
 
     Args:
       name: one of `list_models()`.
-      source: path of a `.pth`, `.pth.tar` or `.safetensors` file, or {key: array} with the original names.
+      source: path of a `.pth`, `.pth.tar` or `.safetensors` file or of a hub folder (config.json, model.safetensors),
+        or {key: array} with the original names.
       entry: entry of a training file that holds the model, e.g. "model_ema"; by default "model", then "state_dict".
-      interpolate_positions: resize the positional embeddings of a checkpoint of another input size, bicubically. Their
-        grid is taken as square where their number allows it, else as shaped like the model's. Only Vim has any.
+      prefix: what stands before the model's names in the checkpoint, e.g. "teacher.backbone."; the tensors that lack
+        it are left out. By default what wrappers such as `module.` or `backbone.` put before all of them.
+      head: "fresh" for a new last layer of `num_classes`, whatever the checkpoint's; with `num_classes=0` there is
+        none, and the model returns its features.
+      interpolate_positions: resize the positional embeddings of a checkpoint of another input size, bicubically as
+        torch does. Their grid is taken as square where their number allows it, else as shaped like the model's. Only
+        Vim has any.
       **overrides: config fields, `dtype` and `param_dtype`, as `create_model` takes them.
 
     Raises:
       TorchFileError: the file cannot be read; the message says why.
-      ConversionError: the tensors do not fit the model; the message names each of them.
+      ConversionError: the tensors do not fit the model, or the checkpoint says that it is another; the message names
+        each of them, first the difference that explains most.
       ValueError: for an unknown name or config field.
     """
     model: Any = nnx.eval_shape(lambda: create_model(name, **overrides))
-    tensors = load_tensors(source, entry=entry)
-    _check_family(name, model.family, tensors)
-    return _FILL[model.family](model, tensors, interpolate_positions=interpolate_positions)
-
-
-def _check_family(name: str, family: str, tensors: Mapping[str, Any]) -> None:
-    found = {other: key for other, sign in _SIGNATURES.items() for key in tensors if re.fullmatch(sign, key)}
-    if found and family not in found:
-        other, key = next(iter(found.items()))
-        raise ConversionError(
-            f"the checkpoint is of the {other} family (it has {shown(key)}), but {name} is a {family} model; "
-            f"pass the name of a {other} model."
-        )
+    config, family = model.config, model.family
+    if head not in ("checkpoint", "fresh") or (head == "fresh" and not config.num_classes):
+        raise ValueError(f'head is {head!r}, but it must be "checkpoint", or "fresh" with num_classes from 1.')
+    read = read_source(source, entry=entry)
+    tensors, notes = without_prefix(read.tensors, prefix)
+    check_family(name, family, tensors)
+    check_release(family, tensors)
+    other_head = head == "fresh" or not config.num_classes
+    check_facts(name, family, config, read.says, given=overrides, other_head=other_head)
+    last = model.head.proj
+    if other_head:
+        tensors = {key: value for key, value in tensors.items() if not HEAD.fullmatch(key)}
+        model.head.proj = None
+        config = dataclasses.replace(config, num_classes=0)
+    try:
+        filled: Any = _FILL[family](model, tensors, interpolate_positions=interpolate_positions)
+    except ConversionError as error:
+        reason = main_difference(name, config, family, tensors)
+        raise (error if reason is None else ConversionError(f"{reason}; {error}")) from error.__cause__
+    if head == "fresh":
+        types = dict(dtype=last.dtype, param_dtype=last.param_dtype, rngs=nnx.Rngs(0))
+        filled.head.proj = classifier(*last.kernel.shape, kernel_init=nnx.initializers.normal(0.02), **types)
+    tell(read.name, [*read.notes, *notes])
+    return filled

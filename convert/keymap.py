@@ -21,7 +21,7 @@ _LISTED = 20
 
 
 class ConversionError(ValueError):
-    """A checkpoint that does not fit the model; the message names the first 20 problems and counts the rest."""
+    """A checkpoint that does not fit the model; the message names up to 20 problems of both sides, counts the rest."""
 
 
 def same(w: np.ndarray) -> np.ndarray:
@@ -121,14 +121,17 @@ def fill[M: nnx.Module](model: M, tensors: Mapping[str, np.ndarray], rules: Sequ
         value = _leaf(path, variable.get_value(), slots, tensors, problems)
         if value is not None:
             leaves[path] = variable.replace(value)
-    problems += [f"{shown(key)} is not part of this model" for key in tensors if key not in used]
     problems = list(dict.fromkeys(problems))  # a stacked tensor fills several leaves, each with the same complaint
+    unknown = [f"{shown(key)} is not part of this model" for key in tensors if key not in used]
+    problems += unknown
     if problems:
         rest = "" if len(problems) <= _LISTED else f"; and {len(problems) - _LISTED} more"
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        shown_unknown = unknown[: max(_LISTED - len(problems) + len(unknown), _LISTED // 2)]
+        listed = problems[: len(problems) - len(unknown)][: _LISTED - len(shown_unknown)] + shown_unknown
         raise ConversionError(
             f"the checkpoint does not fit the model ({count}), so check the model's name and config "
-            f"overrides such as num_classes and img_size, or get another copy: {'; '.join(problems[:_LISTED])}{rest}."
+            f"overrides such as num_classes and img_size, or get another copy: {'; '.join(listed)}{rest}."
         )
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 

@@ -127,7 +127,7 @@ def _normed(model: Any) -> Iterator[tuple[str, Any]]:
 def _unfold(place: Any, *, conv_bias: bool) -> None:
     """Gives `place` the leaves that the published model has there, in float32."""
     linear = place.proj
-    place.norm = _BatchNorm(linear.kernel.shape[1] if _is_conv(place) else linear.kernel.shape[0])
+    place.norm = _BatchNorm(linear.kernel.shape[1] if _is_conv(place) else place.norm.scale.shape[0])
     if _is_conv(place):
         linear.kernel = nnx.Param(jax.ShapeDtypeStruct(linear.kernel.shape, jnp.float32))
         linear.bias = nnx.Param(jax.ShapeDtypeStruct(linear.bias.shape, jnp.float32)) if conv_bias else None

@@ -1,4 +1,4 @@
-"""Reads checkpoint files into named arrays, without torch and without executing anything that a file says.
+"""Reads `.pth` files, without torch and without executing anything that a file says.
 
 A `.pth` is a zip archive: `<root>/data.pkl` is a pickle that describes containers and tensors (see `unpickle.py`),
 `<root>/data/<n>` holds the raw bytes of storage n. A storage is read when a tensor in it is asked for, so the
@@ -7,17 +7,16 @@ optimizer state of a training file costs nothing.
 
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 from jaxtyping import Shaped
 
-from ouromamba_jax.convert.unpickle import RESAVE, Inert, TorchTensor, shown, unpickle
+from ouromamba_jax.convert.unpickle import RESAVE, TorchTensor, shown, unpickle
 
 # A checkpoint with optimizer state describes itself in about 1 MB; the limit bounds what a hostile one can build.
 _MAX_PICKLE_BYTES = 16 * 2**20
@@ -44,80 +43,6 @@ def read_torch(path: str | PathLike[str]) -> Any:
     archive = _Archive(Path(path))
     with _named_errors(archive.path):
         return unpickle(archive.pickle(), archive.read_tensor)
-
-
-def load_tensors(
-    source: str | PathLike[str] | Mapping[str, Any], *, entry: str | None = None
-) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The tensors of a checkpoint by their names, without the `module.` that data-parallel training puts in front.
-
-    Args:
-      source: path of a `.pth`, `.pth.tar` or `.safetensors` file, or {name: array}.
-      entry: which entry of a training file holds the model, e.g. "model_ema"; by default "model", else "state_dict",
-        else the file itself.
-
-    Raises:
-      TorchFileError: the file cannot be read, has no such entry, or its entry holds anything else than named tensors.
-      OSError: if the file cannot be opened.
-    """
-    if isinstance(source, Mapping):
-        if entry is not None:
-            raise TorchFileError(f"entry={entry!r} picks a part of a file; pass source[{entry!r}] instead.")
-        return _strip_module({str(key): np.asarray(value) for key, value in source.items()}, "the given mapping")
-    path = Path(source)
-    if path.suffix == ".safetensors":
-        if entry is not None:
-            raise TorchFileError(f"{path} holds tensors only, no entry {entry!r}; leave `entry` out.")
-        return _strip_module(_read_safetensors(path), str(path))
-    tensors = _select_entry(read_torch(path), entry, path)
-    return _strip_module({key: tensor.read() for key, tensor in tensors.items()}, str(path))
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    with path.open("rb"):  # a missing file is an OSError here, as for every other format
-        pass
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TorchFileError(
-            f"{path} is not a readable safetensors file ({shown(error)}); download or export it again."
-        ) from error
-
-
-def _select_entry(tree: Any, entry: str | None, path: Path) -> dict[str, TorchTensor]:
-    """The dict of tensors inside a training file."""
-    if not isinstance(tree, dict):
-        raise TorchFileError(f"{path} holds no dictionary of tensors; {RESAVE}.")
-    if entry is None:
-        entry = next((name for name in ("model", "state_dict") if isinstance(tree.get(name), dict)), None)
-    elif not isinstance(tree.get(entry), dict):
-        names = [shown(key) for key, value in tree.items() if isinstance(value, dict)]
-        raise TorchFileError(
-            f"{path} has no entry {entry!r} that holds tensors; pick one of: {', '.join(names[:20]) or 'none'}."
-        )
-    tensors = tree if entry is None else tree[entry]
-    where = str(path) if entry is None else f"entry {entry!r} of {path}"
-    if not tensors:
-        raise TorchFileError(f"{where} is empty; pick another `entry` or another file.")
-    for key, value in tensors.items():
-        if not isinstance(key, str) or not isinstance(value, TorchTensor):
-            what = value.type.name if isinstance(value, Inert) else type(value).__name__
-            name = shown(key) if isinstance(key, str) else f"a {type(key).__name__} as a name"
-            raise TorchFileError(
-                f"{where} holds {name} ({what}), which is not a named tensor; pick the `entry` that holds the model."
-            )
-    return tensors
-
-
-def _strip_module(tensors: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-    stripped = {key.removeprefix("module."): value for key, value in tensors.items()}
-    if len(stripped) != len(tensors):
-        twice = next(key for key in tensors if f"module.{key}" in tensors)
-        raise TorchFileError(
-            f"{where} holds {shown(twice)} both with and without the prefix 'module.'; remove one of the two."
-        )
-    return stripped
 
 
 @contextmanager

@@ -33,12 +33,16 @@ _STORAGE_DTYPES = {
 
 # Every name that a file may mention, by what becomes of it. Matched on the exact (module, name) pair.
 _DICTS = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("yacs.config", "CfgNode")}
+_DICTS |= {("mmengine.config.config", "ConfigDict"), ("mmcv.utils.config", "ConfigDict"), ("addict.addict", "Dict")}
 _TENSORS = {("torch._utils", "_rebuild_tensor"), ("torch._utils", "_rebuild_tensor_v2")}
 _WRAPPERS = {("torch._utils", "_rebuild_parameter"), ("torch._utils", "_rebuild_parameter_with_state")}
 _SUBCLASS = ("torch._tensor", "_rebuild_from_type_v2")
 _INERT = (
-    {("argparse", "Namespace"), ("collections", "Counter"), ("_codecs", "encode")}
+    {("argparse", "Namespace"), ("collections", "Counter"), ("collections", "deque"), ("_codecs", "encode")}
     | {("builtins", n) for n in ("set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str", "bytes")}
+    # mmengine's logs: a HistoryBuffer and, by getattr, its methods. Nothing is looked up, whatever the arguments.
+    | {("builtins", "getattr"), ("builtins", "slice"), ("builtins", "complex"), ("datetime", "datetime")}
+    | {("mmengine.logging.history_buffer", "HistoryBuffer"), ("mmengine.logging.message_hub", "MessageHub")}
     | {("pathlib", n) for n in ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")}
     | {("numpy.core.multiarray", n) for n in ("scalar", "_reconstruct")}
     | {("numpy", n) for n in ("dtype", "ndarray")}

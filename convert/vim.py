@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ouromamba_jax.convert.keymap import ConversionError, Rule, depthwise1d, fill, linear, patches, squeeze
-from ouromamba_jax.models.vim import VimConfig
+from ouromamba_jax.models.positions import resize_positions
+from ouromamba_jax.models.vim import VimConfig, class_indices
 
 _MIXER = "layers.{i}.mixer"
 _TARGET = "blocks.{i}.mixer"
@@ -29,35 +29,39 @@ def _direction(index: int, b: str) -> tuple[Rule, ...]:
     )
 
 
-VIM_RULES = (
-    Rule("patch_embed.proj.weight", "stem.proj.kernel", patches),
-    Rule("patch_embed.proj.bias", "stem.proj.bias"),
-    Rule("cls_token", "stem.class_token", squeeze(0, 1)),
-    Rule("pos_embed", "stem.positions", squeeze(0)),
-    Rule("layers.{i}.norm.weight", "blocks.{i}.norm.scale"),
-    Rule(f"{_MIXER}.in_proj.weight", f"{_TARGET}.in_proj.kernel", linear),
-    *_direction(0, ""),
-    *_direction(1, "_b"),
-    Rule(f"{_MIXER}.out_proj.weight", f"{_TARGET}.out_proj.kernel", linear),
-    Rule("norm_f.weight", "head.norm.scale"),
-    Rule("head.weight", "head.proj.kernel", linear),
-    Rule("head.bias", "head.proj.bias"),
-)
+def vim_rules(config: VimConfig) -> tuple[Rule, ...]:
+    """The table for a model of this config."""
+    token = {"ends": ((), ("_head", "_tail")), "none": ((), ())}.get(config.class_token, (("",), ()))
+    return (
+        Rule("patch_embed.proj.weight", "stem.proj.kernel", patches),
+        Rule("patch_embed.proj.bias", "stem.proj.bias"),
+        *(Rule(f"cls_token{end}", "stem.class_token", squeeze(0, 1)) for end in token[0]),
+        *(Rule(f"cls_token{end}", "stem.class_token", squeeze(0), part=(i, 2)) for i, end in enumerate(token[1])),
+        Rule("pos_embed", "stem.positions", squeeze(0)),
+        Rule("layers.{i}.norm.weight", "blocks.{i}.norm.scale"),
+        Rule(f"{_MIXER}.in_proj.weight", f"{_TARGET}.in_proj.kernel", linear),
+        *_direction(0, ""),
+        *_direction(1, "_b"),
+        Rule(f"{_MIXER}.out_proj.weight", f"{_TARGET}.out_proj.kernel", linear),
+        Rule("norm_f.weight", "head.norm.scale"),
+        Rule("head.weight", "head.proj.kernel", linear),
+        Rule("head.bias", "head.proj.bias"),
+    )
 
 
 def fill_vim(model: Any, tensors: Mapping[str, np.ndarray], *, interpolate_positions: bool = False) -> Any:
     """A copy of `model`, which may be abstract, with every leaf taken from `tensors`; see `keymap.fill`.
 
     Args:
-      interpolate_positions: resize positions of another input size first; see `resize_positions`.
+      interpolate_positions: resize positions of another input size first; see `resized_tensors`.
 
     Raises:
       ConversionError: names every tensor and leaf that does not fit, and this option where it would help.
     """
     if interpolate_positions:
-        tensors = resize_positions(tensors, model.config)
+        tensors = resized_tensors(tensors, model.config)
     try:
-        return fill(model, tensors, VIM_RULES)
+        return fill(model, tensors, vim_rules(model.config))
     except ConversionError as error:
         if not has_other_input_size(tensors, model.config):
             raise
@@ -72,12 +76,11 @@ def has_other_input_size(tensors: Mapping[str, np.ndarray], config: VimConfig) -
     return positions is not None and positions.shape[1] != config.num_tokens
 
 
-def resize_positions(tensors: Mapping[str, np.ndarray], config: VimConfig) -> dict[str, np.ndarray]:
+def resized_tensors(tensors: Mapping[str, np.ndarray], config: VimConfig) -> dict[str, np.ndarray]:
     """The tensors with `pos_embed` (1, tokens, embed_dim) resized to the model's grid of patches.
 
-    The positions of the patches are resized bicubically (Keys' kernel, a = -0.5, no antialiasing). The class token's,
-    which stands in the middle of the sequence, is kept as it is and put in the new middle. The checkpoint's grid is
-    square if the number of its patches is a square number, else of the model's shape.
+    The class tokens' positions are kept as they are; see `models.positions`. The checkpoint's grid is square if the
+    number of its patches is a square number, else of the model's shape.
 
     Raises:
       ConversionError: if the checkpoint's grid is neither.
@@ -85,17 +88,14 @@ def resize_positions(tensors: Mapping[str, np.ndarray], config: VimConfig) -> di
     positions = _positions(tensors, config)
     if positions is None:
         return dict(tensors)  # the table of rules names the problem
-    patches = positions.shape[1] - 1
+    patches = positions.shape[1] - len(config.class_indices)
     grid = _source_grid(patches, config.grid)
     if grid == config.grid:
         return dict(tensors)
-    middle = patches // 2
-    with np.errstate(over="ignore"):  # `fill` refuses what is not finite
-        positions = positions[0].astype(np.float32)
-    source = np.delete(positions, middle, axis=0).reshape(*grid, -1)
-    resized = jax.image.resize(source, (*config.grid, source.shape[-1]), "bicubic", antialias=False)
-    resized = np.asarray(resized).reshape(-1, source.shape[-1])
-    return {**tensors, "pos_embed": np.insert(resized, config.class_index, positions[middle], axis=0)[None]}
+    places = class_indices(config.class_token, patches), config.class_indices
+    with np.errstate(over="ignore", invalid="ignore"):  # `fill` refuses what is not finite
+        resized = resize_positions(positions[0].astype(np.float64), grid, config.grid, places)
+    return {**tensors, "pos_embed": resized[None]}
 
 
 def _positions(tensors: Mapping[str, np.ndarray], config: VimConfig) -> np.ndarray | None:

@@ -28,6 +28,9 @@ from ouromamba_jax.data.preprocessing import Preprocessing
 from ouromamba_jax.files import check_writable
 from ouromamba_jax.models import build_model, config_class, list_models
 from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.models.positions import resize_positions
+from ouromamba_jax.models.registry import override_config
+from ouromamba_jax.models.vim import VimConfig
 from ouromamba_jax.ops.qtensor import pack_int4, unpack_int4
 from ouromamba_jax.quantize.activation import KernelLayout, Levels, SiteSpec
 from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
@@ -42,7 +45,11 @@ class CheckpointError(ValueError):
 def save(path: str | Path, model: VisionModel) -> None:
     """Writes `model`, float or quantised, to the new folder `path`, whole or not at all.
 
+    The number of classes that is written is the head's, also where it was replaced.
+
     Raises:
+      CheckpointError: if `load` could not give the model back, because its modules or parameters are not those that its
+        config describes; every one is named.
       FileExistsError: if `path` exists and is not an empty folder.
       OSError: if nothing can be written there.
     """
@@ -50,7 +57,6 @@ def save(path: str | Path, model: VisionModel) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} already exists; choose another path or remove it first.")
     check_writable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     leaves = _leaves(nnx.state(model))
     arrays = {name: np.asarray(_stored(leaf)) for name, leaf in sorted(leaves.items())}
     index: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -61,12 +67,14 @@ def save(path: str | Path, model: VisionModel) -> None:
     description = {
         "format": _FORMAT,
         "family": model.family,
-        "config": dataclasses.asdict(model.config),
+        "config": dataclasses.asdict(_config_of(model)),
         "dtype": jnp.dtype(model.dtype).name,
         "quantization_configs": configs,
         "quantization": sites,
         "arrays": index,
     }
+    _check_loadable(model, json.loads(json.dumps(description)))
+    path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -82,41 +90,42 @@ def save(path: str | Path, model: VisionModel) -> None:
         raise
 
 
-def load(path: str | Path) -> VisionModel:
+def load(path: str | Path, **overrides: Any) -> VisionModel:
     """The model that `save` wrote to `path`; a name such as "vim_micro" loads the checkpoint shipped with the package.
 
+    Args:
+      path: the folder, or the name of a shipped checkpoint.
+      **overrides: config fields of a float model to change, e.g. `img_size=384`. Learned positions are resized as
+        `from_torch(..., interpolate_positions=True)` does.
+
     Raises:
-      CheckpointError: if the folder is missing, damaged or does not fit the config it holds; every mismatch is named.
+      CheckpointError: if the folder is missing, damaged or does not fit the config it holds, or if its parameters do
+        not fit the changed config; every mismatch is named.
+      ValueError: for an unknown field, or an input size that leaves another field open.
     """
     path = resolve(path)
     description = read_description(path)
     try:
-        config_type = config_class(description["family"])
-        fields = dict(description["config"])
-        fields["preprocessing"] = Preprocessing(**fields["preprocessing"])
-        config = config_type(**fields)  # which makes JSON's lists the tuples that they were
-        configs = description["quantization_configs"]
-        specs = {
-            site: SiteSpec.from_json({**spec, "config": configs[spec["config"]]})
-            for site, spec in description["quantization"].items()
-        }
-        dtype = jnp.dtype(description["dtype"])
-        model = nnx.eval_shape(lambda: apply_specs(build_model(config, dtype=dtype), specs))
-        stored = {
-            name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
-            for dtype, names in description["arrays"].items()
-            for name, shape in names.items()
-        }
+        model = _build(description)
+        stored = _stored_index(description)
         files = dict(description["files"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / 'config.json'} does not describe a model of this version: {error}.") from error
+    if overrides and description["quantization"]:
+        raise CheckpointError(
+            f"{path} is quantised for its own config, so {', '.join(overrides)} cannot change; load the float model "
+            "with it and quantise that."
+        )
     graphdef, state = nnx.split(model)
     leaves = _leaves(state)
-    _check_index(path, stored, leaves)
+    if problems := _mismatches(stored, leaves):
+        raise CheckpointError(f"{path} does not fit its config: {problems}.")
     _check_files(path / "arrays", files)
     arrays = _restore(path, stored)
     flat = [(key, leaf.replace(_value(arrays[_name(key)], leaf))) for key, leaf in nnx.to_flat_state(state)]
     restored: VisionModel = nnx.merge(graphdef, nnx.from_flat_state(flat))  # type: ignore[assignment]
+    if overrides:
+        return _with_config(restored, override_config(restored.config, overrides), path)
     prepare_weights(restored)
     return restored
 
@@ -167,6 +176,72 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
+def _build(description: dict[str, Any]) -> Any:
+    """The model that a description is of, without values."""
+    config_type = config_class(description["family"])
+    fields = dict(description["config"])
+    fields["preprocessing"] = Preprocessing(**fields["preprocessing"])
+    config = config_type(**fields)  # which makes JSON's lists the tuples that they were
+    configs = description["quantization_configs"]
+    specs = {
+        site: SiteSpec.from_json({**spec, "config": configs[spec["config"]]})
+        for site, spec in description["quantization"].items()
+    }
+    dtype = jnp.dtype(description["dtype"])
+    return nnx.eval_shape(lambda: apply_specs(build_model(config, dtype=dtype), specs))
+
+
+def _stored_index(description: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+        for dtype, names in description["arrays"].items()
+        for name, shape in names.items()
+    }
+
+
+def _config_of(model: VisionModel) -> Any:
+    """The model's config with the number of classes that its head has."""
+    proj = model.head.proj
+    weight = getattr(proj, "kernel", getattr(proj, "levels", None))
+    if proj is not None and weight is None:
+        return model.config
+    classes = 0 if weight is None else weight.shape[-1]
+    return dataclasses.replace(model.config, num_classes=classes)
+
+
+def _check_loadable(model: VisionModel, description: dict[str, Any]) -> None:
+    """Holds a model to what `load` will build and expect."""
+    expected = _build(description)
+    have, want = ({_name(path): type(module) for path, module in nnx.iter_modules(m)} for m in (model, expected))
+    strange = sorted(path for path in have.keys() & want.keys() if have[path] is not want[path])
+    problems = [f"{path or 'it'} is a {have[path].__name__}, not a {want[path].__name__}" for path in strange]
+    if not problems and (found := _mismatches(_stored_index(description), _leaves(nnx.state(expected)))):
+        problems = [found]
+    if problems:
+        raise CheckpointError(
+            f"the model is not what its config describes, so it could not be loaded: {'; '.join(problems[:10])}; set "
+            "model.config to the config it was built from, or undo the change."
+        )
+
+
+def _with_config(model: VisionModel, config: Any, path: Path) -> VisionModel:
+    """The parameters of a float model in one of another config."""
+    arrays = {name: leaf[...] for name, leaf in _leaves(nnx.state(model)).items()}
+    before = model.config
+    if isinstance(before, VimConfig) and "stem.positions" in arrays and config.grid != before.grid:
+        positions = arrays["stem.positions"]
+        if config.class_token == before.class_token:
+            places = before.class_indices, config.class_indices
+            resized = resize_positions(np.asarray(positions, np.float64), before.grid, config.grid, places)
+            arrays["stem.positions"] = jnp.asarray(resized.astype(positions.dtype))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config, dtype=model.dtype)))
+    stored = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+    if problems := _mismatches(stored, _leaves(state)):
+        raise CheckpointError(f"the parameters of {path} do not fit the changed config: {problems}.")
+    flat = [(key, leaf.replace(arrays[_name(key)])) for key, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))  # type: ignore[return-value]
+
+
 def _quantization_to_json(model: VisionModel) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
     """(the distinct settings, for every site the number of its settings and its tokens and channels)."""
     configs: list[dict[str, Any]] = []
@@ -180,8 +255,8 @@ def _quantization_to_json(model: VisionModel) -> tuple[list[dict[str, Any]], dic
     return configs, sites
 
 
-def _check_index(path: Path, stored: dict[str, jax.ShapeDtypeStruct], leaves: dict[str, nnx.Variable]) -> None:
-    """Compares the index with the model's leaves both ways, in shape and in type."""
+def _mismatches(stored: dict[str, jax.ShapeDtypeStruct], leaves: dict[str, nnx.Variable]) -> str:
+    """How an index differs from a model's leaves, compared both ways, in shape and in type; "" if it does not."""
     problems = [f"{name} is missing" for name in sorted(leaves.keys() - stored.keys())]
     problems += [f"{name} is not part of the model" for name in sorted(stored.keys() - leaves.keys())]
     for name in sorted(stored.keys() & leaves.keys()):
@@ -191,9 +266,8 @@ def _check_index(path: Path, stored: dict[str, jax.ShapeDtypeStruct], leaves: di
             want = jax.ShapeDtypeStruct(want.shape, have.dtype)
         if (have.shape, have.dtype) != (want.shape, want.dtype):
             problems.append(f"{name} is {have.dtype}{list(have.shape)}, not {want.dtype}{list(want.shape)}")
-    if problems:
-        more = f", and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(f"{path} does not fit its config: {'; '.join(problems[:10])}{more}.")
+    more = f", and {len(problems) - 10} more" if len(problems) > 10 else ""
+    return "; ".join(problems[:10]) + more
 
 
 def _check_files(folder: Path, files: dict[str, str]) -> None:

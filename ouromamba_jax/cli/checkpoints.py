@@ -1,13 +1,17 @@
 """The verbs of checkpoints: convert, inspect."""
 
 import argparse
+import warnings
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
 from ouromamba_jax import from_torch, list_models, memory_report, save
 from ouromamba_jax.checkpoint import load, read_description, resolve
 from ouromamba_jax.cli.common import Verb, check_output
+from ouromamba_jax.convert import CheckpointNote, load_tensors
+from ouromamba_jax.models import VisionModel, model_config
 from ouromamba_jax.report.tables import print_table
 
 
@@ -17,15 +21,21 @@ def add_verbs(verb: Verb) -> None:
         "convert", convert, "PyTorch checkpoint to a Flax model", "vim_tiny vim_t_midclstok_76p1acc.pth vim_tiny/"
     )
     sub.add_argument("name", help=f"one of {', '.join(list_models())}")
-    sub.add_argument("checkpoint", help=".pth, .pth.tar or .safetensors")
+    sub.add_argument(
+        "checkpoint",
+        help=".pth, .pth.tar or .safetensors, a hub folder, or a folder of a converted float model to change",
+    )
     sub.add_argument("out", help="folder to write")
     sub.add_argument("--entry", help="entry of a training file, e.g. model_ema; by default model or state_dict")
+    sub.add_argument("--prefix", help="what stands before the model's names, e.g. teacher.backbone.")
+    sub.add_argument("--fresh-head", action="store_true", help="a new last layer of num_classes, not the checkpoint's")
     sub.add_argument(
         "--set",
         action="append",
-        type=_field,
-        metavar="FIELD=NUMBER[,NUMBER...]",
-        help="config field, e.g. img_size=384; may be given several times",
+        type=parse_field,
+        metavar="FIELD=VALUE",
+        help="config field: a number, several with commas, a flag or a name, e.g. img_size=384, class_token=first, "
+        "halve_directions=false, mean=0.5,0.5,0.5; may be given several times",
     )
     sub.add_argument(
         "--interpolate-positions",
@@ -40,24 +50,57 @@ def add_verbs(verb: Verb) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     check_output(arguments.out)
-    model = from_torch(
-        arguments.name,
-        arguments.checkpoint,
-        entry=arguments.entry,
-        interpolate_positions=arguments.interpolate_positions,
-        **dict(arguments.set or ()),
-    )
+    fields = dict(arguments.set or ())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CheckpointNote)
+        if _is_native(Path(arguments.checkpoint)):
+            model = _changed(arguments, fields)
+        else:
+            model = from_torch(
+                arguments.name,
+                arguments.checkpoint,
+                entry=arguments.entry,
+                prefix=arguments.prefix,
+                head="fresh" if arguments.fresh_head else "checkpoint",
+                interpolate_positions=arguments.interpolate_positions,
+                **fields,
+            )
+    _print_notes(caught)
     save(arguments.out, model)
     count = sum(leaf.size for _, leaf in nnx.to_flat_state(nnx.state(model)))
     print(f"{arguments.out}: {arguments.name} with {count:,} parameters")
 
 
+def _is_native(path: Path) -> bool:
+    return (path / "config.json").is_file() and (path / "arrays").is_dir()
+
+
+def _changed(arguments: argparse.Namespace, fields: dict[str, Any]) -> VisionModel:
+    """A converted model with other config fields."""
+    path = arguments.checkpoint
+    if arguments.entry or arguments.prefix or arguments.fresh_head:
+        raise ValueError(f"{path} is converted already, so leave out --entry, --prefix and --fresh-head.")
+    model = load(path, **fields)
+    if type(model.config) is not type(model_config(arguments.name)):
+        raise ValueError(f"{path} holds a {model.family} model, so {arguments.name} is the wrong name.")
+    return model
+
+
+def _print_notes(caught: list[warnings.WarningMessage]) -> None:
+    for warning in caught:
+        if issubclass(warning.category, CheckpointNote):
+            print(warning.message)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
 def inspect(arguments: argparse.Namespace) -> None:
     path = Path(arguments.path)
     if path.is_file():
-        from ouromamba_jax.convert.torch_file import load_tensors
-
-        tensors = load_tensors(path, entry=arguments.entry)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CheckpointNote)
+            tensors = load_tensors(path, entry=arguments.entry)
+        _print_notes(caught)
         rows = [[key, str(tuple(t.shape)), str(t.dtype)] for key, t in tensors.items()]
         print_table(rows, ["key", "shape", "type"], title=f"{path}: {len(rows)} tensors")
         return
@@ -70,10 +113,29 @@ def inspect(arguments: argparse.Namespace) -> None:
     print(f"{model.config}\n{len(description['quantization'])} quantised sites; {memory_report(model)}")
 
 
-def _field(text: str) -> tuple[str, int | float | tuple[int | float, ...]]:
-    name, _, value = text.partition("=")
-    try:
-        numbers = tuple(int(v) if v.lstrip("+-").isdigit() else float(v) for v in value.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=NUMBER, e.g. img_size=384") from None
-    return name, numbers[0] if len(numbers) == 1 else numbers
+def parse_field(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE as (field, value): numbers, true, false, None, names, and tuples of numbers by commas.
+
+    Raises:
+      argparse.ArgumentTypeError: for anything else.
+    """
+    name, equals, value = text.partition("=")
+    values = tuple(map(_value, value.removesuffix(",").split(",")))
+    is_tuple = "," in value
+    if not name or not equals or not value or (is_tuple and any(isinstance(v, str) for v in values)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not FIELD=VALUE, e.g. img_size=384, depths=2,4 or class_token=first"
+        )
+    return name, values if is_tuple else values[0]
+
+
+def _value(text: str) -> int | float | bool | str | None:
+    words = {"true": True, "True": True, "false": False, "False": False, "None": None}  # "none" is a class_token
+    if text in words:
+        return words[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
@@ -25,6 +26,7 @@ _RULES: dict[Any, str] = {  # what a field of this annotation must be
     tuple[int, ...]: "it must be a tuple of whole numbers from {least}",
     float: "it must be a positive number",
     float | None: "it must be a positive number or None",
+    bool: "it must be True or False",
     Preprocessing: "it must be a Preprocessing",
 }
 
@@ -40,7 +42,8 @@ def check_fields(config: Any, *, zero: tuple[str, ...] = ()) -> None:
     for field in dataclasses.fields(config):
         value, least = _plain(getattr(config, field.name)), 0 if field.name in zero else 1
         if not _fits(value, field.type, least):
-            rule = _RULES[field.type].format(least=least)
+            choices = ", ".join(map(repr, typing.get_args(field.type)))
+            rule = _RULES.get(field.type, f"it must be one of {choices}").format(least=least)
             raise ValueError(f"{field.name} is {value}, but {rule}; change it.")
         object.__setattr__(config, field.name, value)
 
@@ -48,13 +51,17 @@ def check_fields(config: Any, *, zero: tuple[str, ...] = ()) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
-    if isinstance(value, Real):
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
         return int(value) if isinstance(value, Integral) else float(value)
     return value
 
 
 def _fits(value: Any, kind: Any, least: int) -> bool:
     parts = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return isinstance(value, str) and value in parts
     if isinstance(kind, types.UnionType):
         return any(_fits(value, part, least) for part in parts)
     if parts:  # a tuple: (kind, ...) or (kind, kind)
@@ -62,9 +69,9 @@ def _fits(value: Any, kind: Any, least: int) -> bool:
             return False
         return all(_fits(v, parts[0], least) for v in value)
     if kind is int:
-        return isinstance(value, int) and value >= least
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
     if kind is float:
-        return isinstance(value, int | float) and 0 < value < math.inf
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
     return isinstance(value, kind)
 
 
@@ -115,7 +122,7 @@ class VisionModel(nnx.Module):
           images: normalised, of the config's `img_size`.
 
         Returns:
-          logits in float32.
+          logits in float32; the features (B, C) of a model with `num_classes` 0.
 
         Raises:
           ValueError: if the images have another shape than the model takes.

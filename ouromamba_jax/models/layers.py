@@ -49,16 +49,26 @@ class LayerNorm(nnx.Module):
 
 
 class Head(nnx.Module):
-    """What every family's head does: features, then one linear layer `proj`, to float32 logits."""
+    """What every family's head does: features, then one linear layer `proj`, to float32 logits.
 
-    proj: nnx.Linear
+    A model without classes has no `proj`: its features come out.
+    """
+
+    proj: nnx.Linear | None
 
     def features(self, x: Array) -> Float[Array, "B C"]:
         """The vector that the linear layer sees."""
         raise NotImplementedError
 
     def __call__(self, x: Array) -> Float[Array, "B classes"]:
-        return nan_unless_finite(self.proj(self.features(x)).astype(jnp.float32), x)
+        features = self.features(x)
+        logits = features if self.proj is None else self.proj(features)
+        return nan_unless_finite(logits.astype(jnp.float32), x)
+
+
+def classifier(features: int, classes: int, **options: Any) -> nnx.Linear | None:
+    """The last layer of a head, `options` as `nnx.Linear` takes them; None for no classes."""
+    return nnx.Linear(features, classes, **options) if classes else None
 
 
 class MLP(nnx.Module):

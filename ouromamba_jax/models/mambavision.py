@@ -23,6 +23,7 @@ from ouromamba_jax.models.layers import (
     SelectiveScan,
     as_tokens,
     broadcast_last,
+    classifier,
     nan_unless_finite,
     uniform,
 )
@@ -56,7 +57,7 @@ class MambaVisionConfig:
     preprocessing: Preprocessing = Preprocessing(crop_pct=1.0)
 
     def __post_init__(self):
-        check_fields(self, zero=("conv_levels",))
+        check_fields(self, zero=("conv_levels", "num_classes"))
         if not len(self.depths) == len(self.window_size) == len(self.num_heads):
             raise ValueError(
                 f"depths {self.depths}, window_size {self.window_size} and num_heads {self.num_heads} must have one "
@@ -85,6 +86,24 @@ class MambaVisionConfig:
         height, width = height_width(self.img_size)
         return tuple((-(-height // 2**i), -(-width // 2**i)) for i in range(2, 2 + len(self.depths)))
 
+    def check_resized(self, before: "MambaVisionConfig") -> None:
+        """Refuses the windows of another input size: they have no parameters, so no checkpoint tells what they were.
+
+        Raises:
+          ValueError: if a hybrid level's map has another size than in `before`; the message names both choices.
+        """
+        hybrid = range(self.conv_levels, len(self.depths))
+        if (
+            self.window_size == before.window_size
+            and self.grids[self.conv_levels :] != before.grids[self.conv_levels :]
+        ):
+            whole = tuple(max(self.grids[i]) if i in hybrid else window for i, window in enumerate(self.window_size))
+            raise ValueError(
+                f"img_size {self.img_size} changes the maps that windows of {before.window_size} tokens were chosen "
+                f"for at {before.img_size}, and no weight tells whether they stay; set window_size, to {whole} for "
+                f"one window per map or to {before.window_size} for the same windows."
+            )
+
     def is_attention(self, level: int, index: int) -> bool:
         """Whether the `index`-th block of a hybrid level attends: the second half of them, the smaller if odd."""
         return index >= (self.depths[level] + 1) // 2
@@ -92,6 +111,8 @@ class MambaVisionConfig:
 
 _BASE = MambaVisionConfig(dim=128, in_dim=64, depths=(3, 3, 10, 5), layer_scale=1e-5)
 _LARGE = dataclasses.replace(_BASE, dim=196, num_heads=(4, 8, 16, 32))
+_LARGE3 = dataclasses.replace(_LARGE, dim=256, depths=(3, 3, 20, 10))
+_SQUASHED = Preprocessing(crop_pct=0.93)
 MAMBAVISION_PRESETS = {
     "mambavision_t": MambaVisionConfig(),
     "mambavision_t2": MambaVisionConfig(depths=(1, 3, 11, 4), preprocessing=Preprocessing(crop_pct=0.98)),
@@ -101,6 +122,13 @@ MAMBAVISION_PRESETS = {
     "mambavision_b": _BASE,
     "mambavision_l": _LARGE,
     "mambavision_l2": dataclasses.replace(_LARGE, depths=(3, 3, 12, 5)),
+    "mambavision_l2_512": dataclasses.replace(
+        _LARGE, depths=(3, 3, 12, 5), img_size=512, window_size=(8, 8, 32, 16), preprocessing=_SQUASHED
+    ),
+    "mambavision_l3_256": dataclasses.replace(_LARGE3, img_size=256, window_size=(8, 8, 16, 8)),
+    "mambavision_l3_512": dataclasses.replace(
+        _LARGE3, img_size=512, window_size=(8, 8, 32, 16), preprocessing=_SQUASHED
+    ),
     # A convolutional level of 12x12 tokens and a hybrid one of 6x6, which is one window as in the published networks.
     "mambavision_micro": MambaVisionConfig(
         img_size=48,
@@ -311,7 +339,7 @@ class MambaVisionHead(Head):
     def __init__(self, config: MambaVisionConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.widths[-1]
         self.norm = Affine(width, param_dtype=param_dtype)
-        self.proj = nnx.Linear(
+        self.proj = classifier(
             width, config.num_classes, kernel_init=_INIT, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
 

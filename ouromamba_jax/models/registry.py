@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike
 
+from ouromamba_jax.data.preprocessing import Preprocessing
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.mambavision import MAMBAVISION_PRESETS, MambaVision, MambaVisionConfig
 from ouromamba_jax.models.vim import VIM_PRESETS, Vim, VimConfig
@@ -17,6 +18,7 @@ from ouromamba_jax.models.vmamba import VMAMBA_PRESETS, VMamba, VMambaConfig
 
 _FAMILIES: dict[type, Any] = {VimConfig: Vim, VMambaConfig: VMamba, MambaVisionConfig: MambaVision}
 _PRESETS: dict[str, Any] = {**VIM_PRESETS, **VMAMBA_PRESETS, **MAMBAVISION_PRESETS}
+_PIXELS = tuple(field.name for field in dataclasses.fields(Preprocessing))
 
 
 def list_models(pattern: str = "*") -> tuple[str, ...]:
@@ -25,7 +27,7 @@ def list_models(pattern: str = "*") -> tuple[str, ...]:
 
 
 def model_config(name: str, **overrides: Any) -> Any:
-    """The frozen config of a published model with some fields replaced.
+    """The frozen config of a published model with some fields replaced; see `override_config`.
 
     Raises:
       ValueError: for an unknown name or field; the message lists what exists.
@@ -34,12 +36,33 @@ def model_config(name: str, **overrides: Any) -> Any:
         close = difflib.get_close_matches(name, _PRESETS, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(list_models())}."
         raise ValueError(f"there is no model named {name!r}; {hint}")
-    preset = _PRESETS[name]
-    fields = [f.name for f in dataclasses.fields(preset)]
-    unknown = sorted(set(overrides) - set(fields))
+    return override_config(_PRESETS[name], overrides, name)
+
+
+def override_config(config: Any, overrides: Mapping[str, Any], name: str = "the model") -> Any:
+    """A config with some fields replaced, those of its preprocessing among them (mean, std, crop_pct, interpolation).
+
+    Raises:
+      ValueError: for an unknown field, or for an input size that leaves another field open.
+    """
+    fields = [f.name for f in dataclasses.fields(config)]
+    pixels = {field: value for field, value in overrides.items() if field in _PIXELS and field not in fields}
+    unknown = sorted(set(overrides) - set(fields) - set(pixels))
+    if {"in_chans", "in_channels", "channels"} & set(unknown):
+        raise ValueError(
+            f"{name} takes three channels: give it a single one three times, jnp.repeat(x, 3, axis=-1), which computes "
+            "what weights summed over the channels would."
+        )
     if unknown:
-        raise ValueError(f"{name} has no config field {', '.join(unknown)}; its fields are {', '.join(fields)}.")
-    return dataclasses.replace(preset, **overrides)
+        raise ValueError(
+            f"{name} has no config field {', '.join(unknown)}; its fields are {', '.join([*fields, *_PIXELS])}."
+        )
+    changed = dataclasses.replace(config, **{field: v for field, v in overrides.items() if field not in pixels})
+    if pixels:
+        changed = dataclasses.replace(changed, preprocessing=dataclasses.replace(changed.preprocessing, **pixels))
+    if isinstance(changed, MambaVisionConfig) and "window_size" not in overrides:
+        changed.check_resized(config)
+    return changed
 
 
 def config_class(family: str) -> type:
@@ -77,7 +100,7 @@ def create_model(
       rngs: `nnx.Rngs` for the initial parameters; `nnx.Rngs(0)` if None.
       dtype: type of the computation; scans, norms and the residual stream stay in float32.
       param_dtype: type of the stored parameters.
-      **overrides: config fields, e.g. `img_size=384, num_classes=10`.
+      **overrides: config fields, and those of their preprocessing, e.g. `img_size=384, num_classes=10, crop_pct=1.0`.
 
     Raises:
       ValueError: for an unknown name or config field.

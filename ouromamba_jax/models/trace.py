@@ -13,19 +13,26 @@ class ScanOrder:
     """Where the tokens of a scan come from.
 
     A row-major (height, width) grid of patches, read column by column if `transpose`, with a class token inserted
-    at `class_index` if there is one, and then read from the end if `reverse`.
+    at `class_index` if there is one (or several, each at its place among all tokens), and then read from the end if
+    `reverse`.
     """
 
     height: int
     width: int
-    class_index: int | None = None
+    class_index: int | tuple[int, ...] | None = None
     transpose: bool = False
     reverse: bool = False
 
     @property
     def length(self) -> int:
         """Number of tokens in the scan, the class token included."""
-        return self.height * self.width + (self.class_index is not None)
+        return self.height * self.width + len(self._class_indices)
+
+    @property
+    def _class_indices(self) -> tuple[int, ...]:
+        if self.class_index is None:
+            return ()
+        return self.class_index if isinstance(self.class_index, tuple) else (self.class_index,)
 
     def to_image(self, x: Array, axis: int = 1) -> Array:
         """Brings `axis` of x from scan order to row-major image order, without the class token."""
@@ -34,8 +41,8 @@ class ScanOrder:
             raise ValueError(f"axis {axis} of x has {x.shape[axis]} tokens, but this scan has {self.length}.")
         if self.reverse:
             x = jnp.flip(x, axis)
-        if self.class_index is not None:
-            before, rest = jnp.split(x, [self.class_index], axis)
+        for index in reversed(self._class_indices):
+            before, rest = jnp.split(x, [index], axis)
             x = jnp.concatenate([before, jax.lax.slice_in_dim(rest, 1, None, axis=axis)], axis)
         if self.transpose:
             grid = x.reshape(*x.shape[:axis], self.width, self.height, *x.shape[axis + 1 :])

@@ -1,9 +1,9 @@
-"""Vision Mamba (Vim, Zhu et al. 2024): bidirectional selective scans over patches, class token in the middle."""
+"""Vision Mamba (Vim, Zhu et al. 2024): bidirectional selective scans over patches and a class token among them."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches, silu_once
-from ouromamba_jax.models.layers import Head, Operand, RMSNorm, SelectiveScan, nan_unless_finite, uniform
+from ouromamba_jax.models.layers import Head, Operand, RMSNorm, SelectiveScan, classifier, nan_unless_finite, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 
 
@@ -22,6 +22,11 @@ class VimConfig:
     """Widths, depth and input of a Vim; defaults are Vim-Tiny's.
 
     `img_size` is an int or (height, width) in pixels. With stride < patch_size the patches overlap.
+
+    Published variants share their weights' names and differ in what follows. `class_token` stands in the middle of the
+    patches, or first, or one at either end, whose mean is classified, or there is "none"; then `pooling` makes the
+    features: the mean of all tokens or the last one. `halve_directions` divides the sum of both scans by two
+    (if_divide_out). `positions` are learned and added to the tokens (if_abs_pos_embed).
     """
 
     img_size: int | tuple[int, int] = 224
@@ -33,10 +38,14 @@ class VimConfig:
     num_classes: int = 1000
     d_conv: int = 4
     expand: int = 2
+    class_token: Literal["middle", "first", "ends", "none"] = "middle"
+    pooling: Literal["mean", "last"] = "mean"
+    halve_directions: bool = True
+    positions: bool = True
     preprocessing: Preprocessing = Preprocessing()
 
     def __post_init__(self):
-        check_fields(self)
+        check_fields(self, zero=("num_classes",))
         if min(self.grid) < 1:
             raise ValueError(
                 f"img_size {self.img_size} is smaller than one patch of {self.patch_size} pixels; use a larger one."
@@ -57,13 +66,18 @@ class VimConfig:
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
     @property
-    def class_index(self) -> int:
-        """Position of the class token among the tokens: the middle."""
-        return self.grid[0] * self.grid[1] // 2
+    def class_indices(self) -> tuple[int, ...]:
+        """Places of the class tokens among all tokens."""
+        return class_indices(self.class_token, self.grid[0] * self.grid[1])
 
     @property
     def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1] + 1
+        return self.grid[0] * self.grid[1] + len(self.class_indices)
+
+
+def class_indices(class_token: str, patches: int) -> tuple[int, ...]:
+    """Places of the class tokens among so many patches and themselves."""
+    return {"middle": (patches // 2,), "first": (0,), "ends": (0, patches + 1), "none": ()}[class_token]
 
 
 VIM_PRESETS = {
@@ -85,7 +99,7 @@ VIM_PRESETS = {
 
 
 class VimStem(nnx.Module):
-    """Patches to tokens: linear projection, class token in the middle, learned positions."""
+    """Patches to tokens: linear projection, class tokens at their places, learned positions."""
 
     def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
@@ -94,8 +108,11 @@ class VimStem(nnx.Module):
             config.patch_size**2 * 3, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         init = nnx.initializers.truncated_normal(0.02)
-        self.class_token = nnx.Param(init(rngs.params(), (config.embed_dim,), param_dtype))
-        self.positions = nnx.Param(init(rngs.params(), (config.num_tokens, config.embed_dim), param_dtype))
+        tokens, width = len(config.class_indices), config.embed_dim
+        shape = (width,) if tokens == 1 else (tokens, width)
+        self.class_token = nnx.Param(init(rngs.params(), shape, param_dtype)) if tokens else None
+        shape = (config.num_tokens, width)
+        self.positions = nnx.Param(init(rngs.params(), shape, param_dtype)) if config.positions else None
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B L C"]:
         config = self.config
@@ -106,10 +123,14 @@ class VimStem(nnx.Module):
             )
         patches, _ = extract_patches(images.astype(self.dtype), config.patch_size, config.stride)
         x = self.proj(patches).astype(jnp.float32)
-        class_token = jnp.broadcast_to(self.class_token[...].astype(jnp.float32), (x.shape[0], 1, config.embed_dim))
-        p = config.class_index
-        x = jnp.concatenate([x[:, :p], class_token, x[:, p:]], axis=1)
-        return nan_unless_finite(x + self.positions[...].astype(jnp.float32)[None], images)
+        if self.class_token is not None:
+            tokens = self.class_token[...].astype(jnp.float32).reshape(-1, 1, 1, config.embed_dim)
+            for index, token in zip(config.class_indices, tokens, strict=True):
+                token = jnp.broadcast_to(token, (x.shape[0], 1, config.embed_dim))
+                x = jnp.concatenate([x[:, :index], token, x[:, index:]], axis=1)
+        if self.positions is not None:
+            x = x + self.positions[...].astype(jnp.float32)[None]
+        return nan_unless_finite(x, images)
 
 
 class VimDirection(nnx.Module):
@@ -133,7 +154,7 @@ class VimDirection(nnx.Module):
 
 
 class VimMixer(nnx.Module):
-    """Bidirectional Mamba block ("bimamba v2", divided by two): one projection in and out, two scans between."""
+    """Bidirectional Mamba block ("bimamba v2"): one projection in and out, two scans between."""
 
     def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
@@ -155,7 +176,7 @@ class VimMixer(nnx.Module):
         """(output, one ScanTrace per direction: forward, backward)."""
         operands, z = self._operands(x)
         height, width = self.config.grid
-        orders = tuple(ScanOrder(height, width, self.config.class_index, reverse=r) for r in (False, True))
+        orders = tuple(ScanOrder(height, width, self.config.class_indices, reverse=r) for r in (False, True))
         out, scans = self.scan.trace(*operands, orders, collect=collect)
         return self._merge(out.y, z), scans
 
@@ -168,8 +189,10 @@ class VimMixer(nnx.Module):
         return (u, delta, B, C), z
 
     def _merge(self, y: Float[Array, "B L 2 E"], z: Float[Array, "B L E"]) -> Float[Array, "B L C"]:
-        # Both directions are gated by the same silu(z), so the gate follows the mean.
-        y = (y[:, :, 0] + jnp.flip(y[:, :, 1], axis=1)) * 0.5
+        # Both directions are gated by the same silu(z), so the gate follows the sum.
+        y = y[:, :, 0] + jnp.flip(y[:, :, 1], axis=1)
+        if self.config.halve_directions:
+            y = y * 0.5
         return self.out_proj(y * jax.nn.silu(z))
 
 
@@ -193,16 +216,20 @@ class VimBlock(nnx.Module):
 
 
 class VimHead(Head):
-    """Class token, normalised, to logits."""
+    """Class tokens, or what pooling makes of all tokens, normalised, to logits."""
 
     def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        self.class_index = config.class_index
+        self.config = config
         self.norm = RMSNorm(config.embed_dim, dtype=dtype, param_dtype=param_dtype)
-        self.proj = nnx.Linear(config.embed_dim, config.num_classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.proj = classifier(config.embed_dim, config.num_classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def features(self, x: Float[Array, "B L C"]) -> Float[Array, "B C"]:
         """The vector that the linear head sees."""
-        return self.norm(x[:, self.class_index])
+        if self.config.class_indices:
+            x = jnp.stack([x[:, index] for index in self.config.class_indices], axis=1)
+        elif self.config.pooling == "last":
+            x = x[:, -1:]
+        return jnp.mean(self.norm(x), axis=1)
 
 
 class Vim(VisionModel):

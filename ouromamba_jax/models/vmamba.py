@@ -13,7 +13,16 @@ from jaxtyping import Array, DTypeLike, Float
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv, silu_once
-from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, nan_unless_finite, uniform
+from ouromamba_jax.models.layers import (
+    MLP,
+    Head,
+    LayerNorm,
+    SelectiveScan,
+    as_tokens,
+    classifier,
+    nan_unless_finite,
+    uniform,
+)
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
@@ -40,7 +49,7 @@ class VMambaConfig:
     preprocessing: Preprocessing = Preprocessing()
 
     def __post_init__(self):
-        check_fields(self)
+        check_fields(self, zero=("num_classes",))
         if not isinstance(self.dims, int) and len(self.dims) != len(self.depths):
             raise ValueError(
                 f"dims {self.dims} and depths {self.depths} must have one entry per stage, or dims be one."
@@ -214,7 +223,7 @@ class VMambaHead(Head):
         width = config.widths[-1]
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         self.norm = LayerNorm(width, **types)
-        self.proj = nnx.Linear(width, config.num_classes, kernel_init=_INIT, rngs=rngs, **types)
+        self.proj = classifier(width, config.num_classes, kernel_init=_INIT, rngs=rngs, **types)
 
     def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
         """The vector that the linear head sees."""

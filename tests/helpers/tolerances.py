@@ -52,10 +52,8 @@ FAKE_AGAINST_INTEGER = 5e-6
 
 # --- interpolated positions (test_convert.py)
 
-INTERPOLATION = 2e-5
-"""Four taps per axis on values up to 70: a few roundings of 4e-6."""
-INTERPOLATION_FLOAT16 = 0.05
-"""The checkpoint's own rounding at values up to 70 (half a unit in the last place: 0.03), slightly amplified."""
+INTERPOLATION = 1e-6
+"""Computed in float64, rounded to float32 once, on values up to 5."""
 
 # VMamba (test_vmamba)
 VMAMBA_SCAN = 2e-6

@@ -1,0 +1,238 @@
+"""What a checkpoint says of its model, in the published code's words, against the config it is loaded with.
+
+Weights do not hold everything: where the class token stands, whether directions are halved, how large the windows are.
+Training files and hub folders often say it. They are not believed but compared: a contradiction is an error.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ouromamba_jax.convert.keymap import ConversionError
+from ouromamba_jax.convert.unpickle import shown
+from ouromamba_jax.models import list_models, model_config
+
+_SIZES = {
+    "vim": ("img_size", "patch_size", "stride", "embed_dim", "depth", "d_state", "num_classes"),
+    "vmamba": ("dims", "depths", "ssm_ratio", "d_state", "mlp_ratio", "num_classes"),
+    "mambavision": (
+        "img_size", "dim", "in_dim", "depths", "window_size", "num_heads", "mlp_ratio", "layer_scale", "num_classes",
+    ),
+}  # fmt: skip
+_SYNONYMS = {"nb_classes": "num_classes", "input_size": "img_size", "resolution": "img_size"}
+_SYNONYMS |= {"ssm_d_state": "d_state"}
+# What the published code can do and this library does not build: setting, and its values that are built.
+_BUILT: dict[str, dict[str, tuple[Any, ...]]] = {
+    "vim": {
+        "if_rope": (False,),
+        "if_bidirectional": (False,),
+        "bimamba_type": ("v2",),
+        "rms_norm": (True,),
+        "init_layer_scale": (None,),
+    },
+    "vmamba": {
+        "forward_type": ("v05_noz", "v04_noz", "v03_noz", "v02_noz", "v3noz"),
+        "ssm_act_layer": ("silu",),
+        "mlp_act_layer": ("gelu",),
+        "norm_layer": ("ln2d",),
+        "downsample_version": ("v3",),
+        "patchembed_version": ("v2",),
+        "posembed": (False,),
+        "gmlp": (False,),
+    },
+    "mambavision": {"qk_scale": (None,), "use_kan": (False,)},
+}
+_YACS = {
+    "EMBED_DIM": "dims", "DEPTHS": "depths", "SSM_RATIO": "ssm_ratio", "SSM_D_STATE": "d_state",
+    "MLP_RATIO": "mlp_ratio", "SSM_FORWARDTYPE": "forward_type", "SSM_ACT_LAYER": "ssm_act_layer",
+    "MLP_ACT_LAYER": "mlp_act_layer", "NORM_LAYER": "norm_layer", "DOWNSAMPLE": "downsample_version",
+    "PATCHEMBED": "patchembed_version", "POSEMBED": "posembed", "GMLP": "gmlp",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that a checkpoint says.
+
+    Args:
+      where: the part of the checkpoint.
+      words: as it says it, e.g. "if_divide_out=False".
+      field, value: what that is in the config; field None for what is not built.
+    """
+
+    where: str
+    words: str
+    field: str | None
+    value: Any = None
+
+
+def check_facts(
+    name: str,
+    family: str,
+    config: Any,
+    says: tuple[tuple[str, dict[str, Any]], ...],
+    *,
+    given: Collection[str],
+    other_head: bool = False,
+) -> None:
+    """Compares what a checkpoint says of itself with the config.
+
+    Args:
+      name: the model's, for messages.
+      says: (where, settings), untrusted.
+      given: fields that the caller set; an input size and windows that were asked for may differ from the file's.
+      other_head: whether the checkpoint's head is not used.
+
+    Raises:
+      ConversionError: naming what it says and what the config has, or what is not built.
+    """
+    problems = []
+    for claim in _claims(family, says):
+        if claim.field is None:
+            problems.append(f"{claim.where} says {claim.words}, which this library does not build")
+            continue
+        resized = "img_size" in given and claim.field in ("img_size", "window_size")
+        if resized or (other_head and claim.field == "num_classes"):
+            continue
+        if claim.field == "pooling" and config.class_token != "none":
+            continue  # the published code ignores it beside a class token
+        ours = getattr(config, claim.field)
+        if not _agrees(config, claim):
+            problems.append(
+                f"{claim.where} says {claim.words}, but {name} has {claim.field}={ours!r}: pass "
+                f"{claim.field}={claim.value!r} (--set {claim.field}={_as_option(claim.value)})"
+            )
+    if problems:
+        way_out = "pass the tensors alone, load_tensors(path), to go against the file"
+        raise ConversionError(f"{'; '.join(problems)}; {way_out}.")
+
+
+def _agrees(config: Any, claim: Claim) -> bool:
+    field: Any = claim.field
+    try:
+        said = dataclasses.replace(config, **{field: claim.value})
+    except (ValueError, TypeError):  # a value that no config takes contradicts any
+        return False
+    if field == "dims":
+        return said.widths == config.widths
+    if field == "img_size":
+        return _pair(said.img_size) == _pair(config.img_size)
+    return getattr(said, field) == getattr(config, field)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _as_option(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _claims(family: str, says: tuple[tuple[str, dict[str, Any]], ...]) -> Iterator[Claim]:
+    """Explicit settings, and of what they leave open what the name of the architecture tells."""
+    explicit, named = [], []
+    for where, settings in says:
+        for part in _parts(settings):
+            explicit += _of_settings(family, where, part)
+            named += _of_name(family, where, part)
+    fields = {claim.field for claim in explicit}
+    yield from dict.fromkeys(
+        [*explicit, *(claim for claim in named if claim.field is None or claim.field not in fields)]
+    )
+
+
+def _parts(settings: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
+    """The settings, those nested in them where timm and this field's code put them, and VMamba's YAML tree."""
+    yield {key: value for key, value in settings.items() if isinstance(key, str)}
+    for name in ("model_args", "model_kwargs", "kwargs", "config"):
+        if isinstance(settings.get(name), dict):
+            yield settings[name]
+    model = settings.get("MODEL")
+    if isinstance(model, dict) and isinstance(model.get("VSSM"), dict):
+        yield {_YACS[key]: value for key, value in model["VSSM"].items() if key in _YACS}
+        yield {"num_classes": model.get("NUM_CLASSES")}
+
+
+def _of_settings(family: str, where: str, settings: Mapping[str, Any]) -> list[Claim]:
+    claims = []
+    for key, value in settings.items():
+        if not isinstance(key, str) or not _is_simple(value):
+            continue
+        words = f"{shown(key)}={shown(value)}"
+        field = _SYNONYMS.get(key, key)
+        if key in _BUILT[family]:
+            if value not in _BUILT[family][key]:
+                claims.append(Claim(where, words, None))
+        elif field in _SIZES[family] and value is not None:
+            value = tuple(value) if isinstance(value, list) else value
+            if field == "img_size" and isinstance(value, tuple) and len(value) == 3:
+                value = value[1:]  # (channels, height, width)
+            claims.append(Claim(where, words, field, value))
+    return claims + (_of_vim(where, settings) if family == "vim" else [])
+
+
+def _of_vim(where: str, settings: Mapping[str, Any]) -> list[Claim]:
+    """Vim's flags, several of which make one field."""
+    claims = []
+
+    def words(*keys: str) -> str:
+        return " and ".join(f"{key}={shown(settings[key])}" for key in keys if key in settings)
+
+    tokens = ("if_cls_token", "use_double_cls_token", "use_middle_cls_token")
+    if settings.get("if_cls_token") is False:
+        claims.append(Claim(where, words(tokens[0]), "class_token", "none"))
+    elif settings.get("use_double_cls_token") is True:
+        claims.append(Claim(where, words(*tokens[:2]), "class_token", "ends"))
+    elif "use_middle_cls_token" in settings:
+        place = "middle" if settings["use_middle_cls_token"] is True else "first"
+        claims.append(Claim(where, words(*tokens), "class_token", place))
+    for key, field in (("if_divide_out", "halve_directions"), ("if_abs_pos_embed", "positions")):
+        misspelt = "if_devide_out" if key == "if_divide_out" and key not in settings else key
+        if isinstance(settings.get(misspelt), bool):
+            claims.append(Claim(where, words(misspelt), field, settings[misspelt]))
+    pool = settings.get("final_pool_type")
+    if pool in ("mean", "none"):
+        claims.append(Claim(where, words("final_pool_type"), "pooling", "last" if pool == "none" else "mean"))
+    elif isinstance(pool, str) and settings.get("if_cls_token") is False:
+        claims.append(Claim(where, words("final_pool_type"), None))
+    return claims
+
+
+def _of_name(family: str, where: str, settings: Mapping[str, Any]) -> list[Claim]:
+    """What the names of published factories say."""
+    claims = []
+    for key in ("arch", "model", "architecture", "model_name"):
+        name = settings.get(key)
+        if not isinstance(name, str):
+            continue
+        words = f"{key}={shown(name)}"
+        if family == "vim" and name.startswith("vim_"):
+            patterns = (
+                ("rope", None, None),
+                ("noclstok|no_cls_token", "class_token", "none"),
+                ("double_cls_token", "class_token", "ends"),
+                ("midclstok|middle_cls_token", "class_token", "middle"),
+                ("with_cls_token", "class_token", "first"),
+                ("_div2", "halve_directions", True),
+            )
+            claims += [Claim(where, words, field, value) for sign, field, value in patterns if re.search(sign, name)]
+        if family == "mambavision" and (preset := _mambavision_preset(name)):
+            said = model_config(preset)
+            fields = ("img_size", "window_size", "num_heads")
+            claims += [Claim(where, words, field, getattr(said, field)) for field in fields]
+    return claims
+
+
+def _mambavision_preset(name: str) -> str | None:
+    match = re.fullmatch(r"mamba_?vision_([a-z][0-9]?)(_256|_512)?(?:_1k|_21k)?", name.lower().replace("-", "_"))
+    preset = None if match is None else f"mambavision_{match[1]}{match[2] or ''}"
+    return preset if preset in list_models() else None
+
+
+def _is_simple(value: Any) -> bool:
+    """A plain value, or a flat list of them: nothing nested is compared, hashed or shown."""
+    if isinstance(value, list | tuple):
+        return len(value) < 20 and all(isinstance(v, int | float) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)

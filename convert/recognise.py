@@ -1,0 +1,211 @@
+"""What the names and shapes of a checkpoint's tensors tell: its prefix, its family, its sizes, and what it is not."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ouromamba_jax.convert.keymap import ConversionError
+from ouromamba_jax.convert.unpickle import shown
+from ouromamba_jax.models import list_models, model_config
+
+_WRAPPER = re.compile(r"(?:(?:module|model|_orig_mod|backbone|encoder|net)\.)*")
+_ROOT = re.compile(r"(?:patch_embed|layers|levels|norm_f|norm|head|classifier)\.|(?:cls_token|pos_embed)")
+# A key that only this family's checkpoints have.
+_SIGNATURES = {
+    "vim": re.compile(r"layers\.\d+\.mixer\..+"),
+    "vmamba": re.compile(r"layers\.\d+\.blocks\.\d+\..+"),
+    "mambavision": re.compile(r"levels\.\d+\..+"),
+}
+HEAD = re.compile(r"(?:classifier\.)?head\.(?:weight|bias)")
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def without_prefix(tensors: Tensors, prefix: str | None) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors without what wrappers put in front of their names, and a note of what was done.
+
+    Args:
+      prefix: what to take off; the tensors that lack it are left out. None finds a prefix that is common to all keys
+        that can belong to a model.
+
+    Raises:
+      ConversionError: if no key has the prefix.
+    """
+    if prefix is None:
+        prefix = _common_prefix(tensors)
+        if not prefix:
+            return dict(tensors), []
+    stripped = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    if not stripped:
+        found = sorted({key.split(".")[0] + "." for key in tensors if "." in key})
+        raise ConversionError(
+            f"no tensor's name starts with {prefix!r}; the names start with {', '.join(map(shown, found[:20]))}, so "
+            "pass one of these as prefix (--prefix)."
+        )
+    if not prefix:
+        return stripped, []
+    left = [shown(key) for key in tensors if not key.startswith(prefix)]
+    rest = f", and {len(left)} others are left out ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"
+    return stripped, [f"the prefix {prefix!r} was taken off {len(stripped)} names{rest if left else ''}"]
+
+
+def _common_prefix(tensors: Tensors) -> str:
+    """The longest common run of wrappers' names, over all keys that go on as a model's do; "" if they differ."""
+    found = set()
+    for key in tensors:
+        wrappers = _WRAPPER.match(key)[0]  # type: ignore[index]
+        if _ROOT.match(key, len(wrappers)):
+            found.add(wrappers)
+    return found.pop() if len(found) == 1 else ""
+
+
+def check_family(name: str, family: str, tensors: Tensors) -> None:
+    """Refuses a checkpoint of another family.
+
+    Raises:
+      ConversionError: naming the family it is of.
+    """
+    bare = {key[len(_WRAPPER.match(key)[0]) :]: key for key in tensors}  # type: ignore[index]
+    found = {other: bare[key] for other, sign in _SIGNATURES.items() for key in bare if sign.fullmatch(key)}
+    if found and family not in found:
+        other, key = next(iter(found.items()))
+        raise ConversionError(
+            f"the checkpoint is of the {other} family (it has {shown(key)}), but {name} is a {family} model; "
+            f"pass the name of a {other} model."
+        )
+
+
+def check_release(family: str, tensors: Tensors) -> None:
+    """Refuses architectures of the family that are recognised and not built.
+
+    Raises:
+      ConversionError: naming the architecture.
+    """
+
+    def has(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, key) for key in tensors)
+
+    what = None
+    if family == "vim" and has(r"layers\.0\.mixer\..+"):
+        if has(r"rope\..+"):
+            what = "a Vim with rotary positions (if_rope=True)", "rotary positions"
+        elif has(r"layers\.\d+\.mixer\.gamma"):
+            what = "a Vim with layer scale (init_layer_scale)", "that scale"
+        elif not has(r"layers\.\d+\.mixer\.A_b_log"):
+            what = "a Vim that scans in one direction (bimamba_type none)", "one direction"
+        elif not has(r"layers\.\d+\.mixer\.conv1d_b\..+"):
+            what = "a Vim of the first kind (bimamba_type v1, one convolution for both directions)", "that kind"
+        elif has(r"norm_f\.bias"):
+            what = "a Vim with LayerNorm (rms_norm=False)", "LayerNorm in Vim"
+    elif family == "vmamba" and has(r"layers\.0\.blocks\.0\..+"):
+        gated = [k for k in tensors if re.fullmatch(r"layers\.0\.blocks\.0\.(?:op|self_attention)\.in_proj\.weight", k)]
+        if not has(r"layers\.\d+\.blocks\.\d+\.mlp\..+"):
+            what = "VMamba's first release (vmambav0, vssm_tiny: a gate, 16 states, no MLP)", "that release"
+        elif gated and _is_gated(tensors, gated[0]):
+            what = "a VMamba with a gate (forward_type without noz)", "the gate"
+        elif has(r"layers\.\d+\.downsample\.(?:reduction|norm)\..+"):
+            what = "a VMamba with patch merging (downsample v1 or v2)", "patch merging"
+        elif has("pos_embed"):
+            what = "a VMamba with positions (posembed=True)", "positions in VMamba"
+    if what is not None:
+        raise ConversionError(
+            f"the checkpoint is {what[0]}, and this library does not build {what[1]}; take a released one that "
+            f"list_models() names, such as {list_models(f'{family}_*')[-1]}."
+        )
+
+
+def _is_gated(tensors: Tensors, key: str) -> bool:
+    out = tensors.get(key.replace("in_proj", "out_proj"))
+    return out is not None and tensors[key].ndim > 1 and out.ndim > 1 and len(tensors[key]) == 2 * out.shape[1]
+
+
+def main_difference(name: str, config: Any, family: str, tensors: Tensors) -> str | None:
+    """The fields in which a checkpoint's shapes differ from the config, and the model that has them, if there is one.
+
+    Returns:
+      a clause, or None if the shapes tell no difference.
+    """
+    images = tensors.get("patch_embed.proj.weight", tensors.get("patch_embed.0.weight"))
+    if images is None:
+        images = tensors.get("patch_embed.conv_down.0.weight")
+    if images is not None and images.ndim == 4 and images.shape[1] not in (0, 3):
+        channels = images.shape[1]
+        spread = ", for one channel with its first weight repeated three times and divided by three"
+        return f"the checkpoint takes images of {channels} channels and {name} of 3: convert it to 3{spread}"
+    found = _fields(family, config, tensors)
+    differ = {field: value for field, value in found.items() if _value(config, field) != value}
+    if not any(HEAD.fullmatch(key) for key in tensors) and config.num_classes:
+        return 'the checkpoint has no head: pass head="fresh" for a new one or num_classes=0 for features'
+    if not differ:
+        return None
+    theirs = " and ".join(f"{field}={value}" for field, value in differ.items())
+    ours = " and ".join(f"{field}={_value(config, field)}" for field in differ)
+    same = [other for other in list_models(f"{family}_*") if _has(model_config(other), found)]
+    way_out = f"pass {', '.join(f'{field}={value}' for field, value in differ.items())}"
+    if same and same[0] != name:
+        way_out = f"take {' or '.join(same[:3])}"
+    elif set(differ) == {"num_classes"}:
+        way_out += ', or head="fresh" for a new head'
+    return f"the checkpoint has {theirs} where {name} has {ours}: {way_out}"
+
+
+def _has(config: Any, fields: dict[str, Any]) -> bool:
+    return all(_value(config, field) == value for field, value in fields.items() if field != "num_classes")
+
+
+def _value(config: Any, field: str) -> Any:
+    return config.widths if field == "dims" else getattr(config, field)
+
+
+def _fields(family: str, config: Any, tensors: Tensors) -> dict[str, Any]:
+    """Config fields that the tensors' names and shapes tell."""
+
+    def size(key: str, axis: int = 0) -> int | None:
+        return tensors[key].shape[axis] if key in tensors and tensors[key].ndim > axis else None
+
+    found: dict[str, Any] = {}
+    if family == "vim":
+        found["embed_dim"] = size("norm_f.weight")
+        found["depth"] = _count(r"layers\.(\d+)\..+", tensors)
+        found["d_state"], found["d_conv"] = size("layers.0.mixer.A_log", 1), size("layers.0.mixer.conv1d.weight", 2)
+        found["patch_size"] = size("patch_embed.proj.weight", 2)
+        inner = size("layers.0.mixer.out_proj.weight", 1)
+        if inner and found["embed_dim"]:
+            found["expand"] = inner // found["embed_dim"]
+        if found["depth"]:
+            found["positions"] = "pos_embed" in tensors
+            found["class_token"] = _class_token(config, tensors)
+    elif family == "vmamba":
+        stages = _count(r"layers\.(\d+)\..+", tensors)
+        blocks = [_count(rf"layers\.{i}\.blocks\.(\d+)\..+", tensors) for i in range(stages)]
+        widths = [_first(size, f"layers.{i}.blocks.0.", ("norm.weight", "ln_1.weight")) for i in range(stages)]
+        found["depths"], found["dims"] = _whole(blocks), _whole(widths)
+    else:
+        stages = _count(r"levels\.(\d+)\..+", tensors)
+        found["depths"] = _whole([_count(rf"levels\.{i}\.blocks\.(\d+)\..+", tensors) for i in range(stages)])
+        found["dim"], found["in_dim"] = size("levels.0.blocks.0.norm1.weight"), size("patch_embed.conv_down.0.weight")
+    found["num_classes"] = _first(size, "", ("head.weight", "classifier.head.weight"))
+    return {field: value for field, value in found.items() if value or value is False}
+
+
+def _class_token(config: Any, tensors: Tensors) -> str:
+    if "cls_token_head" in tensors:
+        return "ends"
+    if "cls_token" not in tensors:
+        return "none"
+    return config.class_token if config.class_token in ("middle", "first") else "middle"
+
+
+def _count(pattern: str, tensors: Tensors) -> int:
+    numbers = [int(match[1]) for key in tensors if (match := re.fullmatch(pattern, key)) and len(match[1]) < 5]
+    return max(numbers, default=-1) + 1
+
+
+def _first(size: Any, start: str, keys: tuple[str, ...]) -> int | None:
+    return next((n for key in keys if (n := size(start + key)) is not None), None)
+
+
+def _whole(values: list[Any]) -> tuple[Any, ...] | None:
+    return tuple(values) if values and all(values) else None
