@@ -1,278 +1,278 @@
-"""Algorithm 2 of OuroMamba: inliers on a static grid, outlier channels found while the tokens pass.
+"""Algorithm 2 of OuroMamba on one grid: outlier channels, found while the tokens pass, have more levels than inliers.
 
-Tokens are walked in windows of `n_refresh`. A window starts with an empty list of outlier channels; a token that does
-not fit its static scale adds the channels above a threshold, and a listed channel stays listed until the window ends.
-A sample's result has the same bits in any batch and in any surrounding program (see `token_windows`).
+For x (B, L, C), q and Q the largest levels of inliers and outliers, limit[t] = max(theta[t], q * S[t]):
+
+    for each window of n_refresh tokens of each sample:  listed = {}
+      for t in the window, in order:
+        listed = listed + {c : |x[t, c]| > limit[t]}
+        v[t, c] = clip(round(x[t, c] / S[t]), -Q, Q)  for c in listed,  clip(round(x[t, c] / S[t]), -q, q)  otherwise
+
+Every channel decides for itself and no sample sees another. theta comes from calibration (`split_calibration`).
 """
 
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
-from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 from ouromamba_jax.ops.dispatch import Backend, choose
-from ouromamba_jax.ops.qtensor import MIN_SCALE, divide, max_level, power_of_two_ratio, power_of_two_shift
-from ouromamba_jax.ops.split_detection import find_outliers
-from ouromamba_jax.ops.split_types import (
-    FRACTION_BITS,
-    LARGEST_FIXED_POINT,
-    Form,
-    OutlierConfig,
-    OutlierSplit,
-    Planes,
-)
+from ouromamba_jax.ops.qtensor import divide, max_level
 from ouromamba_jax.pallas import outlier_split as kernel
-from ouromamba_jax.pallas import packed_split
-from ouromamba_jax.pallas.kernel_weight import pack_halves
-from ouromamba_jax.pallas.packed_split import PackedSplit
+
+Detection = Literal["dynamic", "static", "none"]
+StaticList = Literal["mean", "max"]
+
+LARGEST_TWO_BYTES = 127 * 256 + 127
+"""What `low + 256 * high` holds with both bytes within +-127."""
+LARGEST_SHIFT = 8
+"""Largest j at which 127 * 2^j fits two bytes."""
 
 
-def _outlier_scale(x, scale, mask, config: OutlierConfig) -> Float32[Array, "B L"]:
-    """Scale of each token's outliers; differentiable in x ("free") and scale ("pow2")."""
-    # Infinity stands for NaN too: XLA's CPU backend may drop a NaN from a maximum.
-    magnitude = jnp.where(jnp.isfinite(x), jnp.where(mask, jnp.abs(x), 0.0), jnp.inf)
-    largest = jnp.max(magnitude, axis=-1)
-    finite = largest < jnp.inf
-    if config.outlier_bits == 16:
-        own = jnp.ones(largest.shape, jnp.float32)
-    elif config.outlier_scale == "free":
-        own = divide(jnp.maximum(largest, MIN_SCALE), max_level(config.outlier_bits))
-    else:
-        ratio = jnp.where(finite, jnp.minimum(divide(largest, scale[None]), 2.0**126), 0.0)
-        own = scale[None] * _power_that_fits(lax.stop_gradient(ratio), config.outlier_bits)
-    return jnp.where(finite, own, jnp.nan)
+@dataclass(frozen=True)
+class OutlierConfig:
+    """How activations are split (see `split_outliers`).
+
+    Attributes:
+      act_bits: bits of inliers, 2..8.
+      outlier_bits: bits of outliers, act_bits..8, or 16.
+      n_refresh: tokens per window.
+      sigma: standard deviations above the mean magnitude at which calibration sets the threshold theta.
+      detection: "dynamic" is Algorithm 2; "static" a fixed list of channels; "none" has inliers only.
+      static_list: statistic of the magnitude by which calibration picks the channels of detection="static".
+    """
+
+    act_bits: int = 4
+    outlier_bits: int = 8
+    n_refresh: int = 10
+    sigma: float = 3.0
+    detection: Detection = "dynamic"
+    static_list: StaticList = "mean"
+
+    def __post_init__(self):
+        if not 2 <= self.act_bits <= 8:
+            raise ValueError(f"act_bits must lie in 2..8, not {self.act_bits} (bits, not a number of levels)")
+        if self.outlier_bits != 16 and not self.act_bits <= self.outlier_bits <= 8:
+            raise ValueError(f"outlier_bits must be 16 or lie in act_bits..8, not {self.outlier_bits}")
+        if self.n_refresh < 1:
+            raise ValueError(f"n_refresh must be at least 1 token, not {self.n_refresh}")
+        if not self.sigma > 0:
+            raise ValueError(f"sigma must be positive, not {self.sigma}")
+        for name, kind in (("detection", Detection), ("static_list", StaticList)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+
+    @property
+    def largest_inlier(self) -> int:
+        """q, the largest level of an inlier."""
+        return max_level(self.act_bits)
+
+    @property
+    def largest_outlier(self) -> int:
+        """Q, the largest level of an outlier (before a second byte's shift)."""
+        return LARGEST_TWO_BYTES if self.outlier_bits == 16 else max_level(self.outlier_bits)
 
 
-def _power_that_fits(ratio: Float32[Array, "..."], bits: int) -> Float32[Array, "..."]:
-    """Smallest 2^j, j >= 0, for which round(ratio / 2^j) fits `bits`; exact, since no logarithm is taken."""
-    _, exponent = jnp.frexp(ratio)  # ratio in [2^(exponent-1), 2^exponent)
-    shift = jnp.maximum(exponent - (bits - 1), 0)
-    rounds_up = jnp.round(jnp.ldexp(ratio, -shift)) > max_level(bits)
-    return jnp.ldexp(jnp.ones_like(ratio), shift + rounds_up.astype(shift.dtype))
+@partial(jax.tree_util.register_dataclass, data_fields=["low", "high", "scale", "first"], meta_fields=["n_refresh"])
+@dataclass(frozen=True)
+class Split:
+    """An activation (B, L, C) as integers: x is close to (low + 256 * high) * scale.
+
+    Attributes:
+      low: int8 (B, L, C), the levels, or their low bytes.
+      high: int8 (B, L, C), the levels' high bytes; None where they fit one byte, a static fact of the site.
+      scale: float32 (L,), the step S of every token.
+      first: (B, windows, C), the token of each window, counted from 0, from which on a channel is listed as an outlier;
+        the window's length where it never is. int8, or int32 where windows have more than 127 tokens.
+      n_refresh: tokens per window.
+    """
+
+    low: Int8[Array, "B L C"]
+    high: Int8[Array, "B L C"] | None
+    scale: Float32[Array, " L"]
+    first: Int8[Array, "B windows C"]
+    n_refresh: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, L, C)."""
+        return self.low.shape
+
+    def levels(self) -> Int32[Array, "B L C"]:
+        """The levels v."""
+        low = self.low.astype(jnp.int32)
+        return low if self.high is None else low + 256 * self.high.astype(jnp.int32)
+
+    def merge(self) -> Float32[Array, "B L C"]:
+        """v * S, the activation that the split stands for."""
+        return self.levels().astype(jnp.float32) * self.scale[None, :, None]
+
+    def listed(self) -> Bool[Array, "B L C"]:
+        """Which entries are treated as outliers."""
+        return _listed(self.first, self.shape[1], self.n_refresh)
 
 
-def _check_arguments(x, scale, config: OutlierConfig, theta) -> None:
-    if x.ndim != 3 or scale.shape != (x.shape[1],):
-        raise ValueError(
-            f"x must be (B, L, C) and scale (L,), not {x.shape} and {scale.shape}: a quantised model is tied to the "
-            "token count it was calibrated at"
-        )
-    if config.needs_theta and (theta is None or theta.shape != scale.shape):
-        raise ValueError('threshold="offline" needs theta of shape (L,): pass the result of calibrate_theta')
+def window_length(tokens: int, n_refresh: int) -> int:
+    """Tokens per window, at most those that there are."""
+    return min(n_refresh, tokens)
 
 
-@partial(jax.jit, static_argnames=("config", "with_mask", "implementation"))
+def _counter(window: int) -> Any:
+    """The narrowest type that counts a window's tokens."""
+    return jnp.int8 if window <= 127 else jnp.int32
+
+
+@partial(jax.jit, static_argnames=("config", "implementation"))
 def split_outliers(
     x: Float[Array, "B L C"],
     scale: Float32[Array, " L"],
     config: OutlierConfig,
     *,
     theta: Float32[Array, " L"] | None = None,
+    shift: Int8[Array, " L"] | None = None,
     channels: Bool[Array, " C"] | None = None,
-    with_mask: bool = True,
     implementation: str | None = None,
-) -> OutlierSplit:
-    """Algorithm 2: split an activation into inlier levels and outliers, each sample on its own, without gradients.
+) -> Split:
+    """Algorithm 2 on one grid (see above): levels of an activation, each sample on its own, without gradients.
 
-    A token whose largest unlisted magnitude exceeds q * scale[t] adds to its window's list every unlisted channel
-    that reaches the threshold: mean + sigma * std (ddof=1) over all channels, listed ones counted as zero ("online"),
-    or theta[t] ("offline"). Inliers are rounded half to even onto scale[t] and clipped; outliers take
-
-      "pow2"  scale[t] * 2^j with the smallest j >= 0 at which no level is clipped (at most 126, j = 0 without outliers)
-      "free"  max|outlier| / q_O, at least 1e-8 / q_O, which a token without outliers gets
+    Levels are rounded half to even. NaN becomes level 0.
 
     Args:
       x: (B, L, C) float, tokens in their own scan order.
-      scale: (L,) positive inlier scales, from `search_token_scales`.
-      theta: (L,) thresholds for threshold="offline".
-      channels: (C,) outlier channels for detection="static".
-      with_mask: whether to say where the outliers are, which no product asks: a fifth of what a GPU reads and writes.
+      scale: (L,) positive steps S.
+      theta: (L,) thresholds; without them a channel is listed as soon as an entry does not fit the inliers' levels.
+      shift: (L,) j in 0..8: outliers of 8 bits or fewer become multiples of 2^j, so that they reach further; their
+        levels need two bytes. Ignored with outlier_bits=16, whose levels have two bytes anyway.
+      channels: (C,) outlier channels, needed by detection="static".
       implementation: a backend's name; None takes the first that supports the call.
 
     Raises:
-      ValueError: shapes that do not agree, theta or channels missing where the config needs them, an unknown
-        implementation, or a named one that does not support the call.
+      ValueError: shapes that do not agree, channels missing where the config needs them, an unknown implementation, or
+        a named one that does not support the call.
     """
-    return _run(x, scale, config, theta, channels, implementation, with_mask=with_mask)
+    check_split(x, scale, config, theta, shift, channels)
+    x, scale, theta = lax.stop_gradient((x, scale, theta))
+    shift = None if config.outlier_bits == 16 else shift
+    call = dict(theta=theta, shift=shift, channels=channels)
+    return choose("split", BACKENDS, implementation, x, config, **call).run(x, scale, config, **call)
 
 
-@partial(jax.jit, static_argnames=("config", "packed", "implementation"))
-def split_for_product(
-    x: Float[Array, "B L C"],
-    scale: Float32[Array, " L"],
-    config: OutlierConfig,
-    *,
-    theta: Float32[Array, " L"] | None = None,
-    channels: Bool[Array, " C"] | None = None,
-    packed: bool = False,
-    implementation: str | None = None,
-) -> OutlierSplit | Planes | PackedSplit:
-    """`for_product(split_outliers(...))`; arguments and errors as there.
-
-    Args:
-      packed: for the product on 4-bit tensor cores ("mosaic_gpu_int4" of `outlier_matmul`): inliers two to a byte, and
-        lists of the outliers' channels.
-
-    Raises:
-      ValueError: packed, but inliers of more than 4 bits, or outliers on scales that are no powers of two apart.
-    """
-    if packed and (reason := packed_split.unsuitable(config)):
-        raise ValueError(f"this activation cannot be packed: {reason}; leave packed=True out.")
-    return _run(x, scale, config, theta, channels, implementation, form="packed" if packed else "planes")
+def check_split(x, scale, config: OutlierConfig, theta, shift, channels) -> None:
+    """Raises ValueError for arguments of `split_outliers` that do not agree."""
+    if x.ndim != 3 or scale.shape != (x.shape[1],):
+        raise ValueError(
+            f"x must be (B, L, C) and scale (L,), not {x.shape} and {scale.shape}: a quantised model is tied to the "
+            "token count it was calibrated at"
+        )
+    for name, value in (("theta", theta), ("shift", shift)):
+        if value is not None and value.shape != scale.shape:
+            raise ValueError(f"{name} must be of scale's shape {scale.shape}, not {value.shape}")
+    if config.detection == "static" and (channels is None or channels.shape != x.shape[2:]):
+        raise ValueError('detection="static" needs channels of shape (C,): pass the result of calibrate_channels')
 
 
-@partial(jax.jit, static_argnames=("config", "implementation"))
-def round_activation(
-    x: Float[Array, "B L C"],
-    scale: Float32[Array, " L"],
-    config: OutlierConfig,
-    *,
-    theta: Float32[Array, " L"] | None = None,
-    channels: Bool[Array, " C"] | None = None,
-    implementation: str | None = None,
-) -> Float[Array, "B L C"]:
-    """`merge(split_outliers(...))` in x's type, in one pass on a GPU; arguments and errors as there."""
-    return _run(x, scale, config, theta, channels, implementation, form="floats")
+def detection_limit(
+    scale: Float32[Array, " L"], config: OutlierConfig, theta: Float32[Array, " L"] | None
+) -> Float32[Array, " L"]:
+    """max(theta, q * S): a magnitude above it lists its channel."""
+    limit = scale * float(config.largest_inlier)
+    return limit if theta is None else jnp.maximum(theta, limit)
 
 
-def _run(x, scale, config: OutlierConfig, theta, channels, implementation: str | None, **form):
-    _check_arguments(x, scale, config, theta)
-    x, scale, theta = lax.stop_gradient((x, scale, theta))  # or it would depend on the backend whether there is one
-    backend = choose("split", BACKENDS, implementation, x, config)
-    return backend.run(x, scale, config, theta=theta, channels=channels, **form)
+def find_first(
+    x: Float[Array, "B L C"], limit: Float32[Array, " L"], config: OutlierConfig, channels: Bool[Array, " C"] | None
+) -> Int8[Array, "B windows C"]:
+    """`Split.first`: the token of each window from which on a channel is listed."""
+    B, L, C = x.shape
+    n = window_length(L, config.n_refresh)
+    whole = L // n
+    if config.detection != "dynamic":
+        listed = jnp.zeros((C,), bool) if config.detection == "none" else channels
+        first = jnp.where(listed, 0, n).astype(_counter(n))
+        return jnp.broadcast_to(first, (B, -(-L // n), C))
+
+    def earliest(x: Array, limit: Array) -> Array:
+        """Of windows (B, windows, tokens, C): a minimum over the tokens, which needs no order to be walked in."""
+        over = jnp.abs(x).astype(jnp.float32) > limit[None, :, :, None]
+        token = lax.broadcasted_iota(_counter(n), x.shape, 2)
+        return jnp.min(jnp.where(over, token, _counter(n)(n)), axis=2)
+
+    first = earliest(x[:, : whole * n].reshape(B, whole, n, C), limit[: whole * n].reshape(whole, n))
+    if L == whole * n:
+        return first
+    rest = earliest(x[:, None, whole * n :], limit[None, whole * n :])  # the ragged window apart: nothing is padded
+    return jnp.concatenate([first, rest], axis=1)
 
 
-def for_product(split: OutlierSplit | Planes | PackedSplit) -> OutlierSplit | Planes | PackedSplit:
-    """What integer products take: `Planes`, or a split with "free" scales, or a packed one, as it is."""
-    if not isinstance(split, OutlierSplit):
-        return split
-    if split.has_float_outliers:
-        return _fixed_point(split)
-    if not split.pow2:
-        return split
-    return Planes(split.near, split.far, *_shift_and_row_scale(split), split.shape[-1])
+def _listed(first: Int8[Array, "B windows C"], tokens: int, n_refresh: int) -> Bool[Array, "B L C"]:
+    B, windows, C = first.shape
+    n = window_length(tokens, n_refresh)
+    listed = lax.broadcasted_iota(first.dtype, (B, windows, n, C), 2) >= first[:, :, None]
+    return listed.reshape(B, windows * n, C)[:, :tokens]
 
 
-def _shift_and_row_scale(split: OutlierSplit) -> tuple[Int32[Array, "B L"], Float32[Array, "B L"]]:
-    outlier_scale, inlier_scale = split.outlier_scale, split.inlier_scale[None]
-    row_scale = jnp.where(jnp.isfinite(outlier_scale), inlier_scale, outlier_scale)
-    return power_of_two_shift(outlier_scale, inlier_scale), row_scale
+def find_listed(
+    x: Float[Array, "B L C"], limit: Float32[Array, " L"], config: OutlierConfig, channels: Bool[Array, " C"] | None
+) -> Bool[Array, "B L C"]:
+    """Which entries are outliers, given the limits (L,) that list a channel."""
+    return _listed(find_first(x, limit, config, channels), x.shape[1], config.n_refresh)
 
 
-def _packed(split: OutlierSplit, window: int) -> PackedSplit:
-    """Of a split with its mask, of at most 4 bits and with pow2 scales."""
-    B, L, C = split.shape
-    width, windows = C + -C % packed_split.BLOCK, -(-L // window)
-
-    def padded(x, tokens=L):
-        return jnp.pad(x, [(0, 0), (0, tokens - L), (0, width - C)])
-
-    inliers = pack_halves(padded(split.inlier_q).reshape(B * L, width), width).reshape(B, L, width // 2)
-    mask, levels = (
-        padded(x, windows * window).reshape(B, windows, window, width) for x in (split.known_mask, split.outlier_q)
-    )
-    tokens = jnp.sum(mask, axis=2)  # of a window that have the channel listed: the more, the earlier it was
-    order = jnp.argsort(-tokens, axis=-1, stable=True)
-    places = jnp.where(tokens > 0, jnp.argsort(order, axis=-1) + 1, 0).astype(jnp.int16)
-    outliers = jnp.take_along_axis(levels, order[:, :, None], axis=-1).reshape(B, -1, width)[:, :L]
-    counts = jnp.sum(split.known_mask, axis=-1, dtype=jnp.int32)
-    return PackedSplit(inliers, outliers, places, counts, *_shift_and_row_scale(split), C, window)
-
-
-def _fixed_point(split: OutlierSplit) -> Planes:
-    """16-bit outliers, and the inliers beside them, as bytes."""
-    S, far = split.inlier_scale[None, :, None], split.far.astype(jnp.float32)
-    largest = jnp.frexp(jnp.maximum(_largest(far), _largest(split.near).astype(jnp.float32) * S))
-    limit = jnp.frexp(S * (LARGEST_FIXED_POINT / 2**15))
-    k = largest[1] - limit[1] - 15 + (largest[0] > limit[0]).astype(jnp.int32)  # largest <= 32639 S 2^k
-    finite = jnp.isfinite(split.outlier_scale)[:, :, None]
-    step = jnp.ldexp(jnp.broadcast_to(S, k.shape), jnp.maximum(k, -FRACTION_BITS))
-    left, right = jnp.clip(-k, 0, FRACTION_BITS).astype(jnp.int16), jnp.clip(k, 0, 14).astype(jnp.int16)
-    left, right, step, finite = lax.optimization_barrier((left, right, step, finite))  # not again for every entry
-    half = jnp.right_shift(jnp.left_shift(jnp.ones_like(right), right), 1)
-    inliers = jnp.right_shift(jnp.left_shift(split.near.astype(jnp.int16), left) + half, right)
-    outliers = jnp.where(finite, jnp.round(divide(far, step)), 0.0).astype(jnp.int16)
-    value = cpu_barrier(inliers + outliers)
-    high, low = jnp.right_shift(value + 128, 8).astype(jnp.int8), value.astype(jnp.int8)  # which wraps to -128..127
-    shift = jnp.full(step.shape[:2], 8, jnp.int32)
-    return Planes(low, high, shift, jnp.where(finite, step, jnp.nan)[:, :, 0], split.shape[-1], fixed_point=True)
-
-
-def _largest(x: Array) -> Array:
-    """Largest magnitude over the last axis, kept as 1; two reductions take less time than writing |x| for one."""
-    return jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -jnp.min(x, axis=-1, keepdims=True))
-
-
-def _xla(
-    x, scale, config: OutlierConfig, *, theta, channels, with_mask=False, form: Form = "split"
-) -> OutlierSplit | Planes | PackedSplit | Float[Array, "B L C"]:
-    split = _split(x, scale, config, theta, channels, with_mask or form == "packed")
-    if form == "packed":
-        return _packed(split, min(config.n_refresh, x.shape[1]))
-    if form == "planes":
-        return for_product(split)
-    return merge(split).astype(x.dtype) if form == "floats" else split
-
-
-def _split(x, scale, config: OutlierConfig, theta, channels, with_mask) -> OutlierSplit:
-    x32 = x.astype(jnp.float32)
-    mask = find_outliers(x32, scale, config, theta, channels)
-    outlier_scale = _outlier_scale(x32, scale, mask, config)
-    ratio = divide(x32, scale[None, :, None])
-    q = float(max_level(config.act_bits))
-    given_mask = mask if with_mask else None
-    if config.outlier_bits == 16:
-        inlier_q = _round_to_int8(jnp.where(mask, 0.0, jnp.clip(ratio, -q, q)))
-        outlier_q = jnp.where(mask, x, jnp.zeros((), x.dtype))
-        return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, given_mask, scale, pow2=config.pow2)
-    # A product with 2^-j has the quotient's bits, and costs less than a second division per entry.
-    shrink = power_of_two_ratio(scale[None], outlier_scale)[:, :, None]
-    ratio = jnp.where(mask, ratio * shrink if config.pow2 else divide(x32, outlier_scale[:, :, None]), ratio)
-    limit = jnp.where(mask, float(max_level(config.outlier_bits)), q)
-    levels = lax.optimization_barrier(_round_to_int8(jnp.clip(ratio, -limit, limit)))  # once, not for near and for far
-    inlier_q, outlier_q = jnp.where(mask, 0, levels), jnp.where(mask, levels, 0)
-    return OutlierSplit.from_levels(inlier_q, outlier_q, outlier_scale, given_mask, scale, pow2=config.pow2)
-
-
-def _round_to_int8(ratio: Float32[Array, "..."]) -> Int8[Array, "..."]:
-    """Round half to even what lies in -128..127; NaN becomes 0.
+def round_half_even(x: Float32[Array, "..."]) -> Int32[Array, "..."]:
+    """Round half to even what lies within +-2^22; NaN becomes a multiple of 2^16.
 
     Beside 1.5 * 2^23 a float's last bits count ones. XLA's conversion guards against overflow, at twice the cost.
     """
-    return lax.bitcast_convert_type(ratio + 1.5 * 2**23, jnp.int32).astype(jnp.int8)
+    return lax.bitcast_convert_type(x + 1.5 * 2**23, jnp.int32) - 0x4B400000
+
+
+def _xla(x, scale, config: OutlierConfig, *, theta, shift, channels) -> Split:
+    q, Q = float(config.largest_inlier), float(config.largest_outlier)
+    first = find_first(x, detection_limit(scale, config, theta), config, channels)
+    ratio = divide(x.astype(jnp.float32), scale[None, :, None])
+    # What listing changes nothing about is rounded alike, and needs no list.
+    listed = None if Q == q and shift is None else _listed(first, x.shape[1], config.n_refresh)
+    if shift is not None:
+        unit = jnp.where(listed, jnp.exp2(shift.astype(jnp.float32))[None, :, None], 1.0)
+        ratio = ratio / unit  # a power of two: exact
+    bound = q if listed is None else jnp.where(listed, Q, q)
+    ratio = jnp.minimum(jnp.maximum(ratio, -bound), bound)
+    if config.outlier_bits != 16 and shift is None:
+        return Split(round_half_even(ratio).astype(jnp.int8), None, scale, first, config.n_refresh)
+    levels = round_half_even(jnp.where(jnp.isnan(ratio), 0.0, ratio))
+    if shift is not None:
+        levels = jnp.where(listed, jnp.left_shift(levels, shift.astype(jnp.int32)[None, :, None]), levels)
+    high = jnp.right_shift(levels + 128, 8).astype(jnp.int8)
+    return Split(levels.astype(jnp.int8), high, scale, first, config.n_refresh)  # int8 wraps to the low byte
+
+
+def _mosaic_gpu(x, scale, config: OutlierConfig, *, theta, shift, channels, **options) -> Split:
+    limit = detection_limit(scale, config, theta)
+    low, high, first = kernel.split(x, scale, limit, config, shift=shift, **options)
+    return Split(low, high, scale, first, config.n_refresh)
 
 
 # In order of preference. "xla" is the reference and supports every call.
 BACKENDS: dict[str, Backend] = {
-    "mosaic_gpu": Backend(kernel.supports, kernel.split),
-    "xla": Backend(lambda x, config: None, _xla),
+    "mosaic_gpu": Backend(kernel.supports, _mosaic_gpu),
+    "xla": Backend(lambda x, config, **call: None, _xla),
 }
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _levels(ratio: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
-    """Round half to even and clip to [-q, q]; straight-through derivative 1 where nothing is clipped, else 0."""
-    q = max_level(bits)
-    return jnp.clip(jnp.round(ratio), -q, q)
+@partial(jax.custom_jvp, nondiff_argnums=())
+def _levels(ratio: Float[Array, "..."], bound: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Round half to even and clip to [-bound, bound]; straight-through derivative 1 where nothing is clipped, else 0."""
+    return jnp.clip(jnp.round(ratio), -bound, bound)
 
 
 @_levels.defjvp
-def _levels_jvp(bits, primals, tangents):
-    (ratio,), (tangent,) = primals, tangents
-    inside = jnp.abs(jnp.round(ratio)) <= max_level(bits)
-    return _levels(ratio, bits), jnp.where(inside, tangent, jnp.zeros_like(tangent))
-
-
-@jax.jit
-def merge(split: OutlierSplit) -> Float32[Array, "B L C"]:
-    """The activation that a split stands for, in float32."""
-    # One of the two is zero at every entry, unless a NaN outlier scale spoils a token with non-finite values.
-    inliers = split.near.astype(jnp.float32) * split.inlier_scale[None, :, None]
-    return inliers + split.far.astype(jnp.float32) * split.outlier_scale[:, :, None]
+def _levels_jvp(primals, tangents):
+    (ratio, bound), (tangent, _) = primals, tangents
+    inside = jnp.abs(jnp.round(ratio)) <= bound
+    return _levels(ratio, bound), jnp.where(inside, tangent, jnp.zeros_like(tangent))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -282,32 +282,20 @@ def fake_quant(
     config: OutlierConfig,
     *,
     theta: Float32[Array, " L"] | None = None,
+    shift: Int8[Array, " L"] | None = None,
     channels: Bool[Array, " C"] | None = None,
 ) -> Float32[Array, "B L C"]:
-    """`merge(split_outliers(...))`, bit for bit, with straight-through gradients to x and to every scale.
+    """`split_outliers(...).merge()`, bit for bit, with straight-through gradients to x and to scale.
 
-    Inliers follow LSQ: d/dx is 1 where nothing is clipped, else 0; d/dscale is round(x/s) - x/s there, else +-q.
-    Outliers: 1 to x; "pow2" reaches scale through scale * 2^j with j held, "free" reaches x through the maximum.
-    Which entries are outliers, and j, are held fixed.
+    As in LSQ (Esser et al. 2020): d/dx is 1 where nothing is clipped, else 0; d/dscale is round(x/s) - x/s there, else
+    plus or minus the largest level. Which entries are outliers is held fixed.
     """
-    _check_arguments(x, scale, config, theta)
+    check_split(x, scale, config, theta, shift, channels)
     x32 = x.astype(jnp.float32)
-    mask = find_outliers(lax.stop_gradient(x32), lax.stop_gradient(scale), config, theta, channels)
-    outlier_scale = _outlier_scale(x32, scale, mask, config)[:, :, None]
-    step = jnp.where(mask | jnp.isnan(outlier_scale), outlier_scale, scale[None, :, None])
-    inlier = _levels(divide(x32, scale[None, :, None]), config.act_bits)
-    outlier = x32 if config.outlier_bits == 16 else _levels(divide(x32, outlier_scale), config.outlier_bits)
-    return step * jnp.where(mask, outlier, inlier)
-
-
-class OutlierStats(NamedTuple):
-    """Share of entries that are outliers, and of tokens whose outliers need a larger step than the inliers."""
-
-    rate: Float32[Array, ""]
-    shifted_rows: Float32[Array, ""]
-
-
-def outlier_statistics(split: OutlierSplit) -> OutlierStats:
-    """Outlier rate and share of tokens with j > 0 ("pow2"; always 0 for 16-bit outliers, which have no step)."""
-    shifted = (split.outlier_scale > split.inlier_scale[None]) & jnp.any(split.known_mask, axis=-1)
-    return OutlierStats(jnp.mean(split.known_mask), jnp.zeros(()) if split.has_float_outliers else jnp.mean(shifted))
+    limit = detection_limit(lax.stop_gradient(scale), config, theta)
+    listed = find_listed(lax.stop_gradient(x), limit, config, channels)
+    step = scale[None, :, None]
+    if shift is not None and config.outlier_bits != 16:
+        step = jnp.where(listed, step * jnp.exp2(shift.astype(jnp.float32))[None, :, None], step)
+    bound = jnp.where(listed, float(config.largest_outlier), float(config.largest_inlier))
+    return step * _levels(divide(x32, jnp.broadcast_to(step, x32.shape)), bound)

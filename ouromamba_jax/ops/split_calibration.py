@@ -1,65 +1,136 @@
-"""What Algorithm 2 takes from calibration: static scales per token, offline thresholds, fixed lists of channels."""
+"""What Algorithm 2 takes from calibration: steps and thresholds of every token, fixed lists of channels."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int8
 
-from ouromamba_jax.ops.qtensor import FULL_RANGE_FRACTIONS, max_level, search_scale
-from ouromamba_jax.ops.split_detection import calibration_mask
-from ouromamba_jax.ops.split_types import OutlierConfig
-from ouromamba_jax.ops.token_windows import mean_and_std, walk_windows
+from ouromamba_jax.ops.qtensor import FULL_RANGE_FRACTIONS, SEARCH_NORM, search_scale
+from ouromamba_jax.ops.split import (
+    LARGEST_SHIFT,
+    OutlierConfig,
+    Split,
+    detection_limit,
+    fake_quant,
+    find_listed,
+    split_outliers,
+    window_length,
+)
 
 
-def search_token_scales(
-    x: Float[Array, "B L C"], config: OutlierConfig, *, channels: Bool[Array, " C"] | None = None, search: bool = True
-) -> Float32[Array, " L"]:
-    """Static inlier scale of every token position, from calibration samples.
+@partial(jax.tree_util.register_dataclass, data_fields=["scale", "theta", "shift", "channels"], meta_fields=[])
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found for one activation (B, L, C); see `split_outliers`.
 
-    Outliers are set to zero and the 100-step search of the 2.4 norm runs over samples and channels of a position.
-    spec="paper" tries 1 % .. 100 % of the inlier range; "released" 99 % .. 0 %, so never the full range.
+    Attributes:
+      scale: float32 (L,), the step of every token, positive.
+      theta: float32 (L,), thresholds of dynamic detection, or None.
+      shift: int8 (L,), by how much outliers are shifted, or None where no outlier needs a second byte.
+      channels: bool (C,), the outlier channels of static detection, or None.
+    """
+
+    scale: Float32[Array, " L"]
+    theta: Float32[Array, " L"] | None = None
+    shift: Int8[Array, " L"] | None = None
+    channels: Bool[Array, " C"] | None = None
+
+    def split(self, x: Float[Array, "B L C"], config: OutlierConfig) -> Split:
+        """`split_outliers` of x."""
+        return split_outliers(x, self.scale, config, theta=self.theta, shift=self.shift, channels=self.channels)
+
+    def fake(self, x: Float[Array, "B L C"], config: OutlierConfig) -> Float32[Array, "B L C"]:
+        """`fake_quant` of x."""
+        return fake_quant(x, self.scale, config, theta=self.theta, shift=self.shift, channels=self.channels)
+
+
+def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool = True) -> Calibration:
+    """Steps, thresholds and lists from calibration samples.
+
+    theta is the mean over samples of mean + sigma * std (ddof=1) of a token's magnitudes, listed channels counted as
+    zero. The step is searched (100 candidates, 2.4 norm over samples and channels) with what exceeds theta set to zero.
+    Where an outlier exceeds Q * S, S is raised until it fits, if that loses less than saturating it; else the outliers
+    of this activation get a second byte.
+
+    Activations of so few channels that none can lie sigma deviations above their mean have no theta, and one step for
+    all tokens: a step per token from so few values would not cover samples that calibration has not seen.
 
     Args:
-      x: (B, L, C) calibration activations, tokens in scan order.
-      channels: (C,) outlier channels, needed by detection="static".
+      x: (B, L, C), tokens in scan order.
       search: False takes the inliers' range as it is.
-
-    Raises:
-      ValueError: if detection="static" finds no channels, or not as many as x has.
     """
-    # The bits enter as a number, not as a constant: one compilation serves all of them.
-    shared = replace(config, act_bits=8, outlier_bits=8)
-    return _search_token_scales(x, jnp.float32(max_level(config.act_bits)), shared, channels, search)
+    tokens, channels = x.shape[1:]
+    few = config.detection == "dynamic" and channels - 1 <= config.sigma * channels**0.5
+    found = {}
+    if config.detection == "static":
+        found["channels"] = calibrate_channels(x, config)
+    elif config.detection == "dynamic" and not few:
+        found["theta"] = calibrate_theta(x, config)
+    scale = _search(x, _any_bits(config), float(config.largest_inlier), found, search, few)
+    calibration = Calibration(jnp.broadcast_to(scale, (tokens,)), **found)
+    if config.detection == "none" or config.largest_outlier == config.largest_inlier:
+        return calibration
+    raised, shift, needs_byte = _reach(x, calibration, config)
+    if bool(needs_byte):
+        return replace(calibration, shift=shift)
+    return replace(calibration, scale=raised)
 
 
-@partial(jax.jit, static_argnames=("config", "search"))
-def _search_token_scales(x, limit, config, channels, search):
+def _any_bits(config: OutlierConfig) -> OutlierConfig:
+    """A config that differs from none in its bits: where these enter as numbers, one compilation serves all."""
+    return replace(config, act_bits=8, outlier_bits=8)
+
+
+@partial(jax.jit, static_argnames=("config", "search", "few"))
+def _search(x, config: OutlierConfig, largest_inlier, found, search: bool, few: bool) -> Float32[Array, " L"]:
     x = x.astype(jnp.float32)
-    inliers = jnp.where(calibration_mask(x, config, channels), 0.0, x)
-    released = tuple(1 - i / 100 for i in range(1, 101))
-    fractions = released if config.spec == "released" else FULL_RANGE_FRACTIONS
-    fractions = fractions if search else (1.0,)
-    return search_scale(inliers, limit, axes=(0, 2), fractions=fractions)[0, :, 0]
+    if few:
+        x = x.reshape(-1, 1, x.shape[2])
+    else:
+        listed = find_listed(x, found.get("theta", jnp.zeros(x.shape[1])), config, found.get("channels"))
+        x = jnp.where(listed, 0.0, x)
+    return search_scale(x, largest_inlier, axes=(0, 2), fractions=FULL_RANGE_FRACTIONS if search else (1.0,))[0, :, 0]
+
+
+@partial(jax.jit, static_argnames="config")
+def _reach(x, calibration: Calibration, config: OutlierConfig):
+    """(steps raised where that loses less than saturating, shifts, whether it loses more at some token)."""
+    x = x.astype(jnp.float32)
+    limit = detection_limit(calibration.scale, config, calibration.theta)
+    listed = find_listed(x, limit, config, calibration.channels)
+    largest = jnp.max(jnp.where(listed, jnp.abs(x), 0.0), axis=(0, 2))
+    reach = calibration.scale * float(config.largest_outlier)
+    beyond = largest > reach
+
+    def loss(scale):
+        error = jnp.abs(x - replace(calibration, scale=scale).fake(x, config))
+        return jnp.sum(jnp.exp(SEARCH_NORM * jnp.log(error)), axis=(0, 2))
+
+    fitting = jnp.where(beyond, largest / float(config.largest_outlier), calibration.scale)
+    better = loss(fitting) < loss(calibration.scale)
+    shift = jnp.where(beyond, jnp.clip(jnp.ceil(jnp.log2(largest / reach)), 0, LARGEST_SHIFT), 0)
+    needs_byte = jnp.any(beyond & ~better) if config.outlier_bits != 16 else jnp.zeros((), bool)
+    return jnp.where(better, fitting, calibration.scale), shift.astype(jnp.int8), needs_byte
 
 
 @partial(jax.jit, static_argnames="config")
 def calibrate_theta(x: Float[Array, "B L C"], config: OutlierConfig) -> Float32[Array, " L"]:
-    """Thresholds for threshold="offline": the online statistic of each position, averaged over samples.
+    """Thresholds: mean over samples of mean + sigma * std (ddof=1) of |x|, channels listed before counted as zero."""
+    B, L, C = x.shape
+    n = window_length(L, config.n_refresh)
+    magnitude = jnp.pad(jnp.abs(x.astype(jnp.float32)), ((0, 0), (0, -L % n), (0, 0))).reshape(B, -1, n, C)
 
-    No scale exists yet, so every token counts as overflowing (with searched scales 95-100 % do).
-    """
+    def token(listed, magnitude):
+        free = jnp.where(listed, 0.0, magnitude)
+        theta = jnp.mean(free, -1) + config.sigma * jnp.std(free, -1, ddof=min(1, C - 1))
+        return listed | (free > theta[..., None]), theta
 
-    def grow(x_t, listed, _extra, _is_token):
-        free = jnp.where(listed, 0.0, jnp.abs(x_t))
-        mean, std = mean_and_std(free)
-        # Compared as in `split_outliers`; the strict sign keeps an all-zero token from listing everything.
-        return listed | (free - mean > config.sigma * std), (mean + config.sigma * std)[..., 0]
-
-    x = x.astype(jnp.float32)
-    _, thetas = walk_windows(x, config.n_refresh, grow, jnp.ones((1, x.shape[1]), jnp.float32))
-    return jnp.mean(thetas, axis=0)
+    nothing = jnp.zeros((B, magnitude.shape[1], C), bool)
+    _, theta = lax.scan(token, nothing, jnp.moveaxis(magnitude, 2, 0))
+    return jnp.mean(theta, axis=1).T.reshape(-1)[:L]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -67,11 +138,12 @@ def calibrate_channels(x: Float[Array, "B L C"], config: OutlierConfig) -> Bool[
     """Channels for detection="static": those of the largest magnitude over samples and tokens.
 
     `static_list` says which magnitude: the mean, the statistic of the published code's channel list, or the largest.
-    There are as many channels as the dynamic algorithm lists on average: both detections have one budget and spend it
-    differently. No scale exists yet, so every token counts as overflowing.
+    There are as many channels as dynamic detection lists on average beyond theta: both detections have one budget and
+    spend it differently.
     """
     x = x.astype(jnp.float32)
-    listed = calibration_mask(x, replace(config, detection="dynamic"), None)
+    dynamic = replace(config, detection="dynamic")
+    listed = find_listed(x, calibrate_theta(x, dynamic), dynamic, None)
     budget = jnp.ceil(jnp.mean(jnp.sum(listed.astype(jnp.float32), axis=-1)))
     statistic = jnp.mean if config.static_list == "mean" else jnp.max
     rank = jnp.argsort(jnp.argsort(-statistic(jnp.abs(x), axis=(0, 1)), stable=True), stable=True)
