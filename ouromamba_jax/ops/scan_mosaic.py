@@ -4,39 +4,28 @@ import jax
 import jax.numpy as jnp
 
 from ouromamba_jax.ops import scan_xla
-from ouromamba_jax.ops.scan_types import ScanOutput
-from ouromamba_jax.ops.split_operand import SplitOperand, StackedOperand, floats
+from ouromamba_jax.ops.scan_types import ScanOutput, floats
+from ouromamba_jax.ops.split import Split
 from ouromamba_jax.pallas import selective_scan as kernel
+from ouromamba_jax.pallas.scan_operand import Operand
 from ouromamba_jax.pallas.tiles import ScanTiles
 
 
 def run(
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collect, state_transform, **options
 ) -> ScanOutput:
-    """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA.
+    """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA."""
 
-    u and delta are read as levels, and group by group, if they came so. B and C are merged first: they are few bytes,
-    but every thread would convert all of a token's, 32 for its 16 exponentials.
-    """
-    B, C = floats(B), floats(C)
+    def operand(x):
+        return Operand(x.low, x.high, x.scale[None]) if isinstance(x, Split) else Operand(x)
 
-    def step(x):
-        if not isinstance(x, SplitOperand):
-            return None
-        sizes, far, shifts = zip(*((planes.row_scale, planes.far, planes.shift) for planes in x.groups), strict=True)
-        return kernel.Step(sizes, far, shifts)
+    def operands(x):
+        return tuple(map(operand, x)) if isinstance(x, tuple) else (operand(x),)
 
-    def values(x):
-        if isinstance(x, SplitOperand):
-            return tuple(planes.near for planes in x.groups)
-        return x.groups if isinstance(x, StackedOperand) else x
-
-    levels = kernel.Steps(u=step(u), delta=step(delta))
     y, h_last, starts = kernel.run(
-        values(u), values(delta), A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0,
-        reverse=reverse, with_starts=collect is not None, levels=levels, **options,
+        operands(u), operands(delta), A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0,
+        reverse=reverse, with_starts=collect is not None, **options,
     )  # fmt: skip
-    y = y.astype(u.dtype)
     if starts is None:
         return ScanOutput(y, h_last, None)
 
@@ -46,7 +35,7 @@ def run(
             u, delta, A, B, B, None, None, delta_bias, delta_softplus, h0, False, collect, None
         ).states  # its y is not used
 
-    inputs = tuple(map(floats, (u, delta, B)))
+    inputs = floats(u, B.dtype), floats(delta, B.dtype), B
     tiles = options.get("tiles") or kernel.tiles_for(A, B)
     return ScanOutput(y, h_last, _walk_chunks(walk, inputs, starts, tiles, reverse))
 

@@ -3,10 +3,23 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int, PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int, PyTree
+
+from ouromamba_jax.ops.split import Split
 
 Collect = Callable[[Float[Array, "B D N"]], PyTree]
 StateTransform = Callable[[Float[Array, "B D N"], Int[Array, ""]], Float[Array, "B D N"]]
+
+Wide = Float[Array, "B L D"] | tuple[Float[Array, "B L E"] | Split, ...]
+"""An input of D channels: floats, or for each group of E channels, in order, floats or a `Split` of its own."""
+
+
+def floats(x: Wide, dtype: DTypeLike) -> Float[Array, "B L D"]:
+    """All channels in floats, those of a `Split` in `dtype`."""
+    if not isinstance(x, tuple):
+        return x
+    return jnp.concatenate([part.merge().astype(dtype) if isinstance(part, Split) else part for part in x], axis=2)
 
 
 class ScanOutput(NamedTuple):

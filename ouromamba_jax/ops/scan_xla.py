@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 from ouromamba_jax.ops.scan_types import ScanOutput
-from ouromamba_jax.ops.split_operand import floats
 
 # Steps between two saved states, one loop body. Chunks of 4 would save twice as many states and be no faster, chunks of
 # 16 take almost twice as long to compile.
@@ -22,7 +21,6 @@ def run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collec
     """`selective_scan` with B and C grouped; supports every call."""
     (batch, length, channels), (groups, d_state) = u.shape, B.shape[2:]
     f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
-    u, delta, B, C = map(floats, (u, delta, B, C))
     step_size = f32(delta) if delta_bias is None else f32(delta) + f32(delta_bias)[None, None]
     if delta_softplus:
         step_size = jax.nn.softplus(step_size)
