@@ -62,10 +62,11 @@ def matmul(
         acc = zeros(tile_m, tile_n)
         for plane in high:
             acc = lax.shift_left(add(plane, acc), 8)
+        acc = add(low, acc)
         rows = pl.ds(lax.rem(first, period), tile_m)
         scale = plgpu.load(row_scale.at[rows], layout=ACCUMULATOR.reduce(1), optimized=False)
         w, *offset = (plgpu.load(ref.at[here], layout=ACCUMULATOR.reduce(0), optimized=False) for ref in columns)
-        y = epilogue(add(low, acc), scale * 0.0625 if tiles.packed else scale, w, *offset)
+        y = epilogue(acc, scale * 0.0625 if tiles.packed else scale, w, *offset)
         store(out.at[pl.ds(first, tile_m), here], y)
 
     return plgpu.kernel(
