@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from ouromamba_jax.ops import scan_xla
-from ouromamba_jax.ops.scan_types import ScanOutput, floats
-from ouromamba_jax.ops.split import Split
+from ouromamba_jax.ops.scan_types import ScanOutput, Unsplit, floats
+from ouromamba_jax.ops.split import Split, detection_limit
 from ouromamba_jax.pallas import selective_scan as kernel
+from ouromamba_jax.pallas.outlier_split import Rule
 from ouromamba_jax.pallas.scan_operand import Operand
 from ouromamba_jax.pallas.tiles import ScanTiles
 
@@ -16,11 +17,26 @@ def run(
 ) -> ScanOutput:
     """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA."""
 
+    tiles = options.get("tiles") or kernel.tiles_for(A, B)
+
     def operand(x):
+        if isinstance(x, Unsplit):
+            if reverse or tiles.segments > 1 or x.config.detection != "dynamic":
+                return operand(x.split())
+            limit = detection_limit(x.scale, x.config, x.theta)
+            shift = None if x.config.outlier_bits == 16 else x.shift
+            rule = Rule.of(x.config, x.shape[1], shift)
+            return Operand(x.x, numbers=rule.numbers(x.scale, limit, shift), rule=rule)
         return Operand(x.low, x.high, x.scale[None]) if isinstance(x, Split) else Operand(x)
 
     def operands(x):
-        return tuple(map(operand, x)) if isinstance(x, tuple) else (operand(x),)
+        """Of groups with rules of their own kinds, none is split in the scan."""
+        if not isinstance(x, tuple):
+            return (operand(x),)
+        made = tuple(map(operand, x))
+        if len({part.rule for part in made}) > 1:
+            made = tuple(operand(part.split() if isinstance(part, Unsplit) else part) for part in x)
+        return made
 
     y, h_last, starts = kernel.run(
         operands(u), operands(delta), A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0,
@@ -36,7 +52,6 @@ def run(
         ).states  # its y is not used
 
     inputs = floats(u, B.dtype), floats(delta, B.dtype), B
-    tiles = options.get("tiles") or kernel.tiles_for(A, B)
     return ScanOutput(y, h_last, _walk_chunks(walk, inputs, starts, tiles, reverse))
 
 

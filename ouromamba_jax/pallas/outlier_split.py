@@ -70,10 +70,10 @@ class Rule:
         levels = [((batch, tokens, channels), jnp.int8)] * (2 if self.two_bytes else 1)
         return [jax.ShapeDtypeStruct(*shape) for shape in (*levels, first)]
 
-    def step(
+    def level(
         self, x: Float32[Array, " n"], i: Any, first: Int32[Array, " n"], numbers: tuple[Any, ...]
-    ) -> tuple[list[Array], Int32[Array, " n"]]:
-        """(bytes of the levels of a window's token i, `first` after it); `window` means that nothing is listed."""
+    ) -> tuple[Float32[Array, " n"], Int32[Array, " n"]]:
+        """(levels of a window's token i, `first` after it); `window` means that nothing is listed."""
         scale, limit, *units = numbers
         first = jnp.minimum(first, jnp.where(jnp.abs(x) > limit, i, self.window))
         ratio = divide(x, scale)
@@ -88,10 +88,14 @@ class Rule:
         level = jnp.where(level == level, level, jnp.float32(0))  # NaN
         if units:
             level = level * jnp.where(listed, unit, jnp.float32(1))
+        return level, first
+
+    def bytes(self, level: Float32[Array, " n"]) -> list[Array]:
+        """low, and high if there is one."""
         if not self.two_bytes:
-            return [level], first
+            return [level]
         high = jnp.round((level + 0.5) * (1 / 256))  # the low byte is in -128..127; Mosaic has no floor
-        return [level - 256.0 * high, high], first
+        return [level - 256.0 * high, high]
 
 
 def split(
@@ -128,9 +132,9 @@ def split(
             loaded = [lanes.load(x.at[sample, position(i)], channel, emulated=emulated) for i in tokens]
             for i, row in zip(tokens, loaded, strict=True):
                 t = position(i)
-                levels, first = rule.step(row.astype(jnp.float32), i, first, tuple(ref[t] for ref in numbers))
-                for plane, level in zip(planes, levels, strict=True):
-                    lanes.store(plane.at[sample, t], channel, level, emulated=emulated)
+                level, first = rule.level(row.astype(jnp.float32), i, first, tuple(ref[t] for ref in numbers))
+                for plane, values in zip(planes, rule.bytes(level), strict=True):
+                    lanes.store(plane.at[sample, t], channel, values, emulated=emulated)
             return first
 
         nothing = jnp.full((lanes.LANES,), rule.window, jnp.int32)

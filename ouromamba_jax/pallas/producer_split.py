@@ -92,8 +92,8 @@ def by_channel(
                 t = jnp.minimum(window * rule.window + jnp.minimum(i, rule.window - 1), L - 1)
                 tokens.append((i, t, value(arrays, row, sample, t, part).astype(dtype).astype(jnp.float32)))
             for i, t, x in tokens:
-                levels, first = rule.step(x, i, first, tuple(ref[t] for ref in numbers))
-                for ref, values in zip((*planes, *kept), (*levels, *([x] * len(kept))), strict=True):
+                level, first = rule.level(x, i, first, tuple(ref[t] for ref in numbers))
+                for ref, values in zip((*planes, *kept), (*rule.bytes(level), *([x] * len(kept))), strict=True):
                     store(ref, sample, t, values=values)
             return first
 
@@ -157,9 +157,9 @@ def by_row(
             listed = []
             for row, x, first, (_, *extra) in zip(rows, values, firsts, loaded, strict=True):
                 x = x.astype(dtype).astype(jnp.float32)
-                levels, first = rule.step(x, i, first, numbers_here)
+                level, first = rule.level(x, i, first, numbers_here)
                 listed.append(first)
-                for ref, vector in zip((*planes, *stored), (*levels, *extra), strict=True):
+                for ref, vector in zip((*planes, *stored), (*rule.bytes(level), *extra), strict=True):
                     lanes.store(ref.at[sample, t], row.first, vector, emulated=emulated)
             return listed, following
 

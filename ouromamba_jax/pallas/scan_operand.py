@@ -1,26 +1,40 @@
 """What the selective scan's kernels read of u and delta."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8
 
+from ouromamba_jax.pallas.outlier_split import Rule
 
-class Operand(NamedTuple):
-    """Floats, or levels low + 256 * high in units of their token's step.
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["low", "high", "scale", "numbers"], meta_fields=["rule"]
+)
+@dataclass(frozen=True)
+class Operand:
+    """Floats; or levels low + 256 * high in units of their token's step; or floats that become such in the scan.
 
     Attributes:
       low: (B, L, E), floats or low bytes.
       high: (B, L, E), or None where levels fit one byte.
       scale: (segments, L), the step of every token; samples are segments in turn. None for floats.
+      numbers: `rule.numbers` where the scan itself splits floats.
+      rule: how it does that, with tokens in scan order and in one segment; None otherwise.
     """
 
     low: Float[Array, "B L E"] | Int8[Array, "B L E"]
     high: Int8[Array, "B L E"] | None = None
     scale: Float32[Array, "segments L"] | None = None
+    numbers: tuple[Array, ...] = ()
+    rule: Rule | None = None
 
     def merge(self) -> Float[Array, "B L E"]:
         """In floats."""
+        if self.rule is not None:
+            return _split(self.low, self.rule, self.numbers)
         if self.scale is None:
             return self.low
         levels = self.low.astype(jnp.float32)
@@ -29,6 +43,21 @@ class Operand(NamedTuple):
         segments = self.scale.shape[0]
         by_segment = levels.reshape(-1, segments, *levels.shape[1:]) * self.scale[None, :, :, None]
         return by_segment.reshape(levels.shape)
+
+
+def _split(x: Float[Array, "B L E"], rule: Rule, numbers: tuple[Array, ...]) -> Float32[Array, "B L E"]:
+    """What the scan makes of floats that it splits: all windows side by side, token by token."""
+    batch, length, channels = x.shape
+    more = -length % rule.window
+    windows = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, more), (0, 0))).reshape(batch, -1, rule.window, channels)
+    numbers = tuple(jnp.pad(n, (0, more), constant_values=1).reshape(1, -1, rule.window, 1) for n in numbers)
+    first = jnp.full((batch, windows.shape[1], channels), rule.window, jnp.int32)
+    values = []
+    for i in range(rule.window):
+        here = tuple(n[:, :, i] for n in numbers)
+        level, first = rule.level(windows[:, :, i], i, first, here)
+        values.append(level * here[0])
+    return jnp.stack(values, axis=2).reshape(batch, -1, channels)[:, :length]
 
 
 Operands = tuple[Operand, ...]

@@ -4,7 +4,8 @@ A program walks the tokens of 128 channels of one sample. Delta's bias and softp
 are part of the walk, so u, delta, z and y cross memory once. exp(delta A) is 2^(delta A log2 e).
 
 u and delta may come as an array for every group, so that nobody has to copy them side by side; a program then branches
-to the arrays of its group. Either may be levels in steps of their tokens.
+to the arrays of its group. Either may be levels in steps of their tokens, or be split here: a thread has its channel and
+the tokens in order, which is all that Algorithm 2 asks for.
 """
 
 from functools import partial
@@ -65,6 +66,7 @@ def forward(
     optional = {"skip": D, "bias": delta_bias, "h0": None if h0 is None else jnp.swapaxes(h0, 1, 2)}
     optional = {name: x for name, x in optional.items() if x is not None}
     operands, structure = jax.tree.flatten((inputs, A.T * LOG2_E, B, C, optional))
+    rules = {name: x[0].rule for name, x in inputs.items() if x[0].rule is not None}
     apart = any(len(operands) > 1 for operands in inputs.values())
     emulated = interpret is not None
 
@@ -114,19 +116,29 @@ def forward(
             def token(index, t):
                 values = {}
                 for name, of_groups in inputs.items():
-                    low, high, scale = of_groups[index if len(of_groups) > 1 else 0]
-                    levels = [vector(low, t).astype(jnp.float32)]
+                    mine = of_groups[index if len(of_groups) > 1 else 0]
+                    levels = [vector(mine.low, t).astype(jnp.float32)]
                     if any(x.high is not None for x in of_groups):
-                        levels += [nothing if high is None else vector(high, t).astype(jnp.float32)]
-                    step = None if scale is None else scale[lax.rem(sample, scale.shape[0]), t]
-                    values[name] = levels, step
+                        levels += [nothing if mine.high is None else vector(mine.high, t).astype(jnp.float32)]
+                    numbers = tuple(ref[t] for ref in mine.numbers)
+                    if mine.scale is not None:
+                        numbers = (mine.scale[lax.rem(sample, mine.scale.shape[0]), t],)
+                    values[name] = levels, numbers
                 return values
 
             return of_my_group(lambda index: tuple(token(index, position(k * AHEAD + i)) for i in range(AHEAD)))
 
-        def finished(levels, step):
+        def finished(name, values, i, lists):
+            """An input in floats, and the lists of what is split here after it."""
+            levels, numbers = values[name]
             x = levels[0] if len(levels) == 1 else levels[0] + 256.0 * levels[1]
-            return x if step is None else x * step
+            if name in lists:
+                rule = rules[name]
+                place = lax.rem(i, rule.window)
+                listed = jnp.where(place == 0, rule.window, lists[name])
+                x, listed = rule.level(x, place, listed, numbers)
+                lists = lists | {name: listed}
+            return (x * numbers[0] if numbers else x), lists
 
         def step_size(d, i):
             d = d if bias is None else d + bias
@@ -134,7 +146,7 @@ def forward(
             return d * jnp.where(i < length, jnp.float32(1), jnp.float32(0))
 
         def walk(k, carry):
-            h, loaded = carry
+            h, lists, loaded = carry
             if chunk is not None:
 
                 @pl.when(lax.rem(k, chunk // AHEAD) == 0)
@@ -146,7 +158,8 @@ def forward(
             outs = []
             for i, values in enumerate(loaded):
                 t = position(k * AHEAD + i)
-                x, d = (finished(*values[name]) for name in ("u", "delta"))
+                x, lists = finished("u", values, k * AHEAD + i, lists)
+                d, lists = finished("delta", values, k * AHEAD + i, lists)
                 d = step_size(d, k * AHEAD + i)
                 dx = d * x
                 decays = [jnp.exp2(d * rate) for rate in rates]
@@ -158,20 +171,21 @@ def forward(
                 if skip is not None:
                     out = out + x * skip
                 if "gate" in values:
-                    gate = finished(*values["gate"])
+                    gate, _ = finished("gate", values, 0, {})
                     out = out * (gate / (1.0 + jnp.exp(-gate)))
                 outs.append((t, out))
             for t, out in outs:
                 store(y, sample, t, out)
-            return h, following
+            return h, lists, following
 
         start = tuple(load(given["h0"], sample, n) if "h0" in given else nothing for n in range(states))
-        h, _ = lax.fori_loop(0, steps, walk, (start, fetch(0)))
+        lists = {name: jnp.full((LANES,), rule.window, jnp.int32) for name, rule in rules.items()}
+        h, *_ = lax.fori_loop(0, steps, walk, (start, lists, fetch(0)))
         for n in range(states):
             store(h_last, sample, n, h[n])
 
     state = (batch, states, channels)
-    dtype = u[0].low.dtype if u[0].scale is None else B.dtype
+    dtype = B.dtype if u[0].low.dtype == jnp.int8 else u[0].low.dtype
     shapes = [jax.ShapeDtypeStruct((batch, length, channels), dtype), jax.ShapeDtypeStruct(state, jnp.float32)]
     if chunk is not None:
         shapes.append(jax.ShapeDtypeStruct((batch, pl.cdiv(length, chunk), *state[1:]), jnp.float32))
