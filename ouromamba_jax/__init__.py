@@ -9,8 +9,7 @@ from ouromamba_jax.ops.matmul import outlier_matmul
 from ouromamba_jax.ops.qtensor import QTensor, quantize_array
 from ouromamba_jax.ops.scan import selective_scan
 from ouromamba_jax.ops.scan_types import ScanOutput
-from ouromamba_jax.ops.split import split_outliers
-from ouromamba_jax.ops.split_types import OutlierConfig, OutlierSplit
+from ouromamba_jax.ops.split import OutlierConfig, Split, split_outliers
 from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantReport, QuantRule, memory_report, quantize
 
 __all__ = [
@@ -18,12 +17,12 @@ __all__ = [
     "Generated",
     "MemoryReport",
     "OutlierConfig",
-    "OutlierSplit",
     "QTensor",
     "QuantConfig",
     "QuantReport",
     "QuantRule",
     "ScanOutput",
+    "Split",
     "Trace",
     "create_model",
     "from_torch",

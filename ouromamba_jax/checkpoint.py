@@ -29,10 +29,10 @@ from ouromamba_jax.files import check_writable
 from ouromamba_jax.models import build_model, config_class, list_models
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.ops.qtensor import pack_int4, unpack_int4
-from ouromamba_jax.quantize.modules import Levels, prepare_weights
-from ouromamba_jax.quantize.specs import apply_specs, quantized_specs, spec_from_json, spec_to_json
+from ouromamba_jax.quantize.activation import KernelLayout, Levels, SiteSpec
+from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class CheckpointError(ValueError):
@@ -97,7 +97,7 @@ def load(path: str | Path) -> VisionModel:
         config = config_type(**fields)  # which makes JSON's lists the tuples that they were
         configs = description["quantization_configs"]
         specs = {
-            site: spec_from_json({**spec, "config": configs[spec["config"]]})
+            site: SiteSpec.from_json({**spec, "config": configs[spec["config"]]})
             for site, spec in description["quantization"].items()
         }
         dtype = jnp.dtype(description["dtype"])
@@ -161,7 +161,8 @@ def read_description(path: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         found = description.get("format") if isinstance(description, dict) else None
         raise CheckpointError(
-            f"{path} has checkpoint format {found}; this version reads format {_FORMAT}, so save the model again."
+            f"{path} has checkpoint format {found}, and this version reads format {_FORMAT}: convert or quantise the "
+            "model again."
         )
     return description
 
@@ -171,7 +172,7 @@ def _quantization_to_json(model: VisionModel) -> tuple[list[dict[str, Any]], dic
     configs: list[dict[str, Any]] = []
     sites = {}
     for site, spec in quantized_specs(model).items():
-        data = spec_to_json(spec)
+        data = spec.to_json()
         config = data.pop("config")
         if config not in configs:
             configs.append(config)
@@ -244,8 +245,8 @@ def _restore(path: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> dict[str, n
 
 
 def _stored(leaf: nnx.Variable) -> jax.Array:
-    """A leaf as it is written, whatever the device it was prepared for."""
-    value = leaf.matrix if isinstance(leaf, Levels) else leaf[...]
+    """A leaf as it is written."""
+    value = leaf[...]
     return pack_int4(value) if _is_packed(leaf) else value
 
 
@@ -256,7 +257,7 @@ def _value(stored: np.ndarray, leaf: nnx.Variable) -> jax.Array:
 
 
 def _leaves(state: nnx.State) -> dict[str, nnx.Variable]:
-    return {_name(key): leaf for key, leaf in nnx.to_flat_state(state)}
+    return {_name(key): leaf for key, leaf in nnx.to_flat_state(state) if not isinstance(leaf, KernelLayout)}
 
 
 def _name(key: tuple) -> str:

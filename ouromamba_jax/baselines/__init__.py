@@ -5,6 +5,7 @@ from ouromamba_jax.baselines.ksq_vmm import KSQConfig, quantize_ksq_vmm
 from ouromamba_jax.baselines.ptq4vm import PTQ4VMConfig, quantize_ptq4vm
 from ouromamba_jax.baselines.qmamba_like import QMambaLikeConfig, quantize_qmamba_like
 from ouromamba_jax.baselines.registry import BASELINES, Baseline, quantize_baseline
+from ouromamba_jax.baselines.released import ReleasedConfig, quantize_released
 from ouromamba_jax.baselines.rtn import RTNConfig, quantize_rtn
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "PTQ4VMConfig",
     "QMambaLikeConfig",
     "RTNConfig",
+    "ReleasedConfig",
     "quantize_baseline",
     "quantize_ksq_vmm",
     "quantize_ptq4vm",
     "quantize_qmamba_like",
+    "quantize_released",
     "quantize_rtn",
 ]

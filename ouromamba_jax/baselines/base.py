@@ -95,7 +95,7 @@ def site_reports(
     sites = dict(iter_sites(stage))
     seen = []
     for path in granularity:
-        names = SCAN_INPUTS if isinstance(sites[path], SelectiveScan) else ("act",)
+        names = SCAN_INPUTS if isinstance(sites[path], SelectiveScan) else ("input",)
         seen.append(tuple(inputs.captured[path][name] for name in names))
     splits = [nnx.split(module) for path in granularity for module in (sites[path], modules[path])]
     graphdefs, states = zip(*splits, strict=True)
@@ -121,7 +121,6 @@ def site_reports(
             outlier_bits=None,
             granularity=text,
             outlier_rate=0.0,
-            shifted_rows=0.0,
             sqnr_db=float(sqnr[i]),
         )
         for i, (path, text) in enumerate(granularity.items())

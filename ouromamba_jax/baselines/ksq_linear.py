@@ -24,7 +24,7 @@ from ouromamba_jax.baselines.ksq_grids import (
     search_output_scale,
 )
 from ouromamba_jax.models.layers import as_tokens
-from ouromamba_jax.quantize.modules import Levels, Scale, check_tokens
+from ouromamba_jax.quantize.activation import Calibrated, Levels, check_tokens
 
 ROUNDS = 3
 """How often a linear layer's scales are searched in turn: weights, then outputs."""
@@ -73,9 +73,9 @@ class RoundedLinear(nnx.Module):
         kernel = linear.kernel[...].astype(jnp.float32)
         levels = levels_of(kernel, weight_scale, grids.weight_bits)
         self.levels = Levels(levels.astype(jnp.int8), bits=grids.weight_bits)
-        self.weight_scale = Scale(weight_scale)
-        self.out_scale = Scale(out_scale)
-        self.in_scale = None if entering is None else Scale(entering.scale)
+        self.weight_scale = Calibrated(weight_scale)
+        self.out_scale = Calibrated(out_scale)
+        self.in_scale = None if entering is None else Calibrated(entering.scale)
         self.in_bits = grids.act_bits if entering is None else entering.bits
         self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
 
@@ -139,7 +139,7 @@ class RoundedModule(nnx.Module):
         scale = interval(jnp.max(jnp.abs(value)), WIDE)
         weight.set_value((levels_of(value, jnp.broadcast_to(scale, value.shape), WIDE) * scale).astype(weight.dtype))
         axis: Axis = "channel" if is_conv else "tensor"
-        self.out_scale = Scale(output_scale(output, axis, k=k, bits=bits, pow2=True))
+        self.out_scale = Calibrated(output_scale(output, axis, k=k, bits=bits, pow2=True))
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = self.inner(x)

@@ -23,7 +23,7 @@ from ouromamba_jax.models.layers import SelectiveScan, merge_groups
 from ouromamba_jax.ops.qtensor import MIN_SCALE
 from ouromamba_jax.ops.scan import selective_scan
 from ouromamba_jax.ops.scan_types import ScanOutput
-from ouromamba_jax.quantize.modules import Scale
+from ouromamba_jax.quantize.activation import Calibrated
 
 
 class Factors(NamedTuple):
@@ -59,11 +59,11 @@ class KSQScan(RoundedScan):
 
     def __init__(self, scan: SelectiveScan, scales: dict[str, Array], factors: Factors, bits: int):
         super().__init__(scan, scales["h"], bits)
-        self.u_scale = Scale(scales["u"])
-        self.delta_scale = Scale(scales["delta"])
-        self.y_scale = Scale(scales["y"])
-        self.channel_factor = Scale(factors.channel)
-        self.state_factor = Scale(factors.state)
+        self.u_scale = Calibrated(scales["u"])
+        self.delta_scale = Calibrated(scales["delta"])
+        self.y_scale = Calibrated(scales["y"])
+        self.channel_factor = Calibrated(factors.channel)
+        self.state_factor = Calibrated(factors.state)
 
     def scan(self, u, delta, A, B, C, D, *, collect=None, state_transform=None) -> ScanOutput:
         """As `SelectiveScan.scan`."""
@@ -119,7 +119,7 @@ def _mean_states(u, delta, A, B, C) -> tuple[Array, Factors]:
 
 @jax.jit
 def search_state_scales(u, delta, A, B, C, factors: Factors) -> Float32[Array, "G L"]:
-    """Scale of h / (r_C r_D) after every token, by direction.
+    """Calibrated of h / (r_C r_D) after every token, by direction.
 
     For the largest cosine, over channels, of the next token's y; of the last token's own y at the end.
     """

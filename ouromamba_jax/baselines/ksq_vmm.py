@@ -73,7 +73,7 @@ def quantize_ksq_vmm(
             entering += [(u[:, :, g], Grid(low.u_scale[...][g], low.bits)) for g in range(scan.directions)]
             granularity[path] = f"u, delta: {k} channel clusters; y: {k} token clusters; h: token"
         for path, linear in linear_sites(stage, configs).items():
-            x, site = captured[path]["act"], configs[path]
+            x, site = captured[path]["input"], configs[path]
             of_input = next((grid for u, grid in entering if _same(u, x)), None)
             # The published table clusters the tokens of out_proj and of no other product.
             clustered = path.endswith("out_proj")

@@ -96,7 +96,7 @@ def quantize_ptq4vm(
         bits = {path: (c.weight_bits, c.act_bits) for path, c in inputs.configs.items() if path in linears}
         params, zeros = {}, {}
         for path, linear in linears.items():
-            x, kernel = inputs.captured[path]["act"], linear.kernel[...].astype(jnp.float32)
+            x, kernel = inputs.captured[path]["input"], linear.kernel[...].astype(jnp.float32)
             params[path], zeros[path] = find_parameters(x, kernel, *bits[path], config.alpha)
         losses: tuple[float, ...] = ()
         if config.epochs and linears:

@@ -7,11 +7,10 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from ouromamba_jax.baselines.base import add_bias, from_tokens
+from ouromamba_jax.baselines.released import search_ranges
 from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.ops.qtensor import MIN_SCALE, QTensor, divide, max_level, quantize_with_scale, search_weight_scale
-from ouromamba_jax.ops.released import search_ranges
-from ouromamba_jax.ops.split_types import OutlierConfig
-from ouromamba_jax.quantize.modules import Levels, Scale, check_tokens
+from ouromamba_jax.quantize.activation import Calibrated, Levels, check_tokens
 from ouromamba_jax.quantize.rounding import straight_through_round
 
 SMALLEST = {"weight": MIN_SCALE, "act": MIN_SCALE, "smooth": 1e-5}
@@ -38,7 +37,7 @@ def find_parameters(
     holds 0, and the zero point is a level.
     """
     smooth = smoothing(x, kernel, alpha)
-    scale, zero = search_ranges(x / smooth[None, None], OutlierConfig(act_bits=act_bits, detection="none"))
+    scale, zero = search_ranges(x / smooth[None, None], act_bits)
     weight = search_weight_scale(kernel * smooth[:, None], weight_bits)
     return {"weight": weight, "act": scale, "smooth": smooth}, jnp.clip(zero, 0, 2**act_bits - 1)
 
@@ -78,10 +77,10 @@ class AsymmetricLinear(nnx.Module):
         self.dtype = linear.dtype
         kernel = linear.kernel[...].astype(jnp.float32) * params["smooth"][:, None]
         self.levels = Levels(quantize_with_scale(kernel, params["weight"], weight_bits).values, bits=weight_bits)
-        self.weight_scale = Scale(params["weight"])
-        self.act_scale = Scale(params["act"])
-        self.smooth = Scale(params["smooth"])
-        self.zero = Scale(zero)
+        self.weight_scale = Calibrated(params["weight"])
+        self.act_scale = Calibrated(params["act"])
+        self.smooth = Calibrated(params["smooth"])
+        self.zero = Calibrated(zero)
         self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
 
     @property

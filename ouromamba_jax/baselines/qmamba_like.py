@@ -32,8 +32,10 @@ from ouromamba_jax.ops.qtensor import (
     search_weight_scale,
 )
 from ouromamba_jax.ops.scan_types import ScanOutput
+from ouromamba_jax.ops.split_calibration import Calibration
+from ouromamba_jax.quantize.activation import ActQuantizer, Calibrated, SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.quantize.modules import ActScales, QuantLinear, Scale, SiteSpec
+from ouromamba_jax.quantize.linear import QuantLinear
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages
 
@@ -79,7 +81,7 @@ def quantize_qmamba_like(
         modules: dict[str, nnx.Module] = {}
         granularity = {}
         for path, linear in linear_sites(stage, inputs.configs).items():
-            modules[path] = _linear(linear, inputs.captured[path]["act"], inputs.configs[path], config.groups)
+            modules[path] = _linear(linear, inputs.captured[path]["input"], inputs.configs[path], config.groups)
             granularity[path] = f"weight: output channel; input: {config.groups} groups of tokens"
         for path, scan in scan_sites(stage, inputs.configs).items():
             seen = [inputs.captured[path][name] for name in SCAN_INPUTS]
@@ -112,8 +114,8 @@ def _linear(linear: nnx.Linear, x: Array, config: QuantConfig, groups: int) -> Q
     kernel = linear.kernel[...].astype(jnp.float32)
     weight = quantize_with_scale(kernel, search_weight_scale(kernel, config.weight_bits), config.weight_bits)
     spec = SiteSpec(config, tokens=x.shape[1], channels=x.shape[2])
-    scales = ActScales(search_group_scales(x, config.act_bits, groups))
-    return QuantLinear(weight, None if linear.bias is None else linear.bias[...], scales, spec, linear.dtype)
+    act = ActQuantizer(Calibration(search_group_scales(x, config.act_bits, groups)), config)
+    return QuantLinear(weight, None if linear.bias is None else linear.bias[...], act, spec, linear.dtype)
 
 
 def round_long_tail(
@@ -136,8 +138,8 @@ class QMambaLikeScan(RoundedScan):
 
     def __init__(self, scan: SelectiveScan, largest: Array, octaves: Array, state_scale: Array, bits: int):
         super().__init__(scan, state_scale, bits)
-        self.largest = Scale(largest)
-        self.octaves = Scale(octaves)
+        self.largest = Calibrated(largest)
+        self.octaves = Calibrated(octaves)
 
     def scan(self, u, delta, A, B, C, D, *, collect=None, state_transform=None) -> ScanOutput:
         """As `SelectiveScan.scan`; `collect` sees the rounded states (B, D, N)."""

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from ouromamba_jax.baselines.ksq_vmm import KSQConfig, quantize_ksq_vmm
 from ouromamba_jax.baselines.ptq4vm import PTQ4VMConfig, quantize_ptq4vm
 from ouromamba_jax.baselines.qmamba_like import QMambaLikeConfig, quantize_qmamba_like
+from ouromamba_jax.baselines.released import ReleasedConfig, quantize_released
 from ouromamba_jax.baselines.rtn import RTNConfig, quantize_rtn
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.quantize.report import QuantReport
@@ -49,6 +50,7 @@ BASELINES: dict[str, Baseline] = {
     "ptq4vm": Baseline("PTQ4VM", PTQ4VMConfig, quantize_ptq4vm, {"vmamba": PTQ4VMConfig.vmamba}),
     "ksq_vmm": Baseline("kSQ-VMM", KSQConfig, quantize_ksq_vmm),
     "qmamba_like": Baseline("QMamba-like", QMambaLikeConfig, quantize_qmamba_like),
+    "released": Baseline("OuroMamba, released code", ReleasedConfig, quantize_released),
 }
 
 

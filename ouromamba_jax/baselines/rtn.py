@@ -6,21 +6,20 @@ B, C, A and D, and the operands of attention.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.baselines.base import BaselineConfig
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.quantize.calibrate import find_scales
+from ouromamba_jax.ops.split_calibration import Calibration
 from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.quantize.measure import measure
 from ouromamba_jax.quantize.report import QuantReport
-from ouromamba_jax.quantize.run import quantized_module
-from ouromamba_jax.quantize.sites import iter_sites
-from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages, replace_sites
+from ouromamba_jax.quantize.run import calibrate_sites, fitted
+from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages
 
 
 @dataclass(frozen=True)
@@ -56,24 +55,27 @@ def quantize_rtn(
     settings = config.settings(scale_search="max", operands=QuantConfig.operands)
 
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
-        sites = dict(iter_sites(stage))
-        specs, modules = {}, {}
-        for path, site_config in inputs.configs.items():
-            seen = inputs.captured[path]
-            spec, scales, fixed = find_scales(sites[path], seen, site_config)
-            if config.granularity == "tensor":
-                for operand in scales.keys() & seen.keys():
-                    largest = jnp.max(scales[operand], axis=-1, keepdims=True)
-                    scales[operand] = jnp.broadcast_to(largest, scales[operand].shape)
-            specs[path], modules[path] = spec, quantized_module(sites[path], spec, scales, fixed)
-        reports = measure(
-            stage, replace_sites(stage, modules), specs, inputs.captured, len(inputs.exact), config.batch_size
-        )
-        if config.granularity == "tensor":
-            reports = (
+        specs, calibrated = calibrate_sites(stage, inputs)
+        if config.granularity == "token":
+            return fitted(stage, inputs, specs, calibrated, config.batch_size)
+        calibrated = jax.tree.map(_one_for_the_tensor, calibrated, is_leaf=_is_calibration)
+        found = fitted(stage, inputs, specs, calibrated, config.batch_size)
+        return found._replace(
+            reports=tuple(
                 dataclasses.replace(report, granularity=report.granularity.replace("token", "tensor"))
-                for report in reports
+                for report in found.reports
             )
-        return Fitted(modules, tuple(reports))
+        )
 
     return quantize_stages(model, images, settings, fit, progress=progress)
+
+
+def _is_calibration(leaf: Any) -> bool:
+    return isinstance(leaf, Calibration)
+
+
+def _one_for_the_tensor(found: Any) -> Any:
+    """The largest step of all tokens for each of them; scales of weights and parameters as they are."""
+    if not _is_calibration(found):
+        return found
+    return dataclasses.replace(found, scale=jnp.full_like(found.scale, jnp.max(found.scale)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.quantize.modules import Scale, check_tokens
+from ouromamba_jax.quantize.activation import Calibrated, check_tokens
 
 
 class RoundedScan(SelectiveScan):
@@ -24,7 +24,7 @@ class RoundedScan(SelectiveScan):
         self.bits = bits
         self.directions, self.dtype = scan.directions, scan.dtype
         self.dt_bias, self.A_log, self.D = scan.dt_bias, scan.A_log, scan.D
-        self.state_scale = Scale(state_scale)
+        self.state_scale = Calibrated(state_scale)
 
     def _check(self, u: Array) -> None:
         check_tokens(u, self.state_scale.shape[1])
@@ -99,8 +99,5 @@ def walk_scan(
 
 
 def read_state(h: Float[Array, "B G E N"], C: Float[Array, "B G N"]) -> Float[Array, "B G E"]:
-    """<C, h>, one state index after the other: a reduction's order, and so a sample's bits, may depend on the batch."""
-    y = h[..., 0] * C[:, :, None, 0]
-    for n in range(1, h.shape[-1]):
-        y = y + h[..., n] * C[:, :, None, n]
-    return y
+    """<C, h>."""
+    return jnp.sum(h * C[:, :, None], axis=-1)

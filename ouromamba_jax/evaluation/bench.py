@@ -29,7 +29,7 @@ from ouromamba_jax.ops import matmul
 from ouromamba_jax.ops import scan as scans
 from ouromamba_jax.ops import split as outliers
 from ouromamba_jax.quantize import QuantConfig, quantize
-from ouromamba_jax.quantize.specs import quantized_specs
+from ouromamba_jax.quantize.kinds import quantized_specs
 
 Progress = Callable[[str], None]
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "numpy", "ouromamba_jax")

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 from ouromamba_jax.evaluation.bench import Progress, random_images, repeated, time_interleaved
 from ouromamba_jax.models import VisionModel
 from ouromamba_jax.models.base import apply_stage
-from ouromamba_jax.models.layers import SelectiveScan, as_tokens
+from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize import QuantLinear, QuantSelectiveScan
-from ouromamba_jax.quantize.modules import QuantizedPoint
+from ouromamba_jax.quantize.operand import QuantOperand
 from ouromamba_jax.quantize.sites import set_module
 
 BREAKDOWN_HEADERS = ("part", "ms", "% of block", "of it splitting, ms")
@@ -61,7 +61,7 @@ def model_breakdown(
     for path, stage, x, count in _distinct_stages(model, batch_size):
         if progress is not None:
             progress(f"timing {path}, one of {count}")
-        parts = _part_inputs(stage, x, (*_PARTS, QuantizedPoint))
+        parts = _part_inputs(stage, x, (*_PARTS, QuantOperand))
         operations = {"stage": _functional(stage, x)}
         for name, (module, args) in parts.items():
             operations[name] = _functional(module, *args)
@@ -74,7 +74,7 @@ def model_breakdown(
         for name, (module, _) in parts.items():
             split = milliseconds.get(name + " splitting", 0.0)
             kind = "scan" if isinstance(module, SelectiveScan) else "product"
-            kind = "detection + split" if isinstance(module, QuantizedPoint) else kind
+            kind = "detection + split" if isinstance(module, QuantOperand) else kind
             times["detection + split"] += split
             times[kind] += milliseconds[name] - split
         times["rest"] = milliseconds["stage"] - sum(times.values())
@@ -110,7 +110,7 @@ def _jitted(module: nnx.Module, *args: Array, **method: Callable) -> Callable[[]
 def _splitting(module: nnx.Module) -> Callable[..., Any] | None:
     """What finds and splits off the outliers of a part's inputs; None for a float part."""
     if isinstance(module, QuantLinear):
-        return lambda m, x: m.act.split_for_product(as_tokens(x))
+        return lambda m, x: m.split(x)
     if isinstance(module, QuantSelectiveScan):
         return _split_operands
     return None

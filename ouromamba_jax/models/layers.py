@@ -178,7 +178,7 @@ class SelectiveScan(nnx.Module):
         return out, scans
 
 
-class QuantPoint(nnx.Module):
+class Operand(nnx.Module):
     """Marks a tensor that a quantised model may round; computes nothing."""
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
@@ -195,7 +195,7 @@ class DotProductAttention(nnx.Module):
     def __init__(self, heads: int, *, dtype: DTypeLike):
         self.heads = heads
         self.dtype = dtype
-        self.q, self.k, self.v, self.probs = (QuantPoint() for _ in range(4))
+        self.q, self.k, self.v, self.probs = (Operand() for _ in range(4))
 
     def __call__(self, q: Float[Array, "B L C"], k: Float[Array, "B L C"], v: Float[Array, "B L C"]) -> Array:
         return self.trace(q, k, v)[0]

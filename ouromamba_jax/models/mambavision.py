@@ -19,7 +19,7 @@ from ouromamba_jax.models.layers import (
     DotProductAttention,
     Head,
     LayerNorm,
-    QuantPoint,
+    Operand,
     SelectiveScan,
     as_tokens,
     broadcast_last,
@@ -184,7 +184,7 @@ class MambaVisionMixer(nnx.Module):
         self.x_proj = nnx.Linear(half, rank + 2 * _D_STATE, kernel_init=uniform(half**-0.5), **linear)
         self.dt_proj = nnx.Linear(rank, half, kernel_init=uniform(rank**-0.5), **linear)
         self.scan = SelectiveScan(1, half, _D_STATE, **types)
-        self.z = QuantPoint()
+        self.z = Operand()
         self.out_proj = nnx.Linear(dim, dim, kernel_init=_INIT, **linear)
 
     def __call__(self, x: Float[Array, "BW L C"]) -> Float[Array, "BW L C"]:

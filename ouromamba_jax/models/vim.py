@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
-from ouromamba_jax.models.layers import Head, QuantPoint, RMSNorm, SelectiveScan, uniform
+from ouromamba_jax.models.layers import Head, Operand, RMSNorm, SelectiveScan, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 
@@ -143,7 +143,7 @@ class VimMixer(nnx.Module):
         self.in_proj = nnx.Linear(config.embed_dim, 2 * width, use_bias=False, **types)
         self.directions = nnx.List([VimDirection(config, **types) for _ in range(2)])
         self.scan = SelectiveScan(2, width, config.d_state, **types)
-        self.z = QuantPoint()
+        self.z = Operand()
         self.out_proj = nnx.Linear(width, config.embed_dim, use_bias=False, **types)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
+from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 from ouromamba_jax.ops.dispatch import Backend, choose
 from ouromamba_jax.ops.qtensor import divide, max_level
 from ouromamba_jax.pallas import outlier_split as kernel
@@ -201,7 +202,7 @@ def find_first(
         return jnp.min(jnp.where(over, token, _counter(n)(n)), axis=2)
 
     first = earliest(x[:, : whole * n].reshape(B, whole, n, C), limit[: whole * n].reshape(whole, n))
-    if L == whole * n:
+    if whole * n == L:
         return first
     rest = earliest(x[:, None, whole * n :], limit[None, whole * n :])  # the ragged window apart: nothing is padded
     return jnp.concatenate([first, rest], axis=1)
@@ -231,10 +232,11 @@ def round_half_even(x: Float32[Array, "..."]) -> Int32[Array, "..."]:
 
 def _xla(x, scale, config: OutlierConfig, *, theta, shift, channels) -> Split:
     q, Q = float(config.largest_inlier), float(config.largest_outlier)
+    x = cpu_barrier(x)  # which is read twice: fused, what makes it would be computed twice
     first = find_first(x, detection_limit(scale, config, theta), config, channels)
     ratio = divide(x.astype(jnp.float32), scale[None, :, None])
     # What listing changes nothing about is rounded alike, and needs no list.
-    listed = None if Q == q and shift is None else _listed(first, x.shape[1], config.n_refresh)
+    listed = None if q == Q and shift is None else _listed(first, x.shape[1], config.n_refresh)
     if shift is not None:
         unit = jnp.where(listed, jnp.exp2(shift.astype(jnp.float32))[None, :, None], 1.0)
         ratio = ratio / unit  # a power of two: exact
@@ -262,9 +264,9 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-@partial(jax.custom_jvp, nondiff_argnums=())
+@jax.custom_jvp
 def _levels(ratio: Float[Array, "..."], bound: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Round half to even and clip to [-bound, bound]; straight-through derivative 1 where nothing is clipped, else 0."""
+    """Rounded half to even, clipped to [-bound, bound]; straight-through derivative 1 where nothing is clipped, else 0."""
     return jnp.clip(jnp.round(ratio), -bound, bound)
 
 

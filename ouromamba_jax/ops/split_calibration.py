@@ -55,21 +55,20 @@ def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool =
     Where an outlier exceeds Q * S, S is raised until it fits, if that loses less than saturating it; else the outliers
     of this activation get a second byte.
 
-    Activations of so few channels that none can lie sigma deviations above their mean have no theta, and one step for
-    all tokens: a step per token from so few values would not cover samples that calibration has not seen.
+    Activations of so few channels that none can lie sigma deviations above their mean have one step for all tokens: a
+    step per token from so few values would not cover samples that calibration has not seen.
 
     Args:
       x: (B, L, C), tokens in scan order.
       search: False takes the inliers' range as it is.
     """
     tokens, channels = x.shape[1:]
-    few = config.detection == "dynamic" and channels - 1 <= config.sigma * channels**0.5
     found = {}
     if config.detection == "static":
         found["channels"] = calibrate_channels(x, config)
-    elif config.detection == "dynamic" and not few:
+    elif config.detection == "dynamic":
         found["theta"] = calibrate_theta(x, config)
-    scale = _search(x, _any_bits(config), float(config.largest_inlier), found, search, few)
+    scale = _search(x, _any_bits(config), float(config.largest_inlier), found, search)
     calibration = Calibration(jnp.broadcast_to(scale, (tokens,)), **found)
     if config.detection == "none" or config.largest_outlier == config.largest_inlier:
         return calibration
@@ -79,19 +78,24 @@ def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool =
     return replace(calibration, scale=raised)
 
 
+def _too_few(config: OutlierConfig, channels: int) -> bool:
+    """Whether none of so few values can lie sigma (ddof=1) standard deviations above their mean."""
+    return channels - 1 <= config.sigma * channels**0.5
+
+
 def _any_bits(config: OutlierConfig) -> OutlierConfig:
     """A config that differs from none in its bits: where these enter as numbers, one compilation serves all."""
     return replace(config, act_bits=8, outlier_bits=8)
 
 
-@partial(jax.jit, static_argnames=("config", "search", "few"))
-def _search(x, config: OutlierConfig, largest_inlier, found, search: bool, few: bool) -> Float32[Array, " L"]:
+@partial(jax.jit, static_argnames=("config", "search"))
+def _search(x, config: OutlierConfig, largest_inlier, found, search: bool) -> Float32[Array, " L"]:
     x = x.astype(jnp.float32)
-    if few:
+    if _too_few(config, x.shape[2]):
         x = x.reshape(-1, 1, x.shape[2])
-    else:
-        listed = find_listed(x, found.get("theta", jnp.zeros(x.shape[1])), config, found.get("channels"))
-        x = jnp.where(listed, 0.0, x)
+    elif found:
+        limit = found.get("theta", jnp.zeros(x.shape[1]))
+        x = jnp.where(find_listed(x, limit, config, found.get("channels")), 0.0, x)
     return search_scale(x, largest_inlier, axes=(0, 2), fractions=FULL_RANGE_FRACTIONS if search else (1.0,))[0, :, 0]
 
 

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ouromamba_jax.ops.split_types import OutlierConfig
+from ouromamba_jax.ops.split import OutlierConfig
 
 OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z", "q", "k", "v", "probs")
 """Tensors in and around a selective scan, and of dot-product attention, that can be quantised."""
@@ -60,6 +60,7 @@ class QuantConfig(OutlierConfig):
     """How to quantise a model; the fields of `OutlierConfig` say how activations are split.
 
     Args:
+      act_bits: as there, or None: weights alone are quantised, and multiply floats.
       weight_bits: 2 to 8; symmetric, one scale per output channel.
       weight_group: input channels that share a weight scale, dividing those of every layer; None: all of them.
       operands: which tensors of each selective scan and attention are quantised. A and D, parameters, are rounded once.
@@ -71,6 +72,7 @@ class QuantConfig(OutlierConfig):
       rules: exceptions by path, first match wins.
     """
 
+    act_bits: int | None = 4  # type: ignore[assignment]
     weight_bits: int = 4
     weight_group: int | None = None
     operands: tuple[str, ...] = ("delta", "B", "C", "A", "D", "q", "k", "v", "probs")
@@ -82,7 +84,7 @@ class QuantConfig(OutlierConfig):
     rules: tuple[QuantRule, ...] = ()
 
     def __post_init__(self):
-        super().__post_init__()
+        _ = self.splitting  # which checks its fields
         if not 2 <= self.weight_bits <= 8:
             raise ValueError(f"weight_bits must be 2 to 8, not {self.weight_bits}.")
         if self.weight_group is not None and self.weight_group < 1:
@@ -115,9 +117,17 @@ class QuantConfig(OutlierConfig):
     @property
     def splitting(self) -> OutlierConfig:
         """Only what the splitting of activations depends on: two configs that agree in it share its compilations."""
-        if self.detection == "none":  # there are no outliers, whatever their bits: the plainest products do
-            return OutlierConfig(act_bits=self.act_bits, detection="none")
-        return OutlierConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(OutlierConfig)})
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(OutlierConfig)}
+        if self.act_bits is None:
+            fields["act_bits"] = 8
+        if self.detection == "none":  # there are no outliers, whatever their bits
+            fields["outlier_bits"] = fields["act_bits"]
+        return OutlierConfig(**fields)
+
+    @property
+    def activation_operands(self) -> tuple[str, ...]:
+        """The operands that are quantised: none if the weights alone are."""
+        return () if self.act_bits is None else self.operands
 
     def resolve(self, path: str) -> "QuantConfig | None":
         """The settings of the site at `path`, rules applied; None if a rule leaves it in float."""

@@ -1,11 +1,31 @@
 """What a quantisation did, site by site, and what a model weighs."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
-from ouromamba_jax.quantize.modules import Levels, Scale
+from ouromamba_jax.quantize.activation import Calibrated, KernelLayout, Levels
+
+
+class Measured(NamedTuple):
+    """Sums over the entries of some samples: of squares, of squared errors, of outliers, and how many there are."""
+
+    signal: Array | float
+    noise: Array | float
+    outliers: Array | float
+    entries: Array | float
+
+
+def compare(exact: Array, rounded: Array, listed: Array | None = None) -> Measured:
+    """What rounding does to an array, and the outliers among the entries of what was rounded, if there are any."""
+    exact, rounded = exact.astype(jnp.float32), rounded.astype(jnp.float32)
+    outliers = jnp.zeros(()) if listed is None else jnp.sum(listed, dtype=jnp.float32)
+    entries = jnp.float32(1 if listed is None else listed.size)
+    return Measured(jnp.sum(exact**2), jnp.sum((exact - rounded) ** 2), outliers, entries)
 
 
 @dataclass(frozen=True)
@@ -18,7 +38,7 @@ class SiteReport:
       weight_bits, act_bits, outlier_bits: None where there is no such tensor.
       granularity: which entries share a scale.
       outlier_rate: share of entries treated as outliers on the calibration images.
-      shifted_rows: share of tokens whose outliers need a larger step than the inliers (j > 0).
+      second_byte: whether outliers are shifted into a second byte, since they exceed what one holds.
       sqnr_db: signal to quantisation noise of a matmul's output, or of the operand itself, on float inputs.
     """
 
@@ -29,8 +49,15 @@ class SiteReport:
     outlier_bits: int | None
     granularity: str
     outlier_rate: float
-    shifted_rows: float
     sqnr_db: float
+    second_byte: bool = False
+
+    @property
+    def mean_bits(self) -> float | None:
+        """act_bits + outlier_rate * (outlier_bits - act_bits)."""
+        if self.act_bits is None:
+            return None
+        return self.act_bits + self.outlier_rate * ((self.outlier_bits or self.act_bits) - self.act_bits)
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,12 @@ class QuantReport:
         return float(np.mean(rates)) if rates else 0.0
 
     @property
+    def mean_bits(self) -> float:
+        """Mean over the matmuls' inputs of act_bits + outlier_rate * (outlier_bits - act_bits); NaN if there is none."""
+        found = [s.mean_bits for s in self.sites if s.kind == "matmul" and s.mean_bits is not None]
+        return float(np.mean(found)) if found else float("nan")
+
+    @property
     def mean_sqnr_db(self) -> float:
         """Mean over the matmuls' outputs; NaN if there is none."""
         found = [s.sqnr_db for s in self.sites if s.kind == "matmul"]
@@ -70,7 +103,7 @@ class QuantReport:
                 f"W{s.weight_bits or '-'}A{s.act_bits or '-'}O{s.outlier_bits or '-'}",
                 s.granularity,
                 f"{100 * s.outlier_rate:.2f} %",
-                f"{100 * s.shifted_rows:.2f} %",
+                "yes" if s.second_byte else "",
                 f"{s.sqnr_db:.1f} dB",
             ]
             for s in self.sites
@@ -86,10 +119,10 @@ class QuantReport:
         return "\n".join(lines)
 
 
-HEADERS = ("site", "kind", "bits", "scales", "outliers", "j > 0", "SQNR")
+HEADERS = ("site", "kind", "bits", "scales", "outliers", "2nd byte", "SQNR")
 LEGEND = (
     "bits: of weights (W), activations (A) and their outliers (O); outliers: share of the entries;",
-    "j > 0: tokens whose outliers take a larger step; SQNR: of a matmul's output, of an operand itself",
+    "2nd byte: outliers shifted beyond what one byte holds; SQNR: of a matmul's output, of an operand itself",
 )
 
 
@@ -99,7 +132,7 @@ class MemoryReport:
 
     Attributes:
       levels: integer weights and scan parameters.
-      scales: weight and activation scales, thresholds and channel lists.
+      scales: weight and activation scales, thresholds, shifts and channel lists.
       float_parameters: what stayed float.
       fp16: bytes of the same model with every parameter in 16 bits.
     """
@@ -129,12 +162,14 @@ def memory_report(model: nnx.Module) -> MemoryReport:
     """Counts the bytes of a float or quantised model; also works on the shapes of `nnx.eval_shape`."""
     levels = scales = floats = parameters = 0
     for _, leaf in nnx.to_flat_state(nnx.state(model)):
+        if isinstance(leaf, KernelLayout):
+            continue
         array = leaf.get_value()
         if isinstance(leaf, Levels):
-            rows, columns = leaf.matrix_shape
+            rows, columns = leaf.shape
             levels += ((rows + 1) // 2 if leaf.bits <= 4 else rows) * columns
             parameters += rows * columns
-        elif isinstance(leaf, Scale):
+        elif isinstance(leaf, Calibrated):
             scales += array.size * array.dtype.itemsize
         else:
             floats += array.size * array.dtype.itemsize

@@ -1,22 +1,14 @@
 """`quantize`: OuroMamba-Quant, its scales searched and tuned, fitted to one stage after the other."""
 
-from typing import Any
-
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.ops.qtensor import QTensor, quantize_with_scale
-from ouromamba_jax.quantize.calibrate import Captured, find_scales
-from ouromamba_jax.quantize.config import PARAMETER_OPERANDS, QuantConfig
-from ouromamba_jax.quantize.fake import Scales
+from ouromamba_jax.quantize.activation import SiteSpec
+from ouromamba_jax.quantize.config import QuantConfig
+from ouromamba_jax.quantize.kinds import Calibrated, kind_of
 from ouromamba_jax.quantize.measure import measure
-from ouromamba_jax.quantize.modules import ActScales, QuantizedPoint, QuantLinear, SiteSpec
 from ouromamba_jax.quantize.report import QuantReport
-from ouromamba_jax.quantize.rounding import quantize_parameter, scan_parameter
-from ouromamba_jax.quantize.scan import QuantSelectiveScan
 from ouromamba_jax.quantize.sites import iter_sites
 from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages, replace_sites
 from ouromamba_jax.quantize.tune import tune_scales, update_of
@@ -43,55 +35,49 @@ def quantize(
 
     Raises:
       ValueError: if the model is already quantised, the images are no normalised ones, a rule matches nothing, a weight
-        group does not divide a layer's inputs, or the model multiplies matrices where no rule and no site covers them.
+        group does not divide a layer's inputs, the activations of a site are not finite, or the model multiplies
+        matrices where no rule and no site covers them.
     """
 
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
-        specs, scales, fixed = _find_all(stage, inputs.captured, inputs.configs)
+        specs, calibrated = calibrate_sites(stage, inputs)
         losses: list[float] = []
-        if config.tune_epochs and scales:
+        if config.tune_epochs and calibrated:
             target = update_of(inputs.exact_out, inputs.exact)
-            scales, losses = tune_scales(stage, specs, scales, fixed, inputs.quantised, target, config)
-        modules = quantized_modules(stage, specs, scales, fixed)
-        reports = measure(
-            stage, replace_sites(stage, modules), specs, inputs.captured, len(inputs.exact), config.batch_size
-        )
-        return Fitted(modules, tuple(reports), tuple(losses))
+            calibrated, losses = tune_scales(stage, specs, calibrated, inputs.quantised, target, config)
+        return fitted(stage, inputs, specs, calibrated, config.batch_size, losses)
 
     return quantize_stages(model, images, config, fit, progress=progress)
 
 
-def _find_all(stage: nnx.Module, captured: Captured, configs: dict[str, QuantConfig]):
+def calibrate_sites(stage: nnx.Module, inputs: StageInputs) -> tuple[dict[str, SiteSpec], Calibrated]:
+    """What every site of a float stage is calibrated to, by path.
+
+    Raises:
+      ValueError: naming the site whose activations are not finite.
+    """
     sites = dict(iter_sites(stage))
-    found = {path: find_scales(sites[path], captured[path], c) for path, c in configs.items()}
-    specs = {path: spec for path, (spec, _, _) in found.items()}
-    return specs, {p: scales for p, (_, scales, _) in found.items()}, {p: fixed for p, (_, _, fixed) in found.items()}
+    specs: dict[str, SiteSpec] = {}
+    calibrated: Calibrated = {}
+    for path, config in inputs.configs.items():
+        try:
+            specs[path], calibrated[path] = kind_of(sites[path]).calibrate(sites[path], inputs.captured[path], config)
+        except ValueError as error:
+            raise ValueError(f"{inputs.name}.{path} cannot be calibrated: {error}") from error
+    return specs, calibrated
 
 
-def quantized_modules(
-    stage: nnx.Module, specs: dict[str, SiteSpec], scales: Scales, fixed: dict[str, Any]
-) -> dict[str, nnx.Module]:
-    """What takes the place of every site in `specs`, by path."""
+def fitted(
+    stage: nnx.Module,
+    inputs: StageInputs,
+    specs: dict[str, SiteSpec],
+    calibrated: Calibrated,
+    batch_size: int,
+    losses: list[float] | None = None,
+) -> Fitted:
+    """The quantised modules of a stage, and what each costs."""
     sites = dict(iter_sites(stage))
-    return {path: quantized_module(sites[path], spec, scales[path], fixed[path]) for path, spec in specs.items()}
-
-
-def quantized_module(site: Any, spec: SiteSpec, scales: dict[str, Array], fixed: dict[str, Any]) -> nnx.Module:
-    config = spec.config
-    if isinstance(site, nnx.Linear):
-        kernel = site.kernel[...].astype(jnp.float32)
-        weight = quantize_with_scale(kernel, scales["weight"], config.weight_bits, group=config.weight_group)
-        bias = None if site.bias is None else site.bias[...]
-        return QuantLinear(weight, bias, ActScales(scales["act"], **fixed["act"]), spec, site.dtype)
-    if isinstance(site, SelectiveScan):
-        activations = {
-            name: [ActScales(scales[name][g], **groups[g]) for g in range(site.directions)]
-            for name, groups in fixed.items()
-        }
-        parameters: dict[str, QTensor] = {
-            name: quantize_parameter(scan_parameter(site, name), scales[name], config)
-            for name in PARAMETER_OPERANDS
-            if name in scales
-        }
-        return QuantSelectiveScan(site, activations, parameters, scales.get("h"), spec)
-    return QuantizedPoint(ActScales(scales["act"], **fixed["act"]), spec)
+    modules = {path: kind_of(sites[path]).make(sites[path], spec, calibrated[path]) for path, spec in specs.items()}
+    low = replace_sites(stage, modules)
+    reports = measure(stage, low, specs, inputs.captured, len(inputs.exact), batch_size)
+    return Fitted(modules, tuple(reports), tuple(losses or ()))

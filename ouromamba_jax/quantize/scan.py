@@ -1,5 +1,6 @@
-"""The selective scan on rounded operands, as a quantised model runs it."""
+"""The selective scan on rounded operands: calibrated, as a trainable stand-in, quantised, and measured."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +9,27 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan
-from ouromamba_jax.ops.qtensor import QTensor
+from ouromamba_jax.ops.qtensor import MIN_SCALE, QTensor, max_level
 from ouromamba_jax.ops.scan_types import ScanOutput
-from ouromamba_jax.ops.split_operand import SplitOperand, floats
-from ouromamba_jax.quantize.modules import ActQuantizer, ActScales, Levels, Scale, SiteSpec, is_asymmetric
-from ouromamba_jax.quantize.rounding import round_states
+from ouromamba_jax.ops.split_calibration import Calibration
+from ouromamba_jax.quantize.activation import (
+    ActQuantizer,
+    Calibrated,
+    Levels,
+    SiteSpec,
+    calibrate_activation,
+    check_tokens,
+    empty_calibration,
+)
+from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, PARAMETER_OPERANDS, QuantConfig
+from ouromamba_jax.quantize.report import Measured, compare
+from ouromamba_jax.quantize.rounding import (
+    fake_parameter,
+    quantize_parameter,
+    round_states,
+    scan_parameter,
+    search_parameter_scale,
+)
 
 
 class RoundedOperands:
@@ -28,7 +45,7 @@ class RoundedOperands:
     decay_rates: Callable[[], Array]
     delta_bias: Callable[[Array], Array]
 
-    def round_operand(self, name: str, x: Float[Array, "B L G C"]) -> Array | SplitOperand:
+    def round_operand(self, name: str, x: Float[Array, "B L G C"]) -> Array:
         raise NotImplementedError
 
     def parameter(self, name: str) -> Float[Array, "D N"] | None:
@@ -40,28 +57,19 @@ class RoundedOperands:
         raise NotImplementedError
 
     def __call__(self, u: Array, delta: Array, B: Array, C: Array, *, collect: Any = None) -> ScanOutput:
-        return self.scan(*self._rounded(u, delta, B, C), collect=collect)
+        return self.scan(*self.operands(u, delta, B, C), collect=collect)
 
     def operands(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
-        u, delta, A, B, C, D = map(floats, self._rounded(u, delta, B, C))
-        return u, delta, A, B, C, D
-
-    def _rounded(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Any, Any, Array, Any, Any, Array]:
-        """`operands`; what `round_operand` leaves in integers stays so."""
-        if is_asymmetric("delta", self.spec.config):  # the published code rounds delta with its bias on
-            bias = self.delta_bias(delta)
-            steps: Any = floats(self.round_operand("delta", delta + bias)) - bias
-        else:
-            steps = self.round_operand("delta", delta)
+        u, delta, B, C = (self.round_operand(name, x) for name, x in (("u", u), ("delta", delta), ("B", B), ("C", C)))
         A, D = self.parameter("A"), self.parameter("D")
         A = self.decay_rates() if A is None else A
         D = self.D[...].astype(jnp.float32) if D is None else D[:, 0]
-        return self.round_operand("u", u), steps, A, self.round_operand("B", B), self.round_operand("C", C), D
+        return u, delta, A, B, C, D
 
     def scan(self: Any, u, delta, A, B, C, D, *, collect=None) -> ScanOutput:
         transform = self.state_transform(u)
         out = SelectiveScan.scan(self, u, delta, A, B, C, D, collect=collect, state_transform=transform)
-        return out._replace(y=floats(self.round_operand("y", out.y)))
+        return out._replace(y=self.round_operand("y", out.y))
 
 
 class QuantSelectiveScan(RoundedOperands, SelectiveScan):
@@ -70,7 +78,7 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
     def __init__(
         self,
         scan: SelectiveScan,
-        activations: dict[str, list[ActScales]],
+        activations: dict[str, list[ActQuantizer]],
         parameters: dict[str, QTensor],
         state_scale: Array | None,
         spec: SiteSpec,
@@ -81,23 +89,15 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
         self.dt_bias = scan.dt_bias
         self.A_log: Any = None if "A" in parameters else scan.A_log
         self.D: Any = None if "D" in parameters else scan.D
-        self.state_scale = None if state_scale is None else Scale(state_scale)
-        self.act = nnx.Dict(
-            {
-                name: nnx.List([ActQuantizer(scales, spec.operand_config(name)) for scales in groups])
-                for name, groups in activations.items()
-            }
-        )
+        self.state_scale = None if state_scale is None else Calibrated(state_scale)
+        self.act = nnx.Dict({name: nnx.List(quantizers) for name, quantizers in activations.items()})
         self.parameter_levels = nnx.Dict({name: Levels(q.values, bits=q.bits) for name, q in parameters.items()})
-        self.parameter_scale = nnx.Dict({name: Scale(q.scale) for name, q in parameters.items()})
+        self.parameter_scale = nnx.Dict({name: Calibrated(q.scale) for name, q in parameters.items()})
 
-    def round_operand(self, name: str, x: Float[Array, "B L G C"]) -> Array | SplitOperand:
+    def round_operand(self, name: str, x: Float[Array, "B L G C"]) -> Array:
         if name not in self.act:
             return x
-        groups = [(q, x[:, :, g]) for g, q in enumerate(self.act[name])]
-        if name in ("u", "delta") and self.spec.config.splitting.pow2:  # the GPU kernel reads their levels
-            return SplitOperand(tuple(q.split_for_product(part) for q, part in groups), x.shape, x.dtype)
-        return jnp.stack([q.round(part) for q, part in groups], axis=2)
+        return jnp.stack([quantizer.round(x[:, :, g]) for g, quantizer in enumerate(self.act[name])], axis=2)
 
     def parameter(self, name: str) -> Array | None:
         if name not in self.parameter_levels:
@@ -106,4 +106,137 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
         return QTensor(levels, scale, bits=8, group=levels.shape[0] // self.directions).dequantize()
 
     def state_transform(self, u: Array):
-        return None if self.state_scale is None else round_states(self.state_scale[...], u.shape[3])
+        if self.state_scale is None:
+            return None
+        check_tokens(u, self.state_scale.shape[1])
+        return round_states(self.state_scale[...], u.shape[3])
+
+
+class FakeSelectiveScan(RoundedOperands):
+    """`QuantSelectiveScan` with straight-through gradients to every scale."""
+
+    def __init__(self, scan: SelectiveScan, spec: SiteSpec, calibrated: dict[str, Any]):
+        self.spec, self.calibrated = spec, calibrated
+        self.directions, self.D, self.dt_bias = scan.directions, scan.D, scan.dt_bias
+        self.decay_rates, self.delta_bias = scan.decay_rates, scan.delta_bias
+
+    def round_operand(self, name: str, x: Float[Array, "B L G C"]) -> Array:
+        if name not in self.calibrated:
+            return x
+        config = _settings(self.spec.config, name).splitting
+        groups = [found.fake(x[:, :, g], config) for g, found in enumerate(self.calibrated[name])]
+        return jnp.stack(groups, axis=2).astype(x.dtype)
+
+    def parameter(self, name: str) -> Array | None:
+        if name not in self.calibrated:
+            return None
+        return fake_parameter(scan_parameter(self, name), self.calibrated[name], self.spec.config)
+
+    def state_transform(self, u: Array):
+        return None if "h" not in self.calibrated else round_states(self.calibrated["h"], u.shape[3])
+
+
+def _settings(config: QuantConfig, operand: str) -> QuantConfig:
+    """Settings of one operand: delta's outliers lie one standard deviation further out (released code)."""
+    return dataclasses.replace(config, sigma=config.sigma + 1) if operand == "delta" else config
+
+
+def record(
+    scan: SelectiveScan, config: QuantConfig, u: Array, delta: Array, B: Array, C: Array
+) -> tuple[ScanOutput, dict[str, Array]]:
+    """What the scan returns, and what calibration needs to see: its operands, y and the largest |h| per direction."""
+
+    def largest(h: Array) -> Array:  # (B, G): what a scale per direction and step must cover
+        return jnp.max(jnp.abs(h.reshape(h.shape[0], scan.directions, -1)), axis=-1)
+
+    out = scan(u, delta, B, C, collect=largest if "h" in config.operands else None)
+    seen = {"u": u, "delta": delta, "B": B, "C": C, "y": out.y}
+    return out, seen if out.states is None else {**seen, "h": out.states}
+
+
+def calibrate(scan: SelectiveScan, seen: dict[str, Array], config: QuantConfig) -> tuple[SiteSpec, dict[str, Any]]:
+    """(spec, found): a Calibration per direction for each activation; scales (G, N) of A, (G, 1) of D, (G, L) of h."""
+    found: dict[str, Any] = {}
+    two_bytes = []
+    for name in ACTIVATION_OPERANDS:
+        if name in config.operands:
+            settings = _settings(config, name)
+            found[name] = [calibrate_activation(seen[name][:, :, g], settings) for g in range(scan.directions)]
+            two_bytes += [f"{name}.{g}" for g, c in enumerate(found[name]) if c.shift is not None]
+    for name in PARAMETER_OPERANDS:
+        if name in config.operands:
+            found[name] = search_parameter_scale(scan_parameter(scan, name), scan.directions, config)
+    if "h" in config.operands:
+        largest = jnp.max(seen["h"], axis=0).T  # a state may be 0 on all images
+        found["h"] = jnp.maximum(largest / max_level(8), MIN_SCALE)
+    return SiteSpec(config, seen["u"].shape[1], seen["u"].shape[3], tuple(two_bytes)), found
+
+
+def fake(scan: SelectiveScan, spec: SiteSpec, calibrated: dict[str, Any]) -> FakeSelectiveScan:
+    return FakeSelectiveScan(scan, spec, calibrated)
+
+
+def make(scan: SelectiveScan, spec: SiteSpec, calibrated: dict[str, Any]) -> QuantSelectiveScan:
+    config = spec.config
+    activations = {
+        name: [ActQuantizer(found, _settings(config, name)) for found in calibrated[name]]
+        for name in ACTIVATION_OPERANDS
+        if name in calibrated
+    }
+    parameters = {
+        name: quantize_parameter(scan_parameter(scan, name), calibrated[name], config)
+        for name in PARAMETER_OPERANDS
+        if name in calibrated
+    }
+    return QuantSelectiveScan(scan, activations, parameters, calibrated.get("h"), spec)
+
+
+def empty(scan: SelectiveScan, spec: SiteSpec) -> dict[str, Any]:
+    """What `calibrate` would return beside the spec, as zeros."""
+    operands, directions = spec.config.operands, scan.directions
+    rows, states = scan.A_log.shape
+    widths = {"u": rows // directions, "delta": rows // directions, "B": states, "C": states, "y": rows // directions}
+
+    def activation(name: str, g: int) -> Calibration:
+        settings, two_bytes = _settings(spec.config, name), f"{name}.{g}" in spec.two_bytes
+        return empty_calibration(settings, spec.tokens, widths[name], two_bytes=two_bytes)
+
+    found: dict[str, Any] = {
+        name: [activation(name, g) for g in range(directions)] for name in ACTIVATION_OPERANDS if name in operands
+    }
+    found |= {name: jnp.zeros((directions, n)) for name, n in (("A", states), ("D", 1)) if name in operands}
+    if "h" in operands:
+        found["h"] = jnp.zeros((directions, spec.tokens))
+    return found
+
+
+def measure(scan: SelectiveScan, module: QuantSelectiveScan, seen: dict[str, Array]) -> dict[str, Measured]:
+    """Every operand after rounding against itself, all directions together; h by what it does to y, all else exact."""
+    found = {}
+    for name, quantizers in module.act.items():
+        splits = [quantizer.split(seen[name][:, :, g]) for g, quantizer in enumerate(quantizers)]
+        rounded, listed = (
+            jnp.stack(parts, axis=2) for parts in ([s.merge() for s in splits], [s.listed() for s in splits])
+        )
+        found[name] = compare(seen[name], rounded, listed)
+    for name, levels in module.parameter_levels.items():
+        beyond = jnp.abs(levels[...].astype(jnp.int32)) > max_level(module.spec.config.splitting.act_bits)
+        found[name] = compare(scan_parameter(scan, name), module.parameter(name), beyond)
+    if module.state_scale is not None:
+        operands = scan.operands(*(seen[name] for name in ("u", "delta", "B", "C")))
+        rounded = scan.scan(*operands, state_transform=module.state_transform(seen["u"])).y
+        found["h"] = compare(seen["y"], rounded)
+    return found
+
+
+def describe(name: str, spec: SiteSpec) -> dict[str, Any]:
+    """Kind, bits and granularity of one operand for the report."""
+    config = spec.config
+    facts = dict(weight_bits=None, act_bits=config.act_bits, outlier_bits=config.splitting.outlier_bits)
+    facts["second_byte"] = any(entry.startswith(f"{name}.") for entry in spec.two_bytes)
+    if name in PARAMETER_OPERANDS:
+        granularity = "direction x state" if name == "A" else "direction"
+        return dict(facts, kind="parameter", granularity=granularity, outlier_bits=8)
+    if name == "h":
+        return dict(facts, kind="operand", granularity="direction x token", act_bits=8, outlier_bits=None)
+    return dict(facts, kind="operand", granularity="direction x token")

@@ -5,10 +5,10 @@ from typing import Any
 
 from flax import nnx
 
-from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
+from ouromamba_jax.models.layers import Operand, SelectiveScan
 from ouromamba_jax.quantize.config import QuantConfig
 
-Site = nnx.Linear | SelectiveScan | QuantPoint
+Site = nnx.Linear | SelectiveScan | Operand
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
@@ -33,6 +33,13 @@ def set_module(model: Any, path: str, new: Any) -> None:
         setattr(model, last, new)
 
 
+def _is_asked_for(site: Site, path: str, config: QuantConfig) -> bool:
+    """Whether a site is to be quantised: a marked tensor by its name, scans unless only weights are."""
+    if isinstance(site, Operand):
+        return path.rsplit(".", 1)[-1] in config.activation_operands
+    return config.act_bits is not None or isinstance(site, nnx.Linear)
+
+
 def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConfig]:
     """Settings by site. A marked tensor is a site only if the config names it among its operands.
 
@@ -40,11 +47,7 @@ def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConf
       ValueError: if a rule matches nothing, or a weight group does not divide the inputs of a layer.
     """
     resolved = {path: (site, config.resolve(path)) for path, site in iter_sites(model)}
-    active = {
-        path: c
-        for path, (site, c) in resolved.items()
-        if c is None or not isinstance(site, QuantPoint) or path.rsplit(".", 1)[-1] in c.operands
-    }
+    active = {path: c for path, (site, c) in resolved.items() if c is None or _is_asked_for(site, path, c)}
     unused = [rule.pattern for rule in config.rules if not any(rule.matches(path) for path in active)]
     if unused:
         known = ", ".join(list(active)[:4])

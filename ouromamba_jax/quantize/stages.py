@@ -10,11 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.base import VisionModel, apply_stage
-from ouromamba_jax.models.layers import QuantPoint, SelectiveScan
-from ouromamba_jax.quantize.calibrate import Captured, capture
+from ouromamba_jax.models.layers import Operand, SelectiveScan
+from ouromamba_jax.quantize.activation import Calibrated, Levels
+from ouromamba_jax.quantize.capture import Captured, capture
 from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, QuantConfig
 from ouromamba_jax.quantize.coverage import check_coverage
-from ouromamba_jax.quantize.modules import Levels, Scale, prepare_weights
+from ouromamba_jax.quantize.kinds import prepare_weights
 from ouromamba_jax.quantize.report import QuantReport, SiteReport
 from ouromamba_jax.quantize.scan import QuantSelectiveScan
 from ouromamba_jax.quantize.sites import named_modules, resolve_sites, set_module
@@ -66,7 +67,7 @@ def quantize_stages(
       ValueError: if the model is already quantised, the images are no normalised ones, a rule matches nothing, a weight
         group does not divide a layer's inputs, or the model multiplies matrices where no rule and no site covers them.
     """
-    if any(isinstance(leaf, Levels | Scale) for _, leaf in nnx.to_flat_state(nnx.state(model))):
+    if any(isinstance(leaf, Levels | Calibrated) for _, leaf in nnx.to_flat_state(nnx.state(model))):
         raise ValueError("the model is already quantised; quantise the float model it came from.")
     images = jnp.asarray(images)
     if images.ndim != 4 or not len(images):
@@ -161,8 +162,8 @@ def float_operands(stage: nnx.Module, config: QuantConfig, prefix: str) -> list[
     found = []
     for path, module in named_modules(stage):
         settings = config.resolve(prefix + path)
-        reason, rounded = (_BY_RULE, ()) if settings is None else (_BY_LIST, settings.operands)
-        if type(module) is QuantPoint:
+        reason, rounded = (_BY_RULE, ()) if settings is None else (_BY_LIST, settings.activation_operands)
+        if type(module) is Operand:
             found.append((prefix + path, reason))
         elif type(module) in (SelectiveScan, QuantSelectiveScan):
             found += [(f"{prefix}{path}.{name}", reason) for name in (*ACTIVATION_OPERANDS, "h") if name not in rounded]

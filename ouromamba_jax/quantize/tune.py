@@ -1,5 +1,6 @@
 """Block-wise tuning of the scales against the float block's output, after PTQ4VM's joint learning of scales."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ouromamba_jax.ops.split_calibration import Calibration
+from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.quantize.fake import Scales, install_fakes
-from ouromamba_jax.quantize.modules import SiteSpec
+from ouromamba_jax.quantize.kinds import Calibrated, install_fakes
 
 
 def update_of(stage_output: Array, x: Array) -> Array:
@@ -30,20 +32,19 @@ def cosine_loss(update: Float[Array, "... C"], target: Float[Array, "... C"]) ->
 def tune_scales(
     stage: nnx.Module,
     specs: dict[str, SiteSpec],
-    scales: Scales,
-    fixed: dict[str, Any],
+    calibrated: Calibrated,
     x: Array,
     target: Array,
     config: QuantConfig,
-) -> tuple[Scales, list[float]]:
-    """Scales that bring the quantised stage's update on x close to `target`, the float stage's.
+) -> tuple[Calibrated, list[float]]:
+    """`calibrated` with scales that bring the quantised stage's update on x close to `target`, the float stage's.
 
-    Each scale is s0 * exp(theta): it stays positive, and one learning rate suits scales of any size. Minimises the mean
-    over samples and tokens of 1 - cosine over channels with AdamW (weight decay 1e-5, gradient clipping at 2.0, cosine
+    Each scale is s0 * exp(factor): it stays positive, and one learning rate suits scales of any size. Minimises the
+    mean over samples and tokens of 1 - cosine over channels with AdamW (weight decay 1e-5, gradient clipping at 2.0, cosine
     schedule) and straight-through roundings. Deterministic: batches are drawn by a fixed seed.
 
     Returns:
-      (scales, mean loss of every epoch).
+      (calibrated, mean loss of every epoch).
     """
     graphdef, state = nnx.split(stage)
     batch = min(config.batch_size, len(x))
@@ -51,19 +52,36 @@ def tune_scales(
     epochs = [rng.permutation(len(x))[: len(x) - len(x) % batch] for _ in range(config.tune_epochs)]
     order = np.stack(epochs).reshape(config.tune_epochs, -1, batch)
     rate = jnp.float32(config.tune_learning_rate)
-    scales, losses = _tune(graphdef, tuple(specs.items()), rate, state, scales, fixed, x, target, order)
-    return scales, np.asarray(losses).tolist()
+    tuned, losses = _tune(graphdef, tuple(specs.items()), rate, state, calibrated, x, target, order)
+    return tuned, np.asarray(losses).tolist()
 
 
-def stage_loss(graphdef, specs, state, scales, fixed, thetas, x, target) -> Float[Array, ""]:
-    """`cosine_loss` of the stage's update, its scales multiplied by exp(theta)."""
-    tuned = jax.tree.map(lambda s, t: s * jnp.exp(t), scales, thetas)
-    stage = install_fakes(nnx.merge(graphdef, state), dict(specs), tuned, fixed)
+def _is_calibration(leaf: Any) -> bool:
+    return isinstance(leaf, Calibration)
+
+
+def log_factors(calibrated: Calibrated) -> Any:
+    """Zeros, one for each scale of activations, weights, parameters and states."""
+    return jax.tree.map(lambda c: jnp.zeros_like(getattr(c, "scale", c)), calibrated, is_leaf=_is_calibration)
+
+
+def rescaled(calibrated: Calibrated, factors: Any) -> Calibrated:
+    """`calibrated`, every scale multiplied by exp(factor)."""
+
+    def rescale(c: Any, factor: Array) -> Any:
+        return replace(c, scale=c.scale * jnp.exp(factor)) if _is_calibration(c) else c * jnp.exp(factor)
+
+    return jax.tree.map(rescale, calibrated, factors, is_leaf=_is_calibration)
+
+
+def stage_loss(graphdef, specs, state, calibrated, factors, x, target) -> Float[Array, ""]:
+    """`cosine_loss` of the stage's update, its scales multiplied by exp(factor)."""
+    stage = install_fakes(nnx.merge(graphdef, state), dict(specs), rescaled(calibrated, factors))
     return cosine_loss(update_of(stage(x), x), target)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _tune(graphdef, specs, rate, state, scales, fixed, x, target, order):
+def _tune(graphdef, specs, rate, state, calibrated, x, target, order):
     """All steps in one program; `order` (epochs, steps, batch) indexes x. A new learning rate retraces nothing."""
     steps = order.shape[0] * order.shape[1]
 
@@ -73,15 +91,15 @@ def _tune(graphdef, specs, rate, state, scales, fixed, x, target, order):
     optimizer = optax.chain(optax.clip_by_global_norm(2.0), optax.adamw(schedule, weight_decay=1e-5))
 
     def step(carry, chosen):
-        thetas, opt_state = carry
-        loss, grads = jax.value_and_grad(stage_loss, argnums=5)(
-            graphdef, specs, state, scales, fixed, thetas, x[chosen], target[chosen]
+        factors, opt_state = carry
+        loss, grads = jax.value_and_grad(stage_loss, argnums=4)(
+            graphdef, specs, state, calibrated, factors, x[chosen], target[chosen]
         )
         with jax.numpy_dtype_promotion("standard"):  # Optax mixes its int32 step count with floats
-            updates, opt_state = optimizer.update(grads, opt_state, thetas)
-        return (optax.apply_updates(thetas, updates), opt_state), loss
+            updates, opt_state = optimizer.update(grads, opt_state, factors)
+        return (optax.apply_updates(factors, updates), opt_state), loss
 
-    thetas = jax.tree.map(jnp.zeros_like, scales)
-    start = (thetas, optimizer.init(thetas))
-    (thetas, _), losses = jax.lax.scan(step, start, order.reshape(steps, -1))
-    return jax.tree.map(lambda s, t: s * jnp.exp(t), scales, thetas), losses.reshape(order.shape[:2]).mean(axis=1)
+    factors = log_factors(calibrated)
+    start = (factors, optimizer.init(factors))
+    (factors, _), losses = jax.lax.scan(step, start, order.reshape(steps, -1))
+    return rescaled(calibrated, factors), losses.reshape(order.shape[:2]).mean(axis=1)

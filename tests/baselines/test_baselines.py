@@ -25,6 +25,7 @@ from tolerances import BATCHED_FLOAT, REORDERED
 
 from ouromamba_jax.baselines import BASELINES, KSQConfig, PTQ4VMConfig, QMambaLikeConfig, RTNConfig, quantize_baseline
 from ouromamba_jax.baselines.base import EDGES
+from ouromamba_jax.baselines.released import ReleasedLinear, ReleasedScan
 from ouromamba_jax.baselines.scans import walk_scan
 from ouromamba_jax.evaluation.evaluate import predict
 from ouromamba_jax.evaluation.metrics import sqnr_db
@@ -32,6 +33,9 @@ from ouromamba_jax.models import create_model, list_models
 from ouromamba_jax.ops.qtensor import max_level
 from ouromamba_jax.quantize import QuantConfig, QuantLinear, QuantRule, QuantSelectiveScan, quantize
 from ouromamba_jax.quantize.sites import iter_sites
+
+INDEPENDENT = [name for name in BASELINES if name != "released"]
+"""Rivals whose results do not depend on the batch."""
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -43,13 +47,14 @@ def test_every_baseline_quantises_a_model(name):
     assert 3 < sqnr_db(logits_of("float"), logits_of(name)) < 30
     modules = modules_of(low)
     linears = {path for path, site in iter_sites(float_model()) if isinstance(site, nnx.Linear)}
-    if name == "ptq4vm":
+    if name in ("ptq4vm", "released"):
         linears = {path for path in linears if path.startswith("blocks")}
     matmuls = {s.path: s for s in report.sites if s.kind == "matmul"}
     assert matmuls.keys() == linears
     for path, site in matmuls.items():
         expected = 8 if path.startswith(("stem", "head")) else 4
-        assert (site.weight_bits, site.act_bits, site.outlier_rate) == (expected, expected, 0)
+        assert (site.weight_bits, site.act_bits) == (expected, expected)
+        assert site.outlier_rate == 0 or (name == "released" and site.outlier_rate < 0.2)
         assert modules[path].levels.dtype == jnp.int8
         assert modules[path].levels.bits == expected
         used = np.asarray(modules[path].levels[...], np.int32)
@@ -60,7 +65,7 @@ def test_every_baseline_quantises_a_model(name):
     assert "SQNR" in str(report)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_batch_mates_change_nothing(name):
     low, x, expected = baseline(name)[0], images(1), logits_of(name)
     order = np.array([4, 0, 5, 1, 3, 2])
@@ -70,7 +75,7 @@ def test_batch_mates_change_nothing(name):
     assert np.isnan(spoiled[0]).all()
 
 
-@pytest.mark.parametrize("name", ["ptq4vm", "qmamba_like", "ksq_vmm"])
+@pytest.mark.parametrize("name", ["ptq4vm", "qmamba_like", "ksq_vmm", "released"])
 def test_reported_noise_is_that_of_the_site(name):
     """Every site by itself, none taken for another."""
     block, _, _, captured, _ = captured_block()
@@ -83,7 +88,7 @@ def test_reported_noise_is_that_of_the_site(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_the_size_of_a_batch_changes_nothing(name):
     for part in (slice(2, 4), slice(5, 6), slice(0, 3)):
         logits = predict(baseline(name)[0], images(1)[part])
@@ -191,6 +196,20 @@ def test_walking_a_scan_is_the_scan():
     y = y + D.reshape(1, 1, 2, 40) * u
     for ours, theirs in ((y, expected.y), (last, expected.h_last), (states, expected.states)):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=REORDERED * float(jnp.abs(theirs).max()))
+
+
+# --- the published code
+
+
+def test_released_quantises_blocks_and_finds_outliers():
+    low, report = baseline("released")
+    modules = modules_of(low)
+    assert isinstance(modules[SCAN], ReleasedScan)
+    assert {p for p, m in modules.items() if isinstance(m, ReleasedLinear)} == {
+        p for p, m in iter_sites(float_model()) if isinstance(m, nnx.Linear) and p.startswith("blocks")
+    }
+    assert {site.outlier_bits for site in report.sites} == {8}
+    assert max(site.outlier_rate for site in report.sites) > 0.01
 
 
 # --- round to nearest

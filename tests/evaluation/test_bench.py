@@ -15,7 +15,7 @@ from tiny_models import TINY
 
 from ouromamba_jax.evaluation import bench, breakdown
 from ouromamba_jax.models import create_model, pure
-from ouromamba_jax.models.layers import QuantPoint
+from ouromamba_jax.models.layers import Operand
 from ouromamba_jax.ops import split as outliers
 from ouromamba_jax.ops.dispatch import Backend
 from ouromamba_jax.ops.split_types import OutlierConfig, OutlierSplit
@@ -202,7 +202,7 @@ def test_w4a4_memory_by_shapes(name, least):
         specs = {
             path: SiteSpec(config.resolve(path), tokens.get(path.split(".")[0], model.config.num_tokens), 0)
             for path, site in iter_sites(model)
-            if not isinstance(site, QuantPoint)
+            if not isinstance(site, Operand)
         }
         model = apply_specs(model, specs)
         for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):

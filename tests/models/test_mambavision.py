@@ -29,7 +29,7 @@ from ouromamba_jax.convert import ConversionError, from_torch, load_tensors
 from ouromamba_jax.convert.mambavision import fill_mambavision
 from ouromamba_jax.evaluation.metrics import sqnr_db
 from ouromamba_jax.models import AttentionTrace, WindowOrder, create_model, list_models, model_config, pure
-from ouromamba_jax.models.layers import DotProductAttention, QuantPoint, SelectiveScan
+from ouromamba_jax.models.layers import DotProductAttention, Operand, SelectiveScan
 from ouromamba_jax.models.mambavision import ConvBlock, HybridBlock
 from ouromamba_jax.models.windows import split_windows
 from ouromamba_jax.ops.attention import implicit_attention
@@ -472,7 +472,7 @@ def test_every_matmul_is_a_site(tiny):
     kinds = [type(site) for site in sites.values()]
     assert kinds.count(nnx.Linear) == 2 + 2 + 1 + 2 * (4 + 2) + (2 + 2) + 1
     assert kinds.count(SelectiveScan) == 2
-    points = {path for path, site in sites.items() if isinstance(site, QuantPoint)}
+    points = {path for path, site in sites.items() if isinstance(site, Operand)}
     attention = {f"blocks.3.mixer.attention.{name}" for name in ("q", "k", "v", "probs")}
     assert points == {"blocks.1.mixer.z", "blocks.2.mixer.z"} | attention
 

@@ -1,0 +1,156 @@
+"""Linear layers in integers: calibrated, as a trainable stand-in, quantised, and measured."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ouromamba_jax.models.layers import as_tokens
+from ouromamba_jax.ops.matmul import KernelWeight, outlier_matmul, prepare
+from ouromamba_jax.ops.qtensor import QTensor, quantize_with_scale, search_weight_scale
+from ouromamba_jax.ops.split import Split
+from ouromamba_jax.quantize.activation import (
+    ActQuantizer,
+    Calibrated,
+    KernelLayout,
+    Levels,
+    SiteSpec,
+    calibrate_activation,
+    empty_calibration,
+)
+from ouromamba_jax.quantize.config import QuantConfig
+from ouromamba_jax.quantize.report import Measured, compare
+from ouromamba_jax.quantize.rounding import fake_weight
+
+
+class QuantLinear(nnx.Module):
+    """A linear layer in integers: levels of its input, int8 products, one float epilogue.
+
+    Where only weights are quantised, its input stays float and so does the product.
+    """
+
+    def __init__(
+        self, weight: QTensor, bias: Array | None, act: ActQuantizer | None, spec: SiteSpec, dtype: Any = jnp.float32
+    ):
+        self.spec = spec
+        self.dtype = dtype
+        self.levels = Levels(weight.values, bits=weight.bits)
+        self.weight_scale = Calibrated(weight.scale)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.act = act
+        self.layout: KernelLayout | None = None
+
+    @property
+    def weight(self) -> QTensor:
+        config = self.spec.config
+        return QTensor(self.levels[...], self.weight_scale[...], bits=config.weight_bits, group=config.weight_group)
+
+    def prepare_weight(self) -> None:
+        """Lays the weight out once for the backend that will multiply by it (see `matmul.prepare`)."""
+        if self.act is None:
+            return
+        x = jax.ShapeDtypeStruct((1, *self.act.scale.shape, self.levels.shape[0]), jnp.float32)
+        weight = prepare(jax.eval_shape(self.act.split, x), self.weight, self.dtype)
+        self.layout = KernelLayout(weight) if isinstance(weight, KernelWeight) else None
+
+    def split(self, x: Float[Array, "... K"]) -> Split:
+        """Levels of the input, its tokens side by side."""
+        if self.act is None:
+            raise ValueError("only the weights of this layer are quantised: its input is not split.")
+        return self.act.split(as_tokens(x))
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
+        bias = None if self.bias is None else self.bias[...]
+        if self.act is None:
+            return _float_product(x, self.weight.dequantize(), bias, self.dtype)
+        weight = self.weight if self.layout is None else self.layout.get_value()
+        y = outlier_matmul(self.split(x), weight, bias=bias, dtype=self.dtype)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class FakeLinear:
+    """`QuantLinear` in float, with straight-through gradients to every scale."""
+
+    def __init__(self, linear: nnx.Linear, spec: SiteSpec, calibrated: dict[str, Any]):
+        self.linear, self.spec, self.calibrated = linear, spec, calibrated
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
+        config, linear = self.spec.config, self.linear
+        if "input" in self.calibrated:
+            x = self.calibrated["input"].fake(as_tokens(x), config.splitting).reshape(x.shape)
+        kernel = fake_weight(linear.kernel[...].astype(jnp.float32), self.calibrated["weight"], config)
+        return _float_product(x, kernel, None if linear.bias is None else linear.bias[...], linear.dtype)
+
+
+def _float_product(x: Array, kernel: Array, bias: Array | None, dtype: Any) -> Array:
+    y = x.astype(jnp.float32) @ kernel
+    if bias is not None:
+        y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + bias.shape)
+    return y.astype(dtype)
+
+
+def record(linear: nnx.Linear, config: QuantConfig, x: Array) -> tuple[Array, dict[str, Array]]:
+    """What the layer makes of x, and what calibration needs to see."""
+    return linear(x), {"input": as_tokens(x)}
+
+
+def calibrate(linear: nnx.Linear, seen: dict[str, Array], config: QuantConfig) -> tuple[SiteSpec, dict[str, Any]]:
+    """(spec, {"input": Calibration, "weight": scales (groups, O)}); without "input" if only weights are quantised."""
+    x = seen["input"]
+    found: dict[str, Any] = {}
+    if config.act_bits is not None:
+        found["input"] = calibrate_activation(x, config)
+    kernel = linear.kernel[...].astype(jnp.float32)
+    search = config.scale_search == "norm"
+    found["weight"] = search_weight_scale(kernel, config.weight_bits, group=config.weight_group, search=search)
+    two_bytes = ("input",) if "input" in found and found["input"].shift is not None else ()
+    return SiteSpec(config, x.shape[1], x.shape[2], two_bytes), found
+
+
+def fake(linear: nnx.Linear, spec: SiteSpec, calibrated: dict[str, Any]) -> FakeLinear:
+    return FakeLinear(linear, spec, calibrated)
+
+
+def make(linear: nnx.Linear, spec: SiteSpec, calibrated: dict[str, Any]) -> QuantLinear:
+    config = spec.config
+    kernel = linear.kernel[...].astype(jnp.float32)
+    weight = quantize_with_scale(kernel, calibrated["weight"], config.weight_bits, group=config.weight_group)
+    act = ActQuantizer(calibrated["input"], config) if "input" in calibrated else None
+    return QuantLinear(weight, None if linear.bias is None else linear.bias[...], act, spec, linear.dtype)
+
+
+def empty(linear: nnx.Linear, spec: SiteSpec) -> dict[str, Any]:
+    """What `calibrate` would return beside the spec, as zeros."""
+    config, (rows, columns) = spec.config, linear.kernel.shape
+    groups = 1 if config.weight_group is None else rows // config.weight_group
+    found: dict[str, Any] = {"weight": jnp.zeros((groups, columns))}
+    if config.act_bits is not None:
+        two_bytes = "input" in spec.two_bytes
+        found["input"] = empty_calibration(config, spec.tokens, spec.channels, two_bytes=two_bytes)
+    return found
+
+
+def measure(linear: nnx.Linear, module: QuantLinear, seen: dict[str, Array]) -> dict[str, Measured]:
+    """The product without its bias against the float layer's."""
+    x = seen["input"]
+    exact = x.astype(jnp.float32) @ linear.kernel[...].astype(jnp.float32)
+    if module.act is None:
+        return {"": compare(exact, x.astype(jnp.float32) @ module.weight.dequantize())}
+    split = module.split(x)
+    return {"": compare(exact, outlier_matmul(split, module.weight), split.listed())}
+
+
+def describe(name: str, spec: SiteSpec) -> dict[str, Any]:
+    """Kind, bits and granularity for the report."""
+    config = spec.config
+    weights = "output channel" if config.weight_group is None else f"{config.weight_group} inputs x output channel"
+    return dict(
+        kind="matmul",
+        weight_bits=config.weight_bits,
+        act_bits=config.act_bits,
+        outlier_bits=None if config.act_bits is None else config.splitting.outlier_bits,
+        second_byte="input" in spec.two_bytes,
+        granularity=f"weight: {weights}" + ("; input: token" if config.act_bits is not None else ""),
+    )
