@@ -7,20 +7,19 @@ from typing import Any
 
 from flax import nnx
 
-from ouromamba_jax.convert.keymap import ConversionError, fill
+from ouromamba_jax.convert.keymap import ConversionError
 from ouromamba_jax.convert.mambavision import fill_mambavision
 from ouromamba_jax.convert.torch_file import TorchFileError, load_tensors, read_torch
 from ouromamba_jax.convert.unpickle import shown
-from ouromamba_jax.convert.vim import VIM_RULES, has_other_input_size, resize_positions
-from ouromamba_jax.convert.vmamba import vmamba_rules
+from ouromamba_jax.convert.vim import fill_vim
+from ouromamba_jax.convert.vmamba import fill_vmamba
 from ouromamba_jax.models import VisionModel, create_model
 
 __all__ = ["ConversionError", "TorchFileError", "from_torch", "load_tensors", "read_torch"]
 
-# By family: (model, tensors) -> the model with these weights.
-_FILL: dict[str, Callable[[Any, Mapping[str, Any]], VisionModel]] = {
-    "vim": lambda model, tensors: fill(model, tensors, VIM_RULES),
-    "vmamba": lambda model, tensors: fill(model, tensors, vmamba_rules(model.config)),
+_FILL: dict[str, Callable[..., VisionModel]] = {
+    "vim": fill_vim,
+    "vmamba": fill_vmamba,
     "mambavision": fill_mambavision,
 }
 # A key that only this family's checkpoints have.
@@ -59,17 +58,7 @@ def from_torch(
     model: Any = nnx.eval_shape(lambda: create_model(name, **overrides))
     tensors = load_tensors(source, entry=entry)
     _check_family(name, model.family, tensors)
-    positional = model.family == "vim"
-    if positional and interpolate_positions:
-        tensors = resize_positions(tensors, model.config)
-    try:
-        return _FILL[model.family](model, tensors)
-    except ConversionError as error:
-        if positional and has_other_input_size(tensors, model.config):
-            option = "interpolate_positions=True (--interpolate-positions on the command line)"
-            hint = f"pass {option} to resize the positions to the model's input size"
-            raise ConversionError(f"{str(error).removesuffix('.')}; {hint}.") from error
-        raise
+    return _FILL[model.family](model, tensors, interpolate_positions=interpolate_positions)
 
 
 def _check_family(name: str, family: str, tensors: Mapping[str, Any]) -> None:

@@ -54,6 +54,31 @@ class Rule:
         return None if match is None else self.key.format(**match.groupdict())
 
 
+@dataclass(frozen=True)
+class StageRule(Rule):
+    """A rule for a checkpoint that numbers its blocks within stages, "layers.{stage}.blocks.{block}".
+
+    Args:
+      depths: blocks of every stage. The model's blocks.{i} counts through all of them.
+      downsample: the tensor belongs to the end of a stage, where the model has it at the start of the next one.
+    """
+
+    depths: tuple[int, ...] = ()
+    downsample: bool = False
+
+    def key_for(self, path: str) -> str | None:
+        match = re.match(r"blocks\.([0-9]+)\.", path)
+        if match is None or self.path != f"blocks.{{i}}.{path[match.end() :]}":
+            return None
+        stage, block = 0, int(match[1])
+        while block >= self.depths[stage]:
+            block -= self.depths[stage]
+            stage += 1
+        if self.downsample:
+            return self.key.format(stage=stage - 1)
+        return self.key.format(stage=stage, block=block)
+
+
 def linear(w: Shaped[np.ndarray, "O I"]) -> Shaped[np.ndarray, "I O"]:
     """A torch Linear weight as a Flax kernel."""
     return _of_rank(w, 2).T

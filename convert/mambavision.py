@@ -16,9 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Shaped
 
-from ouromamba_jax.convert.keymap import ConversionError, Rule, depthwise1d, fill, linear, patches
+from ouromamba_jax.convert.keymap import ConversionError, Rule, StageRule, depthwise1d, fill, linear, patches
 from ouromamba_jax.convert.unpickle import shown
-from ouromamba_jax.convert.vmamba import StageRule
 from ouromamba_jax.models.convolution import Conv3x3
 from ouromamba_jax.models.mambavision import ConvBlock, MambaVisionConfig
 
@@ -76,15 +75,17 @@ def mambavision_rules(config: MambaVisionConfig) -> tuple[Rule, ...]:
     )  # fmt: skip
 
 
-def fill_mambavision(model: Any, tensors: Mapping[str, np.ndarray]) -> Any:
+def fill_mambavision(model: Any, tensors: Mapping[str, np.ndarray], *, interpolate_positions: bool = False) -> Any:
     """A copy of `model`, which may be abstract, with every leaf taken from `tensors`; see `keymap.fill`.
 
     The `encoder.` in front of the names of some files is taken off. BatchNorms' counters of training steps may be
-    missing, as in files of older PyTorch versions.
+    missing, as in files of older PyTorch versions. `interpolate_positions` changes nothing: these models have no
+    positions.
 
     Raises:
       ConversionError: names every tensor and leaf that does not fit.
     """
+    del interpolate_positions
     rules = mambavision_rules(model.config)
     published = nnx.clone(model)
     for path, place in _normed(published):

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ouromamba_jax.convert.keymap import ConversionError, Rule, depthwise1d, linear, patches, squeeze
+from ouromamba_jax.convert.keymap import ConversionError, Rule, depthwise1d, fill, linear, patches, squeeze
 from ouromamba_jax.models.vim import VimConfig
 
 _MIXER = "layers.{i}.mixer"
@@ -42,6 +43,27 @@ VIM_RULES = (
     Rule("head.weight", "head.proj.kernel", linear),
     Rule("head.bias", "head.proj.bias"),
 )
+
+
+def fill_vim(model: Any, tensors: Mapping[str, np.ndarray], *, interpolate_positions: bool = False) -> Any:
+    """A copy of `model`, which may be abstract, with every leaf taken from `tensors`; see `keymap.fill`.
+
+    Args:
+      interpolate_positions: resize positions of another input size first; see `resize_positions`.
+
+    Raises:
+      ConversionError: names every tensor and leaf that does not fit, and this option where it would help.
+    """
+    if interpolate_positions:
+        tensors = resize_positions(tensors, model.config)
+    try:
+        return fill(model, tensors, VIM_RULES)
+    except ConversionError as error:
+        if not has_other_input_size(tensors, model.config):
+            raise
+        option = "interpolate_positions=True (--interpolate-positions on the command line)"
+        hint = f"pass {option} to resize the positions to the model's input size"
+        raise ConversionError(f"{str(error).removesuffix('.')}; {hint}.") from error
 
 
 def has_other_input_size(tensors: Mapping[str, np.ndarray], config: VimConfig) -> bool:

@@ -1,39 +1,13 @@
 """Where the tensors of VMamba (MzeroMiko, VSSM) go, by their present names and the older ones its loader renames."""
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
-from ouromamba_jax.convert.keymap import Rule, linear, patches, same
+from ouromamba_jax.convert.keymap import Rule, StageRule, fill, linear, patches, same
 from ouromamba_jax.models.vmamba import DIRECTIONS, VMambaConfig
-
-
-@dataclass(frozen=True)
-class StageRule(Rule):
-    """A rule for a checkpoint that numbers its blocks within stages, "layers.{stage}.blocks.{block}".
-
-    Args:
-      depths: blocks of every stage. The model's blocks.{i} counts through all of them.
-      downsample: the tensor belongs to the end of a stage, where the model has it at the start of the next one.
-    """
-
-    depths: tuple[int, ...] = ()
-    downsample: bool = False
-
-    def key_for(self, path: str) -> str | None:
-        match = re.match(r"blocks\.([0-9]+)\.", path)
-        if match is None or self.path != f"blocks.{{i}}.{path[match.end() :]}":
-            return None
-        stage, block = 0, int(match[1])
-        while block >= self.depths[stage]:
-            block -= self.depths[stage]
-            stage += 1
-        if self.downsample:
-            return self.key.format(stage=stage - 1)
-        return self.key.format(stage=stage, block=block)
 
 
 def linear2d(w: Shaped[np.ndarray, "O I"] | Shaped[np.ndarray, "O I 1 1"]) -> Shaped[np.ndarray, "I O"]:
@@ -115,6 +89,15 @@ def vmamba_rules(config: VMambaConfig) -> tuple[Rule, ...]:
             for key, path, to in downsample
         ),
     )
+
+
+def fill_vmamba(model: Any, tensors: Mapping[str, np.ndarray], *, interpolate_positions: bool = False) -> Any:
+    """A copy of `model`, which may be abstract, with every leaf taken from `tensors`; see `keymap.fill`.
+
+    `interpolate_positions` changes nothing: these models have no positions.
+    """
+    del interpolate_positions
+    return fill(model, tensors, vmamba_rules(model.config))
 
 
 Entry = tuple[str, str, Callable[[np.ndarray], np.ndarray]]

@@ -8,13 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Float32
+from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
-from ouromamba_jax.ops.fixed_order import cpu_tree_mean, cpu_tree_sum, guard_product
 from ouromamba_jax.ops.scan import selective_scan
 from ouromamba_jax.ops.scan_types import ScanOutput
-from ouromamba_jax.ops.split_operand import SplitOperand, StackedOperand
 
 _DT_MIN, _DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
 
@@ -29,7 +27,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(cpu_tree_mean(guard_product(x * x)) + self.eps)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return (x * broadcast_last(self.scale[...].astype(jnp.float32), x)).astype(self.dtype)
 
 
@@ -44,10 +42,10 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         x = x.astype(jnp.float32)
-        x = x - cpu_tree_mean(x)
-        x = x * jax.lax.rsqrt(cpu_tree_mean(guard_product(x * x)) + self.eps)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         scale, bias = (broadcast_last(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
-        return (guard_product(x * scale) + bias).astype(self.dtype)
+        return (x * scale + bias).astype(self.dtype)
 
 
 class Head(nnx.Module):
@@ -207,37 +205,16 @@ class DotProductAttention(nnx.Module):
         q, k, v = (
             point(x).reshape(*x.shape[:2], self.heads, -1) for point, x in ((self.q, q), (self.k, k), (self.v, v))
         )
-        scores = guard_product(_sample_by_sample("lhd,mhd->hlm", q, k) * q.shape[-1] ** -0.5)
-        largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(jax.lax.optimization_barrier(scores - largest))
-        probs = self.probs((weights / cpu_tree_sum(weights)).astype(self.dtype))
-        out = _sample_by_sample("hlm,mhd->lhd", probs, v).astype(self.dtype)
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = product("blhd,bmhd->bhlm", q, k) * q.shape[-1] ** -0.5
+        probs = self.probs(jax.nn.softmax(scores).astype(self.dtype))
+        out = product("bhlm,bmhd->blhd", probs, v).astype(self.dtype)
         return out.reshape(*out.shape[:2], -1), probs
 
 
-def _sample_by_sample(subscripts: str, a: Float[Array, "B ..."], b: Float[Array, "B ..."]) -> Float32[Array, "B ..."]:
-    """An einsum of every sample, in float32: one by one on a CPU, where the bits of a batched one depend on the batch.
-
-    The barriers keep a loop of one sample, which XLA unrolls, from being compiled with what surrounds it.
-    """
-    product = partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
-    barrier = jax.lax.optimization_barrier
-
-    def one_by_one(a: Array, b: Array) -> Array:
-        return barrier(jax.lax.map(lambda pair: product(*barrier(pair)), (a, b)))
-
-    return jax.lax.platform_dependent(a, b, cpu=one_by_one, default=jax.vmap(product))
-
-
-def token_mean(x: Float[Array, "B H W C"]) -> Float32[Array, "B C"]:
-    """Mean over a map, on a CPU with the same bits in any batch."""
-    tokens = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
-    return cpu_tree_mean(tokens.swapaxes(1, 2))[..., 0]
-
-
-def merge_groups(x: Float[Array, "B L G E"] | SplitOperand) -> StackedOperand | SplitOperand:
+def merge_groups(x: Float[Array, "B L G E"]) -> Float[Array, "B L GE"]:
     """Channels of all directions side by side, group-major, as `selective_scan` takes them."""
-    return x.reshape(*x.shape[:2], -1) if isinstance(x, SplitOperand) else StackedOperand(x)
+    return x.reshape(*x.shape[:2], -1)
 
 
 def broadcast_last(vector: Float[Array, " C"], like: Array) -> Array:

@@ -23,12 +23,10 @@ from ouromamba_jax.models.layers import (
     SelectiveScan,
     as_tokens,
     broadcast_last,
-    token_mean,
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace
 from ouromamba_jax.models.windows import AttentionTrace, WindowOrder, join_windows, split_windows
-from ouromamba_jax.ops.fixed_order import guard_product
 
 _D_STATE, _D_CONV = 8, 3
 _INIT = nnx.initializers.normal(0.02)
@@ -302,7 +300,7 @@ class Affine(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         scale, bias = (broadcast_last(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
-        return guard_product(x.astype(jnp.float32) * scale) + bias
+        return x.astype(jnp.float32) * scale + bias
 
 
 class MambaVisionHead(Head):
@@ -317,7 +315,7 @@ class MambaVisionHead(Head):
 
     def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
         """The vector that the linear head sees."""
-        return self.norm(token_mean(x))  # the published order, norm before mean, gives the same
+        return self.norm(jnp.mean(x, axis=(1, 2)))  # the published order, norm before mean, gives the same
 
 
 class MambaVision(VisionModel):

@@ -15,7 +15,6 @@ from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
 from ouromamba_jax.models.layers import Head, Operand, RMSNorm, SelectiveScan, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
-from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 
 
 @dataclass(frozen=True)
@@ -164,13 +163,13 @@ class VimMixer(nnx.Module):
         x, z = jnp.split(self.in_proj(x), 2, axis=-1)
         z = self.z(z)
         forward = self.directions[0](x)
-        backward = self.directions[1](flip_tokens(x))  # the convolution, too, is causal in reversed time
+        backward = self.directions[1](jnp.flip(x, axis=1))  # the convolution, too, is causal in reversed time
         u, delta, B, C = (jnp.stack(pair, axis=2) for pair in zip(forward, backward, strict=True))
         return (u, delta, B, C), z
 
     def _merge(self, y: Float[Array, "B L 2 E"], z: Float[Array, "B L E"]) -> Float[Array, "B L C"]:
         # Both directions are gated by the same silu(z), so the gate follows the mean.
-        y = (y[:, :, 0] + flip_tokens(y[:, :, 1])) * 0.5
+        y = (y[:, :, 0] + jnp.flip(y[:, :, 1], axis=1)) * 0.5
         return self.out_proj(y * jax.nn.silu(z))
 
 
@@ -215,8 +214,3 @@ class Vim(VisionModel):
     def make_stages(config: VimConfig, **types: Any) -> tuple[VimStem, list[Any], VimHead]:
         stem = VimStem(config, **types)
         return stem, [VimBlock(config, **types) for _ in range(config.depth)], VimHead(config, **types)
-
-
-def flip_tokens(x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-    """Tokens in reverse, which XLA's CPU backend would read entry by entry if they were fused into their consumer."""
-    return cpu_barrier(jnp.flip(x, axis=1))

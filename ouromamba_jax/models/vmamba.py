@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv
-from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, token_mean, uniform
+from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, as_tokens, uniform
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
@@ -217,7 +217,7 @@ class VMambaHead(Head):
 
     def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
         """The vector that the linear head sees."""
-        return token_mean(self.norm(x))
+        return jnp.mean(self.norm(x), axis=(1, 2), dtype=jnp.float32)
 
 
 class VMamba(VisionModel):

@@ -1,15 +1,11 @@
-"""Sums that have the same bits in every program and at every batch size, everywhere or on a CPU.
+"""Sums that have the same bits in every program and at every batch size.
 
 XLA picks the order of a reduction by the size of the array, and contracts a product and a sum into a fused multiply-add
 in some programs and not in others: a sample's last bit may then depend on the batch, and a rounding makes it a level.
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float32
 
 from ouromamba_jax.ops.cpu_barrier import cpu_barrier
@@ -34,25 +30,6 @@ def tree_sum(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
     while total.shape[-1] > 1:
         total = total[..., 0::2] + total[..., 1::2]
     return total
-
-
-@jax.custom_jvp
-def cpu_tree_sum(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
-    """`tree_sum` on a CPU; elsewhere XLA's own sum, which is fused with its neighbours and saves memory traffic."""
-    return lax.platform_dependent(x, cpu=tree_sum, default=partial(jnp.sum, axis=-1, keepdims=True))
-
-
-@cpu_tree_sum.defjvp
-def _cpu_tree_sum_jvp(primals, tangents):
-    """Its transpose is a broadcast; that of the pairs would be seven dilations, which take longer than the sum."""
-    (x,), (tangent,) = primals, tangents
-    return cpu_tree_sum(x), jnp.sum(tangent, axis=-1, keepdims=True)
-
-
-def cpu_tree_mean(x: Float32[Array, "*rows C"]) -> Float32[Array, "*rows 1"]:
-    """Mean over the last axis, by `cpu_tree_sum`."""
-    total = cpu_tree_sum(x)
-    return total / jnp.full_like(total, x.shape[-1])
 
 
 def guard_product(product: Float32[Array, "..."]) -> Float32[Array, "..."]:

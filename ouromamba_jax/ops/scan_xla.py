@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 from ouromamba_jax.ops.scan_types import ScanOutput
 
 # Steps between two saved states, one loop body. Chunks of 4 would save twice as many states and be no faster, chunks of
@@ -21,6 +20,7 @@ def run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collec
     """`selective_scan` with B and C grouped; supports every call."""
     (batch, length, channels), (groups, d_state) = u.shape, B.shape[2:]
     f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    u, delta, B, C = map(to_floats, (u, delta, B, C))
     step_size = f32(delta) if delta_bias is None else f32(delta) + f32(delta_bias)[None, None]
     if delta_softplus:
         step_size = jax.nn.softplus(step_size)
@@ -67,6 +67,11 @@ def run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collec
     return ScanOutput(y.astype(u.dtype), from_state(h), states)
 
 
+def to_floats(x):
+    """An operand (B, L, ...) as one array: what was split is merged."""
+    return x.merge() if hasattr(x, "merge") else x
+
+
 def _decay(A, d):
     return jnp.exp(d[:, :, None] * A[None])
 
@@ -76,29 +81,9 @@ def _step(A, h, x):
     return _decay(A, d) * h + du[:, :, None] * b[..., None]
 
 
-@jax.custom_vjp
 def _readout(h, c):
-    """<C, h>, one state index after the other.
-
-    Not `jnp.sum`: XLA's CPU backend picks the order of a reduction by the size of the array, and a sample's bits
-    would change with the batch. The VJP is the broadcast that autodiff would build from one padding per state index.
-    """
-    y = h[:, :, 0] * c[:, :, 0, None]
-    for n in range(1, h.shape[2]):
-        y = y + h[:, :, n] * c[:, :, n, None]
-    return y
-
-
-def _readout_fwd(h, c):
-    return _readout(h, c), (h, c)
-
-
-def _readout_bwd(residuals, g):
-    h, c = residuals
-    return c[..., None] * g[:, :, None], jnp.sum(h * g[:, :, None], axis=3)
-
-
-_readout.defvjp(_readout_fwd, _readout_bwd)
+    # A product of matrices, not a reduction: fused with the step, that would compute each state twice.
+    return jnp.einsum("bgnp,bgn->bgp", h, c, precision=jax.lax.Precision.HIGHEST)
 
 
 def _open_scan(A, xs, h, steps, transform, collect):
@@ -125,7 +110,7 @@ def _scan(A, d, du, b, c, h0):
 
 def _scan_fwd(A, d, du, b, c, h0):
     def step(h, x):
-        h = cpu_barrier(_step(A, h, x))  # or each state is computed twice: for the readout, and for the next step
+        h = _step(A, h, x)
         return h, _readout(h, x[3])
 
     def chunk(h, x):
