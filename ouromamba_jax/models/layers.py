@@ -11,10 +11,22 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
+from ouromamba_jax.ops.producers import gelu, layer_norm, rms_norm
 from ouromamba_jax.ops.scan import selective_scan
-from ouromamba_jax.ops.scan_types import ScanOutput
+from ouromamba_jax.ops.scan_types import ScanOutput, Wide
 
 _DT_MIN, _DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
+
+
+def after(linear: nnx.Module, producer: Callable[..., Array], *arrays: Any, keep: bool = False, **options: Any) -> Any:
+    """linear(producer(*arrays, **options)); with `keep`, beside what the producer made.
+
+    A quantised layer has a method `after`, and takes both as one where a kernel makes an activation with its levels.
+    """
+    if hasattr(linear, "after"):
+        return linear.after(producer, *arrays, keep=keep, **options)
+    x = producer(*arrays, **options)
+    return (linear(x), x) if keep else linear(x)
 
 
 class RMSNorm(nnx.Module):
@@ -26,9 +38,11 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * broadcast_last(self.scale[...].astype(jnp.float32), x)).astype(self.dtype)
+        return rms_norm(x, self.scale[...], eps=self.eps, dtype=self.dtype)
+
+    def into(self, linear: nnx.Module, x: Float[Array, "... C"]) -> Float[Array, "... O"]:
+        """linear of the normalised x."""
+        return after(linear, rms_norm, x, self.scale[...], eps=self.eps, dtype=self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -41,11 +55,11 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((dim,), param_dtype))
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        scale, bias = (broadcast_last(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
-        return (x * scale + bias).astype(self.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], eps=self.eps, dtype=self.dtype)
+
+    def into(self, linear: nnx.Module, x: Float[Array, "... C"]) -> Float[Array, "... O"]:
+        """linear of the normalised x."""
+        return after(linear, layer_norm, x, self.scale[...], self.bias[...], eps=self.eps, dtype=self.dtype)
 
 
 class Head(nnx.Module):
@@ -71,8 +85,9 @@ class MLP(nnx.Module):
         self.fc1 = nnx.Linear(dim, hidden, **types)
         self.fc2 = nnx.Linear(hidden, dim, **types)
 
-    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+    def __call__(self, x: Float[Array, "... C"], norm: LayerNorm | None = None) -> Float[Array, "... C"]:
+        hidden = self.fc1(x) if norm is None else norm.into(self.fc1, x)
+        return after(self.fc2, gelu, hidden, approximate=False)
 
 
 class SelectiveScan(nnx.Module):
@@ -133,8 +148,8 @@ class SelectiveScan(nnx.Module):
     def scan(self, u, delta, A, B, C, D, *, collect=None, state_transform=None) -> ScanOutput:
         """Runs the scan on ready operands; y comes back as (B, L, G, E)."""
         out = selective_scan(
-            merge_groups(u),
-            merge_groups(delta),
+            apart(u),
+            apart(delta),
             A,
             B,
             C,
@@ -144,7 +159,7 @@ class SelectiveScan(nnx.Module):
             collect=collect,
             state_transform=state_transform,
         )
-        return out._replace(y=out.y.reshape(u.shape))
+        return out._replace(y=out.y.reshape(*out.y.shape[:2], self.directions, -1))
 
     def trace(
         self, u: Array, delta: Array, B: Array, C: Array, orders: tuple[ScanOrder, ...], *, collect=None
@@ -183,6 +198,11 @@ class Operand(nnx.Module):
         return x
 
 
+def channels_from(start: int, x: Float[Array, "... D"], operand: Any) -> tuple[Float[Array, "... D"], int]:
+    """(array, its first channel that counts): operand(x[..., start:]), not copied where the operand stays as it is."""
+    return (x, start) if type(operand) is Operand else (operand(x[..., start:]), 0)
+
+
 class DotProductAttention(nnx.Module):
     """softmax(q k^T / sqrt(head width)) v with several heads, each a contiguous part of the channels.
 
@@ -212,9 +232,9 @@ class DotProductAttention(nnx.Module):
         return out.reshape(*out.shape[:2], -1), probs
 
 
-def merge_groups(x: Float[Array, "B L G E"]) -> Float[Array, "B L GE"]:
-    """Channels of all directions side by side, group-major, as `selective_scan` takes them."""
-    return x.reshape(*x.shape[:2], -1)
+def apart(x: Float[Array, "B L G E"] | tuple[Any, ...]) -> Wide:
+    """What each direction has, one by one: a kernel that reads them so leaves XLA no use for their stack."""
+    return x if isinstance(x, tuple) else tuple(x[:, :, g] for g in range(x.shape[2]))
 
 
 def broadcast_last(vector: Float[Array, " C"], like: Array) -> Array:

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.ops.dispatch import Backend, choose
-from ouromamba_jax.ops.split import OutlierConfig, Split, split_outliers
+from ouromamba_jax.ops.split import OutlierConfig, Split, detection_limit, split_outliers
 from ouromamba_jax.pallas import producers as kernel
 
 
@@ -54,26 +54,45 @@ def conv_silu(
     reverse: bool = False,
     dtype: DTypeLike,
 ) -> Float[Array, "B L C"]:
-    """SiLU of a depthwise convolution along the tokens, causal or centred, of channels start..start + C of x.
+    """SiLU of `depthwise_conv` of channels start..start + C of x.
 
     With `reverse`, of the tokens from last to first, and so are the result's.
     """
-    (width, channels), length = taps.shape, x.shape[1]
-    x = x[..., start : start + channels].astype(dtype)
+    x = x[..., start : start + taps.shape[1]]
     x = jnp.flip(x, axis=1) if reverse else x
+    return jax.nn.silu(depthwise_conv(x, taps, bias, causal=causal, dtype=dtype))
+
+
+def depthwise_conv(
+    x: Float[Array, "B L C"],
+    taps: Float[Array, "width C"],
+    bias: Float[Array, " C"] | None = None,
+    *,
+    causal: bool,
+    dtype: DTypeLike,
+) -> Float[Array, "B L C"]:
+    """Every channel with taps of its own along the tokens, zeros around them: causal, or centred ("same")."""
+    width, length = taps.shape[0], x.shape[1]
     left = width - 1 if causal else (width - 1) // 2
-    padded = jnp.pad(x, ((0, 0), (left, width - 1 - left), (0, 0)))
+    padded = jnp.pad(x.astype(dtype), ((0, 0), (left, width - 1 - left), (0, 0)))
     taps = taps.astype(dtype)
+    # A few shifted multiply-adds fuse into one pass over x; a grouped convolution does not, on any backend.
     y = padded[:, :length] * taps[0][None, None]
     for k in range(1, width):
         y = y + padded[:, k : k + length] * taps[k][None, None]
-    return jax.nn.silu(y if bias is None else y + bias.astype(dtype)[None, None])
+    return y if bias is None else y + bias.astype(dtype)[None, None]
 
 
 def gated_mean(y: Float[Array, "B L 2 E"], z: Float[Array, "B L D"], *, start: int = 0) -> Float[Array, "B L E"]:
     """Mean of both directions, the second one's tokens from last to first, times silu of z's channels from `start`."""
     mean = (y[:, :, 0] + jnp.flip(y[:, :, 1], axis=1)) * 0.5
     return mean * jax.nn.silu(z[..., start : start + y.shape[3]])
+
+
+def route(x: Float[Array, "B H W E"], *, transpose: bool, reverse: bool) -> Float[Array, "B L E"]:
+    """The tokens of a map row by row or column by column, perhaps from the last one."""
+    tokens = (x.swapaxes(1, 2) if transpose else x).reshape(x.shape[0], -1, x.shape[3])
+    return jnp.flip(tokens, axis=1) if reverse else tokens
 
 
 def merged_routes(
@@ -93,18 +112,29 @@ def merged_routes(
 
 
 def beside_conv_silu(
-    y: Float[Array, "B L E"], z: Float[Array, "B L D"], taps: Float[Array, "width E"], **options: Any
+    y: Float[Array, "B L E"],
+    z: Float[Array, "B L D"],
+    taps: Float[Array, "width E"],
+    bias: Float[Array, " E"] | None,
+    **options: Any,
 ) -> Float[Array, "B L F"]:
-    """y, and on its right `conv_silu` of z without bias: F = 2 E."""
-    return jnp.concatenate([y, conv_silu(z, taps, None, **options)], axis=-1)
+    """y, and on its right `conv_silu` of z: F = 2 E."""
+    return jnp.concatenate([y, conv_silu(z, taps, bias, **options)], axis=-1)
 
 
 def patches3x3(x: Float[Array, "B H W C"], *, stride: int, dtype: DTypeLike) -> Float[Array, "B h w P"]:
-    """P = 9 C entries of each 3x3 patch as (row, column, channel), with a border of zeros."""
+    """P = 9 C entries of each 3x3 patch as (row, column, channel), with a border of zeros.
+
+    They hold an entry of the map up to nine times, so the map is cast, not they.
+    """
+    return jnp.concatenate(conv_taps(x.astype(dtype), stride=stride), axis=-1)
+
+
+def conv_taps(x: Float[Array, "B H W C"], *, stride: int) -> list[Float[Array, "B h w C"]]:
+    """The nine inputs of a 3x3 convolution, one border of zeros: at tap (i, j), in row-major order, map 3 * i + j."""
     _, height, width, _ = x.shape
-    padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    taps = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
-    return jnp.concatenate(taps, axis=-1)
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
 
 
 Producer = Callable[..., Array]
@@ -140,18 +170,14 @@ def _xla(producer, arrays, options, scale, config, *, keep, **calibrated) -> tup
 
 
 def _mosaic_gpu(producer, arrays, options, scale, config, *, keep, theta=None, shift=None, channels=None, **launch):
-    from ouromamba_jax.ops.split import detection_limit
-
     shift = None if config.outlier_bits == 16 else shift
     limit = detection_limit(scale, config, theta)
     shape = jax.eval_shape(lambda *x: producer(*x, **options), *arrays)
-    tokens = (shape.shape[0], -1, shape.shape[-1])
     made = kernel.run(
         producer.__name__, arrays, options, scale, limit, config, shift=shift, keep=keep, like=shape, **launch
     )
     low, *high = made.planes
     split = Split(low, high[0] if high else None, scale, made.first, config.n_refresh)
-    del tokens
     return split, made.others[0].reshape(shape.shape) if keep else None
 
 

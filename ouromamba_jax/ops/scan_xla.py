@@ -20,7 +20,6 @@ def run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collec
     """`selective_scan` with B and C grouped; supports every call."""
     (batch, length, channels), (groups, d_state) = u.shape, B.shape[2:]
     f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
-    u, delta, B, C = map(to_floats, (u, delta, B, C))
     step_size = f32(delta) if delta_bias is None else f32(delta) + f32(delta_bias)[None, None]
     if delta_softplus:
         step_size = jax.nn.softplus(step_size)

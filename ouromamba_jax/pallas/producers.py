@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 WIDEST = 2048
 """Channels of a normalised token that a warpgroup's registers have room for."""
 ROWS = ("rms_norm", "layer_norm", "merged_routes")
-NAMES = (*ROWS, "gelu", "conv_silu", "gated_mean", "beside_conv_silu", "patches3x3")
+NAMES = (*ROWS, "gelu", "conv_silu", "route", "gated_mean", "beside_conv_silu", "patches3x3")
 
 
 def supports(producer: Any, arrays: Any, options: Any, scale: Any, config: "OutlierConfig", **call: Any) -> str | None:
@@ -130,14 +130,21 @@ def run(
 
         def value(refs, row, sample, t, part):
             return _conv_silu(refs, row, sample, t, tokens, rounded, **options)
+    elif name == "route":
+        _, height, width, _ = arrays[0].shape
+        arrays = (tokens_of(arrays[0]),)
+
+        def value(refs, row, sample, t, part):
+            t = tokens - 1 - t if options["reverse"] else t
+            return row(refs[0], sample, lax.rem(t, height) * width + t // height if options["transpose"] else t)
     elif name == "beside_conv_silu":
         parts = 2
 
         def value(refs, row, sample, t, part):
-            y, z, taps = refs
+            y, *of_conv = refs
 
             def conv():
-                return _conv_silu((z, taps, None), row, sample, t, tokens, rounded, **options)
+                return _conv_silu(of_conv, row, sample, t, tokens, rounded, **options)
 
             return lax.cond(part == 0, lambda: row(y, sample, t), conv)
     else:

@@ -1,5 +1,6 @@
 """Linear layers in integers: calibrated, as a trainable stand-in, quantised, and measured."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,12 +63,25 @@ class QuantLinear(nnx.Module):
         return self.act.split(as_tokens(x))
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
-        bias = None if self.bias is None else self.bias[...]
         if self.act is None:
+            bias = None if self.bias is None else self.bias[...]
             return _float_product(x, self.weight.dequantize(), bias, self.dtype)
+        return self._product(self.split(x)).reshape(*x.shape[:-1], -1)
+
+    def after(self, producer: Callable[..., Array], *arrays: Any, keep: bool = False, **options: Any) -> Any:
+        """`models.layers.after`: what the producer makes is split where it is made, and written only with `keep`."""
+        if self.act is None:
+            x = producer(*arrays, **options)
+            return (self(x), x) if keep else self(x)
+        shape = jax.eval_shape(lambda *x: producer(*x, **options), *arrays).shape
+        split, x = self.act.split_after(producer, arrays, options, keep=keep)
+        y = self._product(split).reshape(*shape[:-1], -1)
+        return (y, x) if keep else y
+
+    def _product(self, split: Split) -> Float[Array, "B L O"]:
+        bias = None if self.bias is None else self.bias[...]
         weight = self.weight if self.layout is None else self.layout.get_value()
-        y = outlier_matmul(self.split(x), weight, bias=bias, dtype=self.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        return outlier_matmul(split, weight, bias=bias, dtype=self.dtype)
 
 
 class FakeLinear:
