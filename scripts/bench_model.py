@@ -53,7 +53,7 @@ from ouromamba_jax.models import VisionModel, create_model, model_config, pure
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.ops.scan_types import ScanOutput
 from ouromamba_jax.pallas.device import int4_reason
-from ouromamba_jax.quantize.modules import prepare_weights
+from ouromamba_jax.quantize.kinds import prepare_weights
 from ouromamba_jax.quantize.sites import set_module
 from ouromamba_jax.report.tables import print_table
 

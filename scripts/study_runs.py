@@ -29,8 +29,9 @@ HEADERS = (
     "SQNR dB",
     "SQNR +-",
     "outl. %",
+    "bits of act.",
 )
-SCORES = ("top1", "agreement", "sqnr_db", "outlier_rate")
+SCORES = ("top1", "agreement", "sqnr_db", "outlier_rate", "mean_bits")
 PLAIN_PIXELS = dict(scales=1, chroma=1.0, jitter=0.0, total_variation=0.0)
 STRENGTHS = ("learning_rate", "temperature", "jitter", "total_variation", "chroma", "contrastive", "batch_size")
 CHOICES = (dict(smoothing=0.1), dict(output_loss="mae"), dict(flip=True), dict(targets="random"))
@@ -139,13 +140,10 @@ def tables(images: int, **common: Any) -> dict[str, list[Run]]:
             *vary(gen=PLAIN_PIXELS),
             *vary(gen=dict(learning_rate=0.05, **PLAIN_PIXELS)),
         ],
-        "rules": [
-            *ours(),
-            *ours(threshold="offline"),
-            *ours(outlier_scale="free"),
-            *ours(outlier_scale="free", spec="released"),
-            *(run for sigma in (2.0, 4.0) for run in ours(sigma=sigma)),
-        ],
+        # More outliers cost bits: compare settings of equal mean bits of activations.
+        "threshold": [run for sigma in (2.5, 3.0, 3.5, 4.0) for run in ours(sigma=sigma)],
+        # 8-bit outliers beside 8-bit inliers make the plainest product.
+        "plain int8": [run for bits in (8, 16) for run in vary(bits=("w8a8",), settings=dict(outlier_bits=bits))],
         "refresh": [run for n in (1, 5, 10, 20, 1000) for run in ours(n_refresh=n)],
         "iterations": [run for n in (25, 50, 100, 200, 400) for run in vary(gen=dict(iterations=n))],
         "images": [run for count in (16, 32, 64, 128, 256) for run in vary(images=count)],
@@ -231,6 +229,7 @@ def summarise(every: dict[str, list[Run]], done: dict[str, dict[str, Any]]) -> I
                         _rounded(average["sqnr_db"]),
                         _rounded(spread["sqnr_db"]),
                         _rounded(average["outlier_rate"], 100),
+                        _rounded(average["mean_bits"]),
                     ]
                 )
         if len({(title, images, setting) for title, images, _, setting, *_ in rows}) > 1 and not found <= shown:

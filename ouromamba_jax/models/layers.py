@@ -72,7 +72,7 @@ class Head(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, x: Array) -> Float[Array, "B classes"]:
-        return self.proj(self.features(x)).astype(jnp.float32)
+        return nan_unless_finite(self.proj(self.features(x)).astype(jnp.float32), x)
 
 
 class MLP(nnx.Module):
@@ -232,9 +232,23 @@ class DotProductAttention(nnx.Module):
         return out.reshape(*out.shape[:2], -1), probs
 
 
+def nan_unless_finite(y: Float[Array, "B ..."], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """y, but NaN for every sample whose x is not finite.
+
+    Integers hold no NaN: without this a quantised model would classify a broken sample without a word.
+    """
+    finite = jnp.isfinite(x).all(axis=range(1, x.ndim))
+    return jnp.where(finite.reshape(-1, *(1,) * (y.ndim - 1)), y, jnp.nan)
+
+
 def apart(x: Float[Array, "B L G E"] | tuple[Any, ...]) -> Wide:
     """What each direction has, one by one: a kernel that reads them so leaves XLA no use for their stack."""
     return x if isinstance(x, tuple) else tuple(x[:, :, g] for g in range(x.shape[2]))
+
+
+def merge_groups(x: Float[Array, "B L G E"]) -> Float[Array, "B L GE"]:
+    """Channels of all directions side by side, group-major, as `selective_scan` takes them."""
+    return x.reshape(*x.shape[:2], -1)
 
 
 def broadcast_last(vector: Float[Array, " C"], like: Array) -> Array:

@@ -24,6 +24,7 @@ from ouromamba_jax.models.layers import (
     after,
     as_tokens,
     broadcast_last,
+    nan_unless_finite,
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace
@@ -132,7 +133,8 @@ class MambaVisionStem(nnx.Module):
                 f"images have shape {images.shape}, but this model takes (batch, {self.size[0]}, {self.size[1]}, 3); "
                 "resize them or build the model with another img_size."
             )
-        return jax.nn.relu(self.second(jax.nn.relu(self.first(images)))).astype(jnp.float32)
+        x = jax.nn.relu(self.second(jax.nn.relu(self.first(images)))).astype(jnp.float32)
+        return nan_unless_finite(x, images)
 
 
 class ConvBlock(nnx.Module):

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
@@ -13,7 +12,16 @@ from jaxtyping import Array, DTypeLike, Float
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
-from ouromamba_jax.models.layers import Head, Operand, RMSNorm, SelectiveScan, after, channels_from, uniform
+from ouromamba_jax.models.layers import (
+    Head,
+    Operand,
+    RMSNorm,
+    SelectiveScan,
+    after,
+    channels_from,
+    nan_unless_finite,
+    uniform,
+)
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 from ouromamba_jax.ops.producers import conv_silu, gated_mean
 
@@ -110,7 +118,7 @@ class VimStem(nnx.Module):
         class_token = jnp.broadcast_to(self.class_token[...].astype(jnp.float32), (x.shape[0], 1, config.embed_dim))
         p = config.class_index
         x = jnp.concatenate([x[:, :p], class_token, x[:, p:]], axis=1)
-        return x + self.positions[...].astype(jnp.float32)[None]
+        return nan_unless_finite(x + self.positions[...].astype(jnp.float32)[None], images)
 
 
 class VimDirection(nnx.Module):
@@ -164,7 +172,9 @@ class VimMixer(nnx.Module):
         out, scans = self.scan.trace(*operands, orders, collect=collect)
         return self._merge(out.y, *z), scans
 
-    def _operands(self, x: Array, norm: RMSNorm | None = None) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, int]]:
+    def _operands(
+        self, x: Array, norm: RMSNorm | None = None
+    ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, int]]:
         x = self.in_proj(x) if norm is None else norm.into(self.in_proj, x)
         made = (self.directions[0](x), self.directions[1](x, reverse=True))
         u, delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))

@@ -13,9 +13,18 @@ from jaxtyping import Array, DTypeLike, Float
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv
-from ouromamba_jax.models.layers import MLP, Head, LayerNorm, SelectiveScan, after, as_tokens, uniform
+from ouromamba_jax.models.layers import (
+    MLP,
+    Head,
+    LayerNorm,
+    SelectiveScan,
+    after,
+    as_tokens,
+    nan_unless_finite,
+    uniform,
+)
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
-from ouromamba_jax.ops.producers import merged_routes, route
+from ouromamba_jax.ops.producers import merged_routes, route, silu_once
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
 DIRECTIONS = ((False, False), (True, False), (False, True), (True, True))
@@ -105,7 +114,8 @@ class VMambaStem(nnx.Module):
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
             raise ValueError(f"images have shape {images.shape}, but this model takes (batch, height, width, 3).")
-        return self.second(jax.nn.gelu(self.first(images), approximate=False)).astype(jnp.float32)
+        x = self.second(jax.nn.gelu(self.first(images), approximate=False)).astype(jnp.float32)
+        return nan_unless_finite(x, images)
 
 
 class VMambaDirection(nnx.Module):
@@ -151,7 +161,7 @@ class VMambaMixer(nnx.Module):
 
     def _operands(self, x: Array, norm: LayerNorm | None = None) -> tuple[Array, Array, Array, Array]:
         projected = self.in_proj(x) if norm is None else norm.into(self.in_proj, x)
-        x = jax.nn.silu(self.conv(projected))
+        x = silu_once(self.conv(projected))
         made = [
             direction(x, transpose=t, reverse=r) for direction, (t, r) in zip(self.directions, DIRECTIONS, strict=True)
         ]

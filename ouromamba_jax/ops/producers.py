@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float
 
+from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 from ouromamba_jax.ops.dispatch import Backend, choose
 from ouromamba_jax.ops.split import OutlierConfig, Split, detection_limit, split_outliers
 from ouromamba_jax.pallas import producers as kernel
@@ -60,7 +61,12 @@ def conv_silu(
     """
     x = x[..., start : start + taps.shape[1]]
     x = jnp.flip(x, axis=1) if reverse else x
-    return jax.nn.silu(depthwise_conv(x, taps, bias, causal=causal, dtype=dtype))
+    return silu_once(depthwise_conv(x, taps, bias, causal=causal, dtype=dtype))
+
+
+def silu_once(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """SiLU of a convolution, for several readers: XLA's CPU backend would compute both anew for each of them."""
+    return cpu_barrier(jax.nn.silu(cpu_barrier(x)))
 
 
 def depthwise_conv(

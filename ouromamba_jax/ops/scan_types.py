@@ -14,9 +14,8 @@ from ouromamba_jax.ops.split import OutlierConfig, Split, split_outliers
 Collect = Callable[[Float[Array, "B D N"]], PyTree]
 StateTransform = Callable[[Float[Array, "B D N"], Int[Array, ""]], Float[Array, "B D N"]]
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["x", "scale", "theta", "shift"], meta_fields=["config"]
-)
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x", "scale", "theta", "shift"], meta_fields=["config"])
 @dataclass(frozen=True)
 class Unsplit:
     """Floats (B, L, E), tokens in scan order, that stand for their split: a GPU's scan splits them as it reads them.

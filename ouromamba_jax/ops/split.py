@@ -266,7 +266,7 @@ BACKENDS: dict[str, Backend] = {
 
 @jax.custom_jvp
 def _levels(ratio: Float[Array, "..."], bound: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Rounded half to even, clipped to [-bound, bound]; straight-through derivative 1 where nothing is clipped, else 0."""
+    """Round half to even, clip to [-bound, bound]; the derivative is taken as 1 where nothing is clipped, else as 0."""
     return jnp.clip(jnp.round(ratio), -bound, bound)
 
 

@@ -62,14 +62,13 @@ def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool =
       x: (B, L, C), tokens in scan order.
       search: False takes the inliers' range as it is.
     """
-    tokens, channels = x.shape[1:]
     found = {}
     if config.detection == "static":
         found["channels"] = calibrate_channels(x, config)
     elif config.detection == "dynamic":
         found["theta"] = calibrate_theta(x, config)
     scale = _search(x, _any_bits(config), float(config.largest_inlier), found, search)
-    calibration = Calibration(jnp.broadcast_to(scale, (tokens,)), **found)
+    calibration = Calibration(jnp.broadcast_to(scale, x.shape[1:2]), **found)
     if config.detection == "none" or config.largest_outlier == config.largest_inlier:
         return calibration
     raised, shift, needs_byte = _reach(x, calibration, config)

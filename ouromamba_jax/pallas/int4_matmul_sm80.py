@@ -57,18 +57,14 @@ def matmul(
         rows = pl.ds(first, tile_m)
 
         def add(packing, left, right, acc, steps=None):
-            return multiply_add(
-                left, right, acc, packing=packing, stages=tiles.stages, emulated=emulated, steps=steps
-            )
+            return multiply_add(left, right, acc, packing=packing, stages=tiles.stages, emulated=emulated, steps=steps)
 
         acc = zeros(tile_m, tile_n)
         acc = add("int8", large.at[tile], large_weight.at[tile].at[columns], acc, steps[tile])
         acc = add("int4", small.at[rows], weight.at[columns], acc)
         tokens = pl.ds(lax.rem(first, period), tile_m)
         scale = plgpu.load(row_scale.at[tokens], layout=ACCUMULATOR.reduce(1), optimized=False)
-        w, *offset = (
-            plgpu.load(ref.at[columns], layout=ACCUMULATOR.reduce(0), optimized=False) for ref in per_column
-        )
+        w, *offset = (plgpu.load(ref.at[columns], layout=ACCUMULATOR.reduce(0), optimized=False) for ref in per_column)
         store(out.at[rows, columns], epilogue(acc, scale, w, *offset))
 
     biases = [] if bias is None else [bias]

@@ -113,9 +113,7 @@ def launch(
     tiles = tiles or matmul_tiles(target, O, weight.bits if split.high is None else 8)
     # At least one tile of rows, then whole eights of them: Mosaic copies no tile that starts between two.
     height = tiles.tile_m if tiles.tile_m > B * L else 8
-    planes = [
-        pad_to(x.reshape(B * L, K), (height, TILE_K)) for x in (split.high, split.low) if x is not None
-    ]
+    planes = [pad_to(x.reshape(B * L, K), (height, TILE_K)) for x in (split.high, split.low) if x is not None]
     columns = [pad_to(x, (tiles.tile_n,)) for x in (weight.scale[0], bias) if x is not None]
     kernel = _kernel(target, interpret)
     row_scale = periodic(split.scale, tiles.tile_m)

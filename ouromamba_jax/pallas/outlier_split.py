@@ -78,7 +78,7 @@ class Rule:
         first = jnp.minimum(first, jnp.where(jnp.abs(x) > limit, i, self.window))
         ratio = divide(x, scale)
         bound: Any = self.q
-        if self.Q != self.q or units:
+        if self.q != self.Q or units:
             listed = first < self.window
             bound = jnp.where(listed, jnp.float32(self.Q), jnp.float32(self.q))
         if units:

@@ -1,8 +1,8 @@
 """What makes an activation and its split in one GPU kernel: the activation itself need not be written.
 
-A producer gives one token at a time, and its rounding to the model's type comes before the split, as without the kernel.
-Either every channel is made on its own (`by_channel`: a thread owns one and walks the tokens of a window), or a token is
-normalised over its channels (`by_row`: a program owns a window with all channels).
+A producer gives one token at a time, rounded to the model's type before it is split, as it is without the kernel.
+Either every channel is made on its own (`by_channel`: a thread owns one and walks the tokens of a window), or a token
+is normalised over its channels (`by_row`: a program owns a window with all channels).
 """
 
 from collections.abc import Callable

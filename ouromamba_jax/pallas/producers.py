@@ -104,8 +104,7 @@ def run(
             power = lax.rsqrt(total([x * x for x in values]) * (1 / channels) + eps)
             affine = [[row(ref) for ref in refs[1:]] for row in rows]
             return [
-                x * power * scale + (bias[0] if bias else 0.0)
-                for x, (scale, *bias) in zip(values, affine, strict=True)
+                x * power * scale + (bias[0] if bias else 0.0) for x, (scale, *bias) in zip(values, affine, strict=True)
             ]
 
         return by_row(title, value, normalise, (x, *parameters), site, dtype=like.dtype, interpret=interpret)

@@ -10,9 +10,7 @@ from jaxtyping import Array, Float, Float32, Int8
 from ouromamba_jax.pallas.outlier_split import Rule
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["low", "high", "scale", "numbers"], meta_fields=["rule"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["low", "high", "scale", "numbers"], meta_fields=["rule"])
 @dataclass(frozen=True)
 class Operand:
     """Floats; or levels low + 256 * high in units of their token's step; or floats that become such in the scan.

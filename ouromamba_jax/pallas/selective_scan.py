@@ -13,6 +13,7 @@ from ouromamba_jax.pallas.tiles import SCAN_CHANNELS, ScanTiles, scan_tiles
 
 STATES = (1, 8, 16)
 
+
 def unsuitable(*, A: Float[Array, "D N"], state_transform: Any = None, **_: Any) -> str | None:
     """Why the kernels cannot run this call, whatever the device; None if they can."""
     if state_transform is not None:

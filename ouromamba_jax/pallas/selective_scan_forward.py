@@ -4,8 +4,8 @@ A program walks the tokens of 128 channels of one sample. Delta's bias and softp
 are part of the walk, so u, delta, z and y cross memory once. exp(delta A) is 2^(delta A log2 e).
 
 u and delta may come as an array for every group, so that nobody has to copy them side by side; a program then branches
-to the arrays of its group. Either may be levels in steps of their tokens, or be split here: a thread has its channel and
-the tokens in order, which is all that Algorithm 2 asks for.
+to the arrays of its group. Either may be levels in steps of their tokens, or be split here: a thread has its channel
+and the tokens in order, which is all that Algorithm 2 asks for.
 """
 
 from functools import partial

@@ -84,7 +84,7 @@ class QuantReport:
 
     @property
     def mean_bits(self) -> float:
-        """Mean over the matmuls' inputs of act_bits + outlier_rate * (outlier_bits - act_bits); NaN if there is none."""
+        """Mean over the matmuls' inputs; NaN if none is quantised."""
         found = [s.mean_bits for s in self.sites if s.kind == "matmul" and s.mean_bits is not None]
         return float(np.mean(found)) if found else float("nan")
 

@@ -40,8 +40,8 @@ def tune_scales(
     """`calibrated` with scales that bring the quantised stage's update on x close to `target`, the float stage's.
 
     Each scale is s0 * exp(factor): it stays positive, and one learning rate suits scales of any size. Minimises the
-    mean over samples and tokens of 1 - cosine over channels with AdamW (weight decay 1e-5, gradient clipping at 2.0, cosine
-    schedule) and straight-through roundings. Deterministic: batches are drawn by a fixed seed.
+    mean over samples and tokens of 1 - cosine over channels with AdamW (weight decay 1e-5, gradient clipping at 2.0,
+    cosine schedule) and straight-through roundings. Deterministic: batches are drawn by a fixed seed.
 
     Returns:
       (calibrated, mean loss of every epoch).

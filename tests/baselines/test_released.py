@@ -110,7 +110,7 @@ def test_a_layer_multiplies_what_was_recorded(levels):
     expected = activation[key + "out"].astype(np.float64) @ weight["w_q"].T
     y = low(jnp.asarray(activation["x"]))
     np.testing.assert_allclose(y, expected, rtol=0, atol=REORDERED * np.abs(expected).max())
-    assert low.outlier_rate({"act": jnp.asarray(activation["x"])}) == np.float32(
+    assert low.outlier_rate({"input": jnp.asarray(activation["x"])}) == np.float32(
         activation[key + "outlier_mask"].mean()
     )
 
