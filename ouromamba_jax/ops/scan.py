@@ -55,7 +55,8 @@ def selective_scan(
       implementation: a backend's name; None takes the first one that supports the call.
 
     Returns:
-      `ScanOutput(y, h_last, states)`, `y` in u's dtype, or B's if u is split, `states` in scan order (index 0 is the first step).
+      `ScanOutput(y, h_last, states)`, `y` in u's dtype, or B's if u is split, `states` in scan order (index 0 is the
+      first step).
 
     Raises:
       ValueError: shapes that do not fit, an unknown implementation, or a named one that does not support the call.

@@ -4,8 +4,8 @@ The published split: entries that fit 4 bits, and of each tile of rows the chann
 Where a tile has more such channels than there is room for, the dense kernel runs: results do not depend on which.
 
 Models take it within `bench.preferring("mosaic_gpu_int4")`, not by themselves: packing is a pass of XLA's over the
-levels, and the weights of every tile's channels must be gathered first: 59 MB at the largest layer of Vim-B (50 tiles of
-3072 x 384), written and read again, where a dense product moves 46.
+levels, and the weights of every tile's channels must be gathered first: 59 MB at the largest layer of Vim-B (50 tiles
+of 3072 x 384), written and read again, where a dense product moves 46.
 """
 
 from functools import partial

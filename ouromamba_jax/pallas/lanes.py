@@ -58,6 +58,11 @@ def load(row: Any, first: Any, *, emulated: bool) -> Array:
     return run(row, lane())
 
 
+def where(condition: Any, x: Array, otherwise: Array | float) -> Array:
+    """`jnp.where` of one condition for all channels, which Mosaic does not broadcast."""
+    return jnp.where(jnp.full(x.shape, condition.astype(jnp.int32)) != 0, x, otherwise)
+
+
 def store(row: Any, first: Any, values: Array, *, emulated: bool) -> None:
     """Writes what `load` would read, in the row's type."""
     (channels,) = row.shape

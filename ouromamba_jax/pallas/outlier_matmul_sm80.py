@@ -1,7 +1,7 @@
 """Ampere and Ada kernel of the outlier matmul: mma.sync, one int32 accumulator in registers for both bytes of levels.
 
-One warpgroup per output tile. As on Hopper a second plane's steps come first, then the accumulator is shifted left by 8.
-Levels are dense int8 although these GPUs multiply 4-bit integers at twice the speed; `int4_matmul` does that.
+One warpgroup per output tile. As on Hopper a second plane's steps come first, then the accumulator is shifted left by
+8. Levels are dense int8 although these GPUs multiply 4-bit integers at twice the speed; `int4_matmul` does that.
 
 4-bit weights may travel packed and are unpacked in registers. A stage in flight is then a quarter to a third smaller,
 so that two programs share a multiprocessor and one can load while the other multiplies.

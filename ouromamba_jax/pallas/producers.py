@@ -58,6 +58,7 @@ def run(
 ) -> Any:
     """`Results` of the producer's kernel; `like` is what the producer makes."""
     # Imported here: Mosaic takes a while, and most processes never run a kernel.
+    from ouromamba_jax.pallas import lanes
     from ouromamba_jax.pallas.producer_split import Site, by_channel, by_row
 
     batch, *between, channels = like.shape
@@ -155,7 +156,7 @@ def run(
             j = lax.rem(t, between[1]) * stride + lax.rem(part, 3) - 1
             inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
             x = row(refs[0], sample, jnp.clip(i, 0, height - 1) * width + jnp.clip(j, 0, width - 1))
-            return jnp.where(inside, x, 0.0)
+            return lanes.where(inside, x, 0.0)
 
         arrays = (tokens_of(arrays[0]),)
     return by_channel(title, value, arrays, site, dtype=like.dtype, parts=parts, keep=keep, interpret=interpret)
@@ -179,6 +180,8 @@ def _gelu(x, approximate: bool):
 
 
 def _conv_silu(refs, row, sample, t, tokens, rounded, *, start=0, causal=True, reverse=False, dtype):
+    from ouromamba_jax.pallas import lanes
+
     x, taps, bias = refs
     width = taps.shape[0]
     left = width - 1 if causal else (width - 1) // 2
@@ -187,6 +190,6 @@ def _conv_silu(refs, row, sample, t, tokens, rounded, *, start=0, causal=True, r
         at = t - left + k
         here = jnp.clip(at, 0, tokens - 1)
         tap = rounded(row(x, sample, tokens - 1 - here if reverse else here, start=start))
-        term = rounded(jnp.where((at >= 0) & (at < tokens), tap, 0.0) * rounded(row(taps, k)))
+        term = rounded(lanes.where((at >= 0) & (at < tokens), tap, 0.0) * rounded(row(taps, k)))
         total = term if total is None else rounded(total + term)
     return _silu(total if bias is None else rounded(total + rounded(row(bias))))

@@ -135,7 +135,7 @@ def forward(
             if name in lists:
                 rule = rules[name]
                 place = lax.rem(i, rule.window)
-                listed = jnp.where(place == 0, rule.window, lists[name])
+                listed = lanes.where(place > 0, lists[name], rule.window)
                 x, listed = rule.level(x, place, listed, numbers)
                 lists = lists | {name: listed}
             return (x * numbers[0] if numbers else x), lists

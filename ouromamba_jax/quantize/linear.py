@@ -41,7 +41,7 @@ class QuantLinear(nnx.Module):
         self.weight_scale = Calibrated(weight.scale)
         self.bias = None if bias is None else nnx.Param(bias)
         self.act = act
-        self.layout: KernelLayout | None = None
+        self.layout: KernelLayout | None = nnx.data(None)
 
     @property
     def weight(self) -> QTensor:

@@ -85,3 +85,6 @@ SHARDED_PIXELS_MEAN = 5e-4
 # benchmark of the kernels (test_bench_kernels)
 SAME_PRODUCT = 0.9
 """Correlation of a layer at 4 bits with the same layer in bfloat16, on 84 outputs; with another layer it is near 0."""
+
+EPILOGUE = {"float32": 1e-6, "bfloat16": 2**-7}
+"""Of a product's float epilogue: where a compiler contracts a product and a sum, the last bit moves."""
