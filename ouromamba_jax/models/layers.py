@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Float32
 
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
 from ouromamba_jax.ops.producers import gelu, layer_norm, rms_norm
@@ -18,15 +18,23 @@ from ouromamba_jax.ops.scan_types import ScanOutput, Wide
 _DT_MIN, _DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
 
 
-def after(linear: nnx.Module, producer: Callable[..., Array], *arrays: Any, keep: bool = False, **options: Any) -> Any:
-    """linear(producer(*arrays, **options)); with `keep`, beside what the producer made.
+def after(
+    linear: Any,
+    producer: Callable[..., Array],
+    *arrays: Any,
+    keep: bool = False,
+    residual: Float32[Array, "... O"] | None = None,
+    **options: Any,
+) -> Any:
+    """linear(producer(*arrays, **options)), added to `residual`; with `keep`, beside what the producer made.
 
-    A quantised layer has a method `after`, and takes both as one where a kernel makes an activation with its levels.
+    A quantised layer has a method `after`, and takes all as one where a kernel makes an activation with its levels.
     """
     if hasattr(linear, "after"):
-        return linear.after(producer, *arrays, keep=keep, **options)
+        return linear.after(producer, *arrays, keep=keep, residual=residual, **options)
     x = producer(*arrays, **options)
-    return (linear(x), x) if keep else linear(x)
+    y = linear(x) if residual is None else residual + linear(x).astype(jnp.float32)
+    return (y, x) if keep else y
 
 
 class RMSNorm(nnx.Module):
@@ -85,9 +93,12 @@ class MLP(nnx.Module):
         self.fc1 = nnx.Linear(dim, hidden, **types)
         self.fc2 = nnx.Linear(hidden, dim, **types)
 
-    def __call__(self, x: Float[Array, "... C"], norm: LayerNorm | None = None) -> Float[Array, "... C"]:
+    def __call__(
+        self, x: Float[Array, "... C"], norm: LayerNorm | None = None, residual: Float32[Array, "... C"] | None = None
+    ) -> Float[Array, "... C"]:
+        """Of x, first normalised if there is a norm; added to `residual`."""
         hidden = self.fc1(x) if norm is None else norm.into(self.fc1, x)
-        return after(self.fc2, gelu, hidden, approximate=False)
+        return after(self.fc2, gelu, hidden, approximate=False, residual=residual)
 
 
 class SelectiveScan(nnx.Module):

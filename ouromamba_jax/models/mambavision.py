@@ -294,7 +294,10 @@ class HybridBlock(nnx.Module):
 
     def _leave(self, x: Array, update: Array) -> Array:
         x = x + self._scaled(self.gamma1, join_windows(update, self.window, self.grid))
-        x = x + self._scaled(self.gamma2, self.mlp(x, self.norm2))
+        if self.gamma2 is None:
+            x = self.mlp(x, self.norm2, residual=x)
+        else:
+            x = x + self._scaled(self.gamma2, self.mlp(x, self.norm2))
         return x[:, : self.grid[0], : self.grid[1]] if self.crops else x
 
     def _scaled(self, gamma: nnx.Param | None, update: Array) -> Array:

@@ -159,8 +159,9 @@ class VimMixer(nnx.Module):
         self.out_proj = nnx.Linear(width, config.embed_dim, use_bias=False, **types)
 
     def __call__(self, x: Float[Array, "B L C"], norm: RMSNorm | None = None) -> Float[Array, "B L C"]:
+        """Of x; with a norm, of the normalised x, and added to x."""
         operands, z = self._operands(x, norm)
-        return self._merge(self.scan(*operands).y, *z)
+        return self._merge(self.scan(*operands).y, *z, residual=None if norm is None else x)
 
     def trace(
         self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None
@@ -180,9 +181,11 @@ class VimMixer(nnx.Module):
         u, delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
         return (u, delta, B, C), channels_from(self.config.d_inner, x, self.z)
 
-    def _merge(self, y: Float[Array, "B L 2 E"], z: Float[Array, "B L D"], start: int) -> Float[Array, "B L C"]:
+    def _merge(
+        self, y: Float[Array, "B L 2 E"], z: Float[Array, "B L D"], start: int, residual: Array | None = None
+    ) -> Float[Array, "B L C"]:
         # Both directions are gated by the same silu(z), so the gate follows the mean.
-        return after(self.out_proj, gated_mean, y, z, start=start)
+        return after(self.out_proj, gated_mean, y, z, start=start, residual=residual)
 
 
 class VimBlock(nnx.Module):
@@ -193,7 +196,7 @@ class VimBlock(nnx.Module):
         self.mixer = VimMixer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        return x + self.mixer(x, self.norm).astype(jnp.float32)
+        return self.mixer(x, self.norm)
 
     def trace(
         self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None

@@ -149,7 +149,8 @@ class VMambaMixer(nnx.Module):
         self.out_proj = nnx.Linear(width, dim, use_bias=False, kernel_init=_INIT, **types)
 
     def __call__(self, x: Float[Array, "B H W C"], norm: LayerNorm | None = None) -> Float[Array, "B H W C"]:
-        return self._merge(self.scan(*self._operands(x, norm)).y, x.shape)
+        """Of x; with a norm, of the normalised x, and added to x."""
+        return self._merge(self.scan(*self._operands(x, norm)).y, x.shape, None if norm is None else x)
 
     def trace(
         self, x: Float[Array, "B H W C"], *, collect: Callable[[Array], Any] | None = None
@@ -168,10 +169,12 @@ class VMambaMixer(nnx.Module):
         u, delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
         return u, delta, B, C
 
-    def _merge(self, y: Float[Array, "B L 4 E"], shape: tuple[int, ...]) -> Float[Array, "B H W C"]:
+    def _merge(
+        self, y: Float[Array, "B L 4 E"], shape: tuple[int, ...], residual: Array | None = None
+    ) -> Float[Array, "B H W C"]:
         norm = self.norm
         options = dict(grid=shape[1:3], eps=norm.eps, dtype=norm.dtype)
-        return after(self.out_proj, merged_routes, y, norm.scale[...], norm.bias[...], **options)
+        return after(self.out_proj, merged_routes, y, norm.scale[...], norm.bias[...], residual=residual, **options)
 
 
 class VMambaBlock(nnx.Module):
@@ -199,7 +202,8 @@ class VMambaBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
         x = self._enter(x)
-        return self._leave(x, self.mixer(x, self.norm))
+        x = self.mixer(x, self.norm)
+        return self.mlp(x, self.norm2, residual=x)
 
     def trace(
         self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
@@ -215,7 +219,7 @@ class VMambaBlock(nnx.Module):
 
     def _leave(self, x: Array, mixer_out: Array) -> Array:
         x = x + mixer_out.astype(jnp.float32)
-        return x + self.mlp(x, self.norm2).astype(jnp.float32)
+        return self.mlp(x, self.norm2, residual=x)
 
 
 class VMambaHead(Head):

@@ -71,14 +71,19 @@ def run(
     weight: QTensor | KernelWeight,
     bias: Float[Array, " O"] | None = None,
     dtype: Any = jnp.float32,
+    residual: Float32[Array, "B L O"] | None = None,
     **options: Any,
 ) -> Float[Array, "B L O"]:
     """S * s_w * (low @ W + 256 * high @ W) + bias, exact integers in int32; of `dtype`, float32 or bfloat16.
 
     Args:
+      residual: to which that is added, in float32.
       options: of `launch`.
     """
-    return by_accumulator(partial(launch, **options), split, weight, bias, dtype)
+    if residual is not None and (split.high is None or is_wide(weight)):
+        return launch(split, weight, bias, dtype, residual=residual, **options)
+    y = by_accumulator(partial(launch, **options), split, weight, bias, dtype)
+    return y if residual is None else residual + y.astype(jnp.float32)
 
 
 def by_accumulator(
@@ -98,6 +103,7 @@ def launch(
     bias: Float[Array, " O"] | None = None,
     dtype: Any = jnp.float32,
     *,
+    residual: Float32[Array, "B L O"] | None = None,
     target: Target | None = None,
     tiles: MatmulTiles | None = None,
     interpret: Any = None,
@@ -111,13 +117,17 @@ def launch(
     (B, L, K), O = split.shape, weight.shape[1]
     target = target or device_target()
     tiles = tiles or matmul_tiles(target, O, weight.bits if split.high is None else 8)
-    # At least one tile of rows, then whole eights of them: Mosaic copies no tile that starts between two.
-    height = tiles.tile_m if tiles.tile_m > B * L else 8
-    planes = [pad_to(x.reshape(B * L, K), (height, TILE_K)) for x in (split.high, split.low) if x is not None]
-    columns = [pad_to(x, (tiles.tile_n,)) for x in (weight.scale[0], bias) if x is not None]
-    kernel = _kernel(target, interpret)
-    row_scale = periodic(split.scale, tiles.tile_m)
-    y = kernel(planes, row_scale, arrange(weight, tiles).rows, *columns, tiles=tiles, dtype=dtype, interpret=interpret)
+    # At least one tile of rows and of columns, then whole eights of them: Mosaic copies no tile that starts between.
+    height, width = (tile if tile > size else 8 for tile, size in ((tiles.tile_m, B * L), (tiles.tile_n, O)))
+    # Hopper's copies fill with zeros what they read beyond K, if rows are whole 16 bytes.
+    depth = 16 if target == "sm90" and interpret is None else TILE_K
+    planes = [pad_to(x.reshape(B * L, K), (height, depth)) for x in (split.high, split.low) if x is not None]
+    columns = [pad_to(x, (width,)) for x in (weight.scale[0], bias) if x is not None]
+    added = [] if residual is None else [pad_to(residual.reshape(B * L, O), (height, width))]
+    y = _kernel(target, interpret)(
+        planes, periodic(split.scale, tiles.tile_m), arrange(weight, tiles).rows, columns, added, tiles=tiles,
+        dtype=dtype, interpret=interpret,
+    )  # fmt: skip
     return y[: B * L, :O].reshape(B, L, O)
 
 

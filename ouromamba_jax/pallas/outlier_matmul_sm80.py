@@ -27,26 +27,26 @@ def matmul(
     planes: Sequence[Int8[Array, "M K"]],
     row_scale: Float32[Array, " more"],
     weight: Int8[Array, "N columns"],
-    column_scale: Float32[Array, " N"],
-    bias: Float[Array, " N"] | None = None,
+    columns: Sequence[Float[Array, " N"]],
+    added: Sequence[Float32[Array, "M N"]] = (),
     *,
     tiles: MatmulTiles,
     dtype: Any = jnp.float32,
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
-    """planes @ W^T * column_scale * row_scale + bias. Arguments as of the Hopper kernel."""
-    M, N = planes[0].shape[0], weight.shape[0]
+    """planes @ W^T * column_scale * row_scale + bias. Arguments as of the Hopper kernel, K whole steps."""
+    M, (N,) = planes[0].shape[0], columns[0].shape
     tile_m, tile_n = tiles.tile_m, tiles.tile_n
     period = row_scale.shape[0] - tile_m
     emulated = interpret is not None
-    operands = planes, row_scale, weight, [column_scale] if bias is None else [column_scale, bias]
+    operands = list(planes), row_scale, weight, list(columns), list(added)
     structure = jax.tree.structure((*operands, 0))
 
     def outlier_matmul(*refs):
-        planes, row_scale, weight, columns, out = jax.tree.unflatten(structure, refs)
-        # The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike.
+        planes, row_scale, weight, columns, added, out = jax.tree.unflatten(structure, refs)
+        # The last tile of a ragged M or N starts early: what it shares with its neighbour is written twice, alike.
         first = jnp.minimum(lax.axis_index("row_tile") * tile_m, M - tile_m)
-        here = pl.ds(lax.axis_index("column_tile") * tile_n, tile_n)
+        here = pl.ds(jnp.minimum(lax.axis_index("column_tile") * tile_n, N - tile_n), tile_n)
 
         def add(plane, acc):
             return multiply_add(
@@ -67,12 +67,15 @@ def matmul(
         scale = plgpu.load(row_scale.at[rows], layout=ACCUMULATOR.reduce(1), optimized=False)
         w, *offset = (plgpu.load(ref.at[here], layout=ACCUMULATOR.reduce(0), optimized=False) for ref in columns)
         y = epilogue(acc, scale * 0.0625 if tiles.packed else scale, w, *offset)
+        for ref in added:
+            x = plgpu.load(ref.at[pl.ds(first, tile_m), here], layout=ACCUMULATOR, optimized=False)
+            y = x + y.astype(dtype).astype(jnp.float32)
         store(out.at[pl.ds(first, tile_m), here], y)
 
     return plgpu.kernel(
         outlier_matmul,
-        out_type=jax.ShapeDtypeStruct((M, N), dtype),
-        grid=(pl.cdiv(M, tile_m), N // tile_n),
+        out_type=jax.ShapeDtypeStruct((M, N), jnp.float32 if added else dtype),
+        grid=(pl.cdiv(M, tile_m), pl.cdiv(N, tile_n)),
         grid_names=("row_tile", "column_tile"),
         **({"interpret": interpret} if emulated else {}),
     )(*jax.tree.leaves(operands))

@@ -42,47 +42,50 @@ def matmul(
     planes: Sequence[Int8[Array, "M K"]],
     row_scale: Float32[Array, " more"],
     weight: Int8[Array, "N columns"],
-    column_scale: Float32[Array, " N"],
-    bias: Float[Array, " N"] | None = None,
+    columns: Sequence[Float[Array, " N"]],
+    added: Sequence[Float32[Array, "M N"]] = (),
     *,
     tiles: MatmulTiles,
     programs: int,
     dtype: Any = jnp.float32,
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
-    """planes @ W^T * column_scale * row_scale + bias, in one int32 accumulator.
+    """planes @ W^T * column_scale * row_scale + bias, in one int32 accumulator; then perhaps a sum in float32.
 
-    For M >= tile_m; 8, 128 and tile_n divide M, K and N.
+    For M >= tile_m and N >= tile_n; 8, 16 and 8 divide M, K and N.
 
     Args:
       planes: of levels: low bytes alone, or high ones before them.
       row_scale: `periodic(scale, tile_m)`.
-      weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; unpacked they count sixteenfold.
-      bias: of any float type.
-      dtype: of the result.
+      weight: whole tiles of outputs, K levels of each with zeros up to whole steps, or half as many bytes of
+        `pack_halves` if tiles.packed; unpacked they count sixteenfold.
+      columns: column_scale, and a bias of any float type if there is one.
+      added: what the result is added to, if anything.
+      dtype: to which the result is rounded; a sum is float32.
       programs: how many run, one per multiprocessor.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
-    (M, K), N = planes[0].shape, weight.shape[0]
+    (M, K), (N,) = planes[0].shape, columns[0].shape
     tile_m, tile_n, stages = tiles.tile_m, tiles.tile_n, tiles.stages
     rows = tile_m // COMPUTE_WARPGROUPS
-    n_tiles, k_tiles = N // tile_n, K // TILE_K
+    n_tiles, k_tiles = pl.cdiv(N, tile_n), pl.cdiv(K, TILE_K)
     tile_count = pl.cdiv(M, tile_m) * n_tiles
     emulated = interpret is not None
     width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step, and the swizzle that suits them
     parts = tile_n // EPILOGUE_COLUMNS  # of an output tile, 1 or even; they take turns at the slots that they leave by
     slots = min(2, parts)
     period = row_scale.shape[0] - tile_m
-    columns = [column_scale] if bias is None else [column_scale, bias]
+    written = jnp.float32 if added else dtype
 
     def outlier_matmul(*refs):
-        planes, row_scale, weight, columns, out, scratch = jax.tree.unflatten(structure, refs)
+        planes, row_scale, weight, columns, added, out, scratch = jax.tree.unflatten(structure, refs)
         a, b, c, full, empty, *unpacking = scratch
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
         def corner(tile):
-            """The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike."""
-            return jnp.minimum((tile // n_tiles) * tile_m, M - tile_m), lax.rem(tile, n_tiles) * tile_n
+            """The last tile of a ragged M or N starts early: what it shares with its neighbour is written twice, alike."""
+            m, n = tile // n_tiles * tile_m, lax.rem(tile, n_tiles) * tile_n
+            return jnp.minimum(m, M - tile_m), jnp.minimum(n, N - tile_n)
 
         def each_tile(body):
             mine = pl.cdiv(tile_count - program, programs)
@@ -204,14 +207,18 @@ def matmul(
                 w, *offset = (plgpu.load(ref.at[here], layout=per_column, optimized=False) for ref in columns)
                 staged = c.at[warpgroup, i % slots]
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                staged[...] = epilogue(part, scale, w, *offset).astype(dtype)
+                y = epilogue(part, scale, w, *offset).astype(dtype)
+                for ref in added:
+                    x = plgpu.load(ref.at[pl.ds(m, rows), here], layout=plgpu.Layout.WGMMA, optimized=False)
+                    y = x + y.astype(jnp.float32)
+                staged[...] = y
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(m, rows), here])
 
             each_tile(tile)
             plgpu.wait_smem_to_gmem(0)
 
-    operands = planes, row_scale, weight, columns
+    operands = list(planes), row_scale, weight, list(columns), list(added)
     unpacking_scratch = [
         _shared((stages, tile_n, HALF), jnp.int8, HALF),
         plgpu.Barrier(num_arrivals=1, num_barriers=PAIRS),
@@ -220,7 +227,7 @@ def matmul(
     scratch_types = [
         _shared((stages, tile_m, TILE_K), jnp.int8, width),
         _shared((PAIRS, 2, tile_n, HALF) if tiles.packed else (stages, tile_n, TILE_K), jnp.int8, width),
-        _shared((COMPUTE_WARPGROUPS, slots, rows, EPILOGUE_COLUMNS), dtype),
+        _shared((COMPUTE_WARPGROUPS, slots, rows, EPILOGUE_COLUMNS), written),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + tiles.packed, num_barriers=stages),
         *(unpacking_scratch if tiles.packed else []),
@@ -228,7 +235,7 @@ def matmul(
     structure = jax.tree.structure((*operands, 0, scratch_types))
     return plgpu.kernel(
         outlier_matmul,
-        out_type=jax.ShapeDtypeStruct((M, N), dtype),
+        out_type=jax.ShapeDtypeStruct((M, N), written),
         grid=(programs,),
         grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 1,
