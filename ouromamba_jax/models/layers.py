@@ -1,7 +1,7 @@
 """Building blocks shared by the model families."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32
 
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
-from ouromamba_jax.ops.producers import gelu, layer_norm, rms_norm
+from ouromamba_jax.ops.producers import gelu, layer_norm, rms_norm, route
 from ouromamba_jax.ops.scan import selective_scan
 from ouromamba_jax.ops.scan_types import ScanOutput, Wide
 
@@ -250,6 +250,18 @@ def nan_unless_finite(y: Float[Array, "B ..."], x: Float[Array, "B ..."]) -> Flo
     """
     finite = jnp.isfinite(x).all(axis=range(1, x.ndim))
     return jnp.where(finite.reshape(-1, *(1,) * (y.ndim - 1)), y, jnp.nan)
+
+
+def scan_map(
+    scan: Any, x: Float[Array, "B H W E"], orders: Sequence[tuple[bool, bool]], delta: Array, B: Array, C: Array
+) -> ScanOutput:
+    """A scan of a map's tokens by several routes, (transpose, reverse) each; u is x along them, the others lie so.
+
+    A quantised scan has a method `of_map`, and reads the map itself.
+    """
+    if hasattr(scan, "of_map"):
+        return scan.of_map(x, orders, delta, B, C)
+    return scan(jnp.stack([route(x, transpose=t, reverse=r) for t, r in orders], axis=2), delta, B, C)
 
 
 def apart(x: Float[Array, "B L G E"] | tuple[Any, ...]) -> Wide:

@@ -21,6 +21,7 @@ from ouromamba_jax.models.layers import (
     after,
     as_tokens,
     nan_unless_finite,
+    scan_map,
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
@@ -128,11 +129,10 @@ class VMambaDirection(nnx.Module):
         self.x_proj = nnx.Linear(width, rank + 2 * config.d_state, kernel_init=uniform(width**-0.5), **types)
         self.dt_proj = nnx.Linear(rank, width, kernel_init=uniform(rank**-0.5), **types)
 
-    def __call__(self, x: Float[Array, "B H W E"], **order: bool) -> tuple[Array, Array, Array, Array]:
-        """(u, delta before bias and softplus, B, C) of a map, in this direction's scan order."""
-        made, u = after(self.x_proj, route, x, keep=True, **order)
-        dt, B, C = jnp.split(made, self.splits, axis=-1)
-        return u, self.dt_proj(dt), B, C
+    def __call__(self, x: Float[Array, "B H W E"], **order: bool) -> tuple[Array, Array, Array]:
+        """(delta before bias and softplus, B, C) of a map, in this direction's scan order."""
+        dt, B, C = jnp.split(after(self.x_proj, route, x, **order), self.splits, axis=-1)
+        return self.dt_proj(dt), B, C
 
 
 class VMambaMixer(nnx.Module):
@@ -150,24 +150,28 @@ class VMambaMixer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"], norm: LayerNorm | None = None) -> Float[Array, "B H W C"]:
         """Of x; with a norm, of the normalised x, and added to x."""
-        return self._merge(self.scan(*self._operands(x, norm)).y, x.shape, None if norm is None else x)
+        u, *operands = self._operands(x, norm)
+        return self._merge(scan_map(self.scan, u, DIRECTIONS, *operands).y, x.shape, None if norm is None else x)
 
     def trace(
         self, x: Float[Array, "B H W C"], *, collect: Callable[[Array], Any] | None = None
     ) -> tuple[Float[Array, "B H W C"], tuple[ScanTrace, ...]]:
         """(output, one ScanTrace per direction, as in `DIRECTIONS`)."""
         orders = tuple(ScanOrder(x.shape[1], x.shape[2], transpose=t, reverse=r) for t, r in DIRECTIONS)
-        out, scans = self.scan.trace(*self._operands(x), orders, collect=collect)
+        u, *operands = self._operands(x)
+        u = jnp.stack([route(u, transpose=t, reverse=r) for t, r in DIRECTIONS], axis=2)
+        out, scans = self.scan.trace(u, *operands, orders, collect=collect)
         return self._merge(out.y, x.shape), scans
 
     def _operands(self, x: Array, norm: LayerNorm | None = None) -> tuple[Array, Array, Array, Array]:
+        """A map u, and delta, B and C along its routes."""
         projected = self.in_proj(x) if norm is None else norm.into(self.in_proj, x)
         x = silu_once(self.conv(projected))
         made = [
             direction(x, transpose=t, reverse=r) for direction, (t, r) in zip(self.directions, DIRECTIONS, strict=True)
         ]
-        u, delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
-        return u, delta, B, C
+        delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
+        return x, delta, B, C
 
     def _merge(
         self, y: Float[Array, "B L 4 E"], shape: tuple[int, ...], residual: Array | None = None

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from ouromamba_jax.ops import scan_mosaic, scan_xla
 from ouromamba_jax.ops.dispatch import Backend, choose
-from ouromamba_jax.ops.scan_types import Collect, ScanOutput, StateTransform, Unsplit, Wide, floats
+from ouromamba_jax.ops.scan_types import Collect, Routed, ScanOutput, StateTransform, Unsplit, Wide, floats
 from ouromamba_jax.ops.split import Split
 from ouromamba_jax.pallas import selective_scan as kernel
 
@@ -37,8 +37,8 @@ def selective_scan(
     one state per chunk of up to 8 tokens and recomputes the others. Second derivatives need implementation="xla".
 
     Args:
-      u: input, (B, L, D); or a tuple of G arrays (B, L, D / G), `Split` or `Unsplit`, one for each group of channels in
-        order, which GPU kernels read where they lie, and levels as levels.
+      u: input, (B, L, D); or a tuple of G arrays (B, L, D / G), `Split`, `Unsplit` or `Routed`, one for each group of
+        channels in order, which GPU kernels read where they lie, and levels as levels.
       delta: step sizes, as u.
       A: decay rates, (D, N), negative in a trained model.
       B: input projections, (B, L, N), or (B, L, G, N) for D channels in G equal groups, group-major.
@@ -99,7 +99,7 @@ def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
             )
     arrays = [(name, part) for name, x in (("u", u), ("delta", delta)) for part in (x if isinstance(x, tuple) else [x])]
     for name, x in arrays + list(given.items()):
-        if not isinstance(x, Split | Unsplit | None) and not jnp.issubdtype(x.dtype, jnp.floating):
+        if not isinstance(x, Split | Unsplit | Routed | None) and not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must be of a floating dtype, but it is {x.dtype}; cast it first.")
 
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from ouromamba_jax.ops import scan_xla
-from ouromamba_jax.ops.scan_types import ScanOutput, Unsplit, floats
+from ouromamba_jax.ops.scan_types import Routed, ScanOutput, Unsplit, floats
 from ouromamba_jax.ops.split import Split, detection_limit
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.outlier_split import Rule
-from ouromamba_jax.pallas.scan_operand import Operand
+from ouromamba_jax.pallas.scan_operand import Operand, Route
 from ouromamba_jax.pallas.tiles import ScanTiles
 
 
@@ -20,6 +20,10 @@ def run(
     tiles = options.get("tiles") or kernel.tiles_for(A, B)
 
     def operand(x):
+        if isinstance(x, Routed):
+            if reverse:
+                return Operand(x.merge())
+            return Operand(x.x, route=Route(*x.grid, x.transpose, x.reverse))
         if isinstance(x, Unsplit):
             if reverse or tiles.segments > 1 or x.config.detection != "dynamic":
                 return operand(x.split())

@@ -43,7 +43,29 @@ class Unsplit:
         return self.split().merge()
 
 
-Wide = Float[Array, "B L D"] | tuple[Float[Array, "B L E"] | Split | Unsplit, ...]
+@partial(jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["grid", "transpose", "reverse"])
+@dataclass(frozen=True)
+class Routed:
+    """Tokens of a map, which x (B, L, E) holds by rows, in the order of `producers.route`; `grid` is rows, columns."""
+
+    x: Float[Array, "B L E"]
+    grid: tuple[int, int]
+    transpose: bool
+    reverse: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, L, E)."""
+        return self.x.shape
+
+    def merge(self) -> Float[Array, "B L E"]:
+        """The tokens in that order."""
+        x = self.x.reshape(self.x.shape[0], *self.grid, -1)
+        tokens = (x.swapaxes(1, 2) if self.transpose else x).reshape(self.x.shape)
+        return jnp.flip(tokens, axis=1) if self.reverse else tokens
+
+
+Wide = Float[Array, "B L D"] | tuple[Float[Array, "B L E"] | Split | Unsplit | Routed, ...]
 """An input of D channels: floats, or for each group of E channels, in order, floats, a `Split` or what will be one."""
 
 
@@ -51,7 +73,7 @@ def floats(x: Wide, dtype: DTypeLike) -> Float[Array, "B L D"]:
     """All channels in floats, those that are split in `dtype`."""
     if not isinstance(x, tuple):
         return x
-    parts = [part.merge().astype(dtype) if isinstance(part, Split | Unsplit) else part for part in x]
+    parts = [part.merge().astype(dtype) if isinstance(part, Split | Unsplit | Routed) else part for part in x]
     return jnp.concatenate(parts, axis=2)
 
 

@@ -83,7 +83,7 @@ def matmul(
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
         def corner(tile):
-            """The last tile of a ragged M or N starts early: what it shares with its neighbour is written twice, alike."""
+            """The last tile of a ragged M or N starts early: what two tiles share is written twice, alike."""
             m, n = tile // n_tiles * tile_m, lax.rem(tile, n_tiles) * tile_n
             return jnp.minimum(m, M - tile_m), jnp.minimum(n, N - tile_n)
 

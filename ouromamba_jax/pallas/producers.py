@@ -82,7 +82,7 @@ def run(
             x = x.reshape(batch, tokens, -1)
 
             def value(refs, row, sample, t):
-                column = lax.rem(t, width) * height + t // width
+                column = lax.rem(t, width) * height + lax.div(t, width)
 
                 def route(at, g):
                     return row(refs[0], sample, at, start=g * channels)
@@ -136,7 +136,7 @@ def run(
 
         def value(refs, row, sample, t, part):
             t = tokens - 1 - t if options["reverse"] else t
-            return row(refs[0], sample, lax.rem(t, height) * width + t // height if options["transpose"] else t)
+            return row(refs[0], sample, lax.rem(t, height) * width + lax.div(t, height) if options["transpose"] else t)
     elif name == "beside_conv_silu":
         parts = 2
 
@@ -152,7 +152,7 @@ def run(
         _, height, width, _ = arrays[0].shape
 
         def value(refs, row, sample, t, part):
-            i = t // between[1] * stride + part // 3 - 1
+            i = lax.div(t, between[1]) * stride + lax.div(part, 3) - 1
             j = lax.rem(t, between[1]) * stride + lax.rem(part, 3) - 1
             inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
             x = row(refs[0], sample, jnp.clip(i, 0, height - 1) * width + jnp.clip(j, 0, width - 1))

@@ -2,15 +2,35 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
 
 from ouromamba_jax.pallas.outlier_split import Rule
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["low", "high", "scale", "numbers"], meta_fields=["rule"])
+class Route(NamedTuple):
+    """Where the tokens of a scan lie in a map of height x width: row by row or column by column, perhaps backwards."""
+
+    height: int
+    width: int
+    transpose: bool
+    reverse: bool
+
+    def index(self, t: Any) -> Any:
+        """Of token t of the scan."""
+        t = self.height * self.width - 1 - t if self.reverse else t
+        return lax.rem(t, self.height) * self.width + lax.div(t, self.height) if self.transpose else t
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["low", "high", "scale", "numbers"],
+    meta_fields=["rule", "route", "segments"],
+)
 @dataclass(frozen=True)
 class Operand:
     """Floats; or levels low + 256 * high in units of their token's step; or floats that become such in the scan.
@@ -21,6 +41,8 @@ class Operand:
       scale: (segments, L), the step of every token; samples are segments in turn. None for floats.
       numbers: `rule.numbers` where the scan itself splits floats.
       rule: how it does that, with tokens in scan order and in one segment; None otherwise.
+      route: of floats, where the scan finds its tokens, if not in their order; `low` is then not cut in segments.
+      segments: into which samples are cut.
     """
 
     low: Float[Array, "B L E"] | Int8[Array, "B L E"]
@@ -28,11 +50,16 @@ class Operand:
     scale: Float32[Array, "segments L"] | None = None
     numbers: tuple[Array, ...] = ()
     rule: Rule | None = None
+    route: Route | None = None
+    segments: int = 1
 
     def merge(self) -> Float[Array, "B L E"]:
         """In floats."""
         if self.rule is not None:
             return _split(self.low, self.rule, self.numbers)
+        if self.route is not None:
+            tokens = self.low[:, self.route.index(jnp.arange(self.low.shape[1]))]
+            return tokens.reshape(-1, self.low.shape[1] // self.segments, self.low.shape[2])
         if self.scale is None:
             return self.low
         levels = self.low.astype(jnp.float32)

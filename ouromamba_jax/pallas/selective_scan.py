@@ -1,5 +1,6 @@
 """The selective scan on NVIDIA GPUs: when it applies, and its two kernels as one differentiable function."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,6 +91,8 @@ def _segments(options, *arguments):
 
     def cut_operand(x):
         scale = None if x.scale is None else x.scale.reshape(count, length // count)
+        if x.route is not None:
+            return replace(x, segments=count)
         return Operand(cut(x.low), cut(x.high), scale)
 
     def by_segment(x):

@@ -57,8 +57,7 @@ def forward(
 
     Arguments as in `scan.selective_scan`, N at most 16. y has u's type, or B's where u is levels.
     """
-    (batch, length, _), channels = u[0].low.shape, A.shape[0]
-    groups, states = B.shape[2:]
+    (batch, length, groups, states), channels = B.shape, A.shape[0]
     width = channels // groups
     per_group = lanes.count_blocks(width)  # programs of a sample
     steps = pl.cdiv(length, AHEAD)
@@ -94,10 +93,16 @@ def forward(
             i = jnp.minimum(i, length - 1)
             return length - 1 - i if reverse else i
 
-        def vector(ref, t):
+        def vector(ref, t, sample=sample):
             if ref.shape[2] == channels:
                 return load(ref, sample, t)
             return lanes.load(ref.at[sample, t], first, emulated=emulated)
+
+        def along(operand, t):
+            if operand.route is None:
+                return vector(operand.low, t)
+            whole = lax.rem(sample, operand.segments) * length + t
+            return vector(operand.low, operand.route.index(whole), sample // operand.segments)
 
         def of_my_group(read, start=0, count=groups if apart else 1):
             """read(group), one of `count`: between two, the compiler selects addresses instead."""
@@ -117,7 +122,7 @@ def forward(
                 values = {}
                 for name, of_groups in inputs.items():
                     mine = of_groups[index if len(of_groups) > 1 else 0]
-                    levels = [vector(mine.low, t).astype(jnp.float32)]
+                    levels = [along(mine, t).astype(jnp.float32)]
                     if any(x.high is not None for x in of_groups):
                         levels += [nothing if mine.high is None else vector(mine.high, t).astype(jnp.float32)]
                     numbers = tuple(ref[t] for ref in mine.numbers)
