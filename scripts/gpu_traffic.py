@@ -8,13 +8,15 @@ are counted whole, also where only a slice is read or a cache holds them; XLA ma
 whose times it then chooses. Stem and head are left out. "limit" is what the bytes alone take at the datasheet's
 bandwidth; nothing here was timed.
 
-"w8a8o8" is w8a8 with 8-bit outliers. Weights are Gaussian. `--depth` leaves so many blocks (per stage).
+"w8a8o8" is w8a8 with 8-bit outliers; no activation is given a second byte for 8-bit outliers, as calibration may do.
+`--depth` leaves so many blocks (per stage).
 """
 
 import argparse
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -33,7 +35,8 @@ from ouromamba_jax.data.preprocessing import height_width
 from ouromamba_jax.evaluation.bench import random_images, write_results
 from ouromamba_jax.models import VisionModel
 from ouromamba_jax.quantize import QuantConfig, quantize
-from ouromamba_jax.quantize.kinds import prepare_weights
+from ouromamba_jax.quantize.activation import SiteSpec
+from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
 from ouromamba_jax.report.tables import print_table
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
@@ -99,12 +102,20 @@ def compiled(model: VisionModel, target: str, batch: int) -> str:
         return jax.jit(run).lower(*specs).compile().as_text()
 
 
-def quantised(model: VisionModel, bits: str) -> VisionModel:
-    """At "w8a8" or "w8a8o8", calibrated on one Gaussian image."""
+def quantised(model: VisionModel, bits: str, like: dict[str, SiteSpec]) -> VisionModel:
+    """A copy at "w8a8" or "w8a8o8", its arrays of zeros, with the sites of `like`."""
     preset, *outliers = bits.split("o")
-    more = {"outlier_bits": int(outliers[0])} if outliers else {}
-    config = QuantConfig.preset(preset, tune_epochs=0, scale_search="max", float_dtype="bfloat16", **more)
-    return quantize(model, random_images(model, 1, seed=1), config)[0]
+    config = QuantConfig.preset(preset, **({"outlier_bits": int(outliers[0])} if outliers else {}))
+    config = replace(config, float_dtype="bfloat16")
+    settings = {path: config.resolve(path) for path in like}
+    specs = {path: replace(spec, config=settings[path], two_bytes=()) for path, spec in like.items()}
+    return apply_specs(nnx.clone(model), specs)
+
+
+def sites(model: VisionModel) -> dict[str, SiteSpec]:
+    """What is quantised of the model, calibrated on one Gaussian image."""
+    config = QuantConfig.preset("w8a8", outlier_bits=8, tune_epochs=0, scale_search="max")
+    return quantized_specs(quantize(model, random_images(model, 1, seed=1), config)[0])
 
 
 def row(bits: str, found: list[Operation], bandwidth: float, of_float: float | None) -> list:
@@ -140,9 +151,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers and the command to this file")
     arguments = parser.parse_args()
     model = gpu_models(arguments.model, [], **shortened(arguments.model, arguments.depth))[FLOAT]
-    rows, of_float = [], None
+    rows, of_float, like = [], None, sites(model)
     for bits in arguments.bits:
-        made = model if bits == FLOAT else quantised(model, bits)
+        made = model if bits == FLOAT else quantised(model, bits, like)
         found = operations(compiled(made, arguments.target, arguments.batch))
         if bits == FLOAT:
             of_float = sum(operation.bytes for operation in found)

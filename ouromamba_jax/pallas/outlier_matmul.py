@@ -46,9 +46,16 @@ def prepare(split: "Split", weight: QTensor | KernelWeight) -> KernelWeight:
 
     Its levels are looked at, too: if int32 holds their products with two bytes, those take one accumulator.
     """
-    # One accumulator for two bytes has no room for packed levels, which count sixteenfold.
-    bits = weight.bits if split.high is None else 8
-    return measured(arrange(weight, matmul_tiles(device_target(), weight.shape[1], bits)))
+    return measured(arrange(weight, tiles_for(device_target(), split, weight)))
+
+
+def tiles_for(target: Target, split: "Split", weight: QTensor | KernelWeight) -> MatmulTiles:
+    """`matmul_tiles`: one accumulator for two bytes has no room for packed levels, which count sixteenfold.
+
+    Nor are they worth padding the activation for.
+    """
+    inputs, outputs = weight.shape
+    return matmul_tiles(target, outputs, weight.bits if split.high is None and inputs % (TILE_K // 2) == 0 else 8)
 
 
 def first_rows(M: int, tile_m: int) -> np.ndarray:
@@ -116,11 +123,12 @@ def launch(
     """
     (B, L, K), O = split.shape, weight.shape[1]
     target = target or device_target()
-    tiles = tiles or matmul_tiles(target, O, weight.bits if split.high is None else 8)
-    # At least one tile of rows and of columns, then whole eights of them: Mosaic copies no tile that starts between.
-    height, width = (tile if tile > size else 8 for tile, size in ((tiles.tile_m, B * L), (tiles.tile_n, O)))
-    # Hopper's copies fill with zeros what they read beyond K, if rows are whole 16 bytes.
-    depth = 16 if target == "sm90" and interpret is None else TILE_K
+    tiles = tiles or tiles_for(target, split, weight)
+    # At least one tile of rows and of columns, then such parts as Mosaic's copies begin at.
+    height, width = tiles.tile_m if tiles.tile_m > B * L else 8, tiles.tile_n if tiles.tile_n > O else 16
+    depth = TILE_K
+    if target == "sm90" and interpret is None:  # copies fill with zeros what they read beyond K
+        depth = TILE_K // 2 if tiles.packed else 16 if K < TILE_K else 32
     planes = [pad_to(x.reshape(B * L, K), (height, depth)) for x in (split.high, split.low) if x is not None]
     columns = [pad_to(x, (width,)) for x in (weight.scale[0], bias) if x is not None]
     added = [] if residual is None else [pad_to(residual.reshape(B * L, O), (height, width))]

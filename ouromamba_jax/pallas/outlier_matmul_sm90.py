@@ -52,7 +52,7 @@ def matmul(
 ) -> Float[Array, "M N"]:
     """planes @ W^T * column_scale * row_scale + bias, in one int32 accumulator; then perhaps a sum in float32.
 
-    For M >= tile_m and N >= tile_n; 8, 16 and 8 divide M, K and N.
+    For M >= tile_m and N >= tile_n; 8, 32 and 16 divide M, K and N, or 16 a K below 128; with packed weights 64 divides K.
 
     Args:
       planes: of levels: low bytes alone, or high ones before them.
@@ -71,11 +71,15 @@ def matmul(
     n_tiles, k_tiles = pl.cdiv(N, tile_n), pl.cdiv(K, TILE_K)
     tile_count = pl.cdiv(M, tile_m) * n_tiles
     emulated = interpret is not None
-    width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step, and the swizzle that suits them
+    width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step
+    # Whole rows of the swizzle make up K, or one is wider; what is copied beyond K is zero.
+    swizzle = next(size for size in (128, 64, 32) if size <= width and (K % size == 0 or K < size))
     parts = tile_n // EPILOGUE_COLUMNS  # of an output tile, 1 or even; they take turns at the slots that they leave by
     slots = min(2, parts)
     period = row_scale.shape[0] - tile_m
     written = jnp.float32 if added else dtype
+    # Copies to `out` begin at whole rows of the swizzle.
+    leaving = next(size for size in (128, 64, 32) if N * jnp.dtype(written).itemsize % size == 0)
 
     def outlier_matmul(*refs):
         planes, row_scale, weight, columns, added, out, scratch = jax.tree.unflatten(structure, refs)
@@ -225,9 +229,9 @@ def matmul(
         plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=PAIRS),
     ]
     scratch_types = [
-        _shared((stages, tile_m, TILE_K), jnp.int8, width),
-        _shared((PAIRS, 2, tile_n, HALF) if tiles.packed else (stages, tile_n, TILE_K), jnp.int8, width),
-        _shared((COMPUTE_WARPGROUPS, slots, rows, EPILOGUE_COLUMNS), written),
+        _shared((stages, tile_m, TILE_K), jnp.int8, swizzle),
+        _shared((PAIRS, 2, tile_n, HALF) if tiles.packed else (stages, tile_n, TILE_K), jnp.int8, swizzle),
+        _shared((COMPUTE_WARPGROUPS, slots, rows, EPILOGUE_COLUMNS), written, leaving),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + tiles.packed, num_barriers=stages),
         *(unpacking_scratch if tiles.packed else []),
