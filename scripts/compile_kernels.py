@@ -97,6 +97,7 @@ def matmul(
     dtype: str = "float32",
     batch: int = BATCH,
     bias: bool = False,
+    residual: bool = False,
     implementation: str = "mosaic_gpu",
 ) -> tuple[Callable, list]:
     import jax
@@ -105,18 +106,20 @@ def matmul(
     from ouromamba_jax.ops.qtensor import QTensor
     from ouromamba_jax.ops.split import OutlierConfig
 
-    def run(split, values, columns, bias=None):
-        weight = QTensor(values, columns, bits)
-        return outlier_matmul(split, weight, bias=bias, dtype=dtype, implementation=implementation)
+    def run(split, values, columns, more):
+        return outlier_matmul(split, QTensor(values, columns, bits), **more, dtype=dtype, implementation=implementation)
 
     split = shape_of_split(OutlierConfig(outlier_bits=outlier_bits), batch, TOKENS, inputs)
-    shapes = [((inputs, outputs), "int8"), ((1, outputs), "float32"), *([((outputs,), "float16")] if bias else [])]
-    return run, [split, *(jax.ShapeDtypeStruct(*shape) for shape in shapes)]
+    more = {"bias": jax.ShapeDtypeStruct((outputs,), "float16")} if bias else {}
+    if residual:
+        more["residual"] = jax.ShapeDtypeStruct((batch, TOKENS, outputs), "float32")
+    shapes = [((inputs, outputs), "int8"), ((1, outputs), "float32")]
+    return run, [split, *(jax.ShapeDtypeStruct(*shape) for shape in shapes), more]
 
 
 def int4_matmul(inputs: int, outputs: int, dtype: str = "float32", bias: bool = False) -> tuple[Callable, list]:
     """With the dense kernel, which runs where a tile lists too many channels."""
-    return matmul(inputs, outputs, 4, 8, dtype, BATCH, bias, "mosaic_gpu_int4")
+    return matmul(inputs, outputs, 4, 8, dtype, BATCH, bias, implementation="mosaic_gpu_int4")
 
 
 def split(
@@ -132,6 +135,42 @@ def split(
 
     tokens = [((TOKENS,), "float32")] * 2 + ([((TOKENS,), "int8")] if shift else [])
     return run, [jax.ShapeDtypeStruct(*shape) for shape in (((BATCH, TOKENS, channels), dtype), *tokens)]
+
+
+def producer(name: str, channels: int, outlier_bits: int = 8, **options: Any) -> tuple[Callable, list]:
+    """With bfloat16 activations of 196 tokens, and the float activation too where the models want it."""
+    import jax
+
+    from ouromamba_jax.ops import producers
+    from ouromamba_jax.ops.split import OutlierConfig
+
+    tokens, wide, vector = (BATCH, 196, channels), (BATCH, 196, 2 * channels), (channels,)
+    grid = (BATCH, 14, 14, channels)
+    shapes = {
+        "rms_norm": [(tokens, "float32"), (vector, "bfloat16")],
+        "layer_norm": [(tokens, "float32"), (vector, "bfloat16"), (vector, "bfloat16")],
+        "merged_routes": [((BATCH, 196, 4, channels), "bfloat16"), (vector, "bfloat16"), (vector, "bfloat16")],
+        "gelu": [(tokens, "bfloat16")],
+        "conv_silu": [(wide, "bfloat16"), ((4, channels), "bfloat16"), (vector, "bfloat16")],
+        "gated_mean": [((BATCH, 196, 2, channels), "bfloat16"), (wide, "bfloat16")],
+        "beside_conv_silu": [(tokens, "bfloat16"), (wide, "bfloat16"), ((3, channels), "bfloat16")],
+        "route": [(grid, "bfloat16")],
+        "patches3x3": [(grid, "float32")],
+    }[name]
+    if name in ("rms_norm", "layer_norm", "merged_routes", "conv_silu", "beside_conv_silu", "patches3x3"):
+        options |= {"dtype": "bfloat16"}
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    length = 49 if options.get("stride") == 2 else 196
+
+    def run(arrays, scale, theta):
+        if name == "beside_conv_silu":
+            arrays = (*arrays, None)
+        return producers.split_after(
+            getattr(producers, name), tuple(arrays), options, scale, OutlierConfig(outlier_bits=outlier_bits),
+            theta=theta, keep=name == "conv_silu", implementation="mosaic_gpu",
+        )  # fmt: skip
+
+    return run, [arrays, *[jax.ShapeDtypeStruct((length,), "float32")] * 2]
 
 
 def scan_shapes(channels: int, states: int, groups: int, dtype: str, length: int = TOKENS) -> dict[str, Any]:
@@ -177,13 +216,15 @@ def scan_levels(
     states: int,
     groups: int,
     dtype: str = "float32",
-    names: tuple[str, ...] = ("delta",),
+    u: str = "floats",
+    delta: str = "levels",
     outlier_bits: int = 8,
 ) -> tuple[Callable, list]:
-    """As quantised models call it: these inputs in levels, and the others' groups one by one."""
+    """Inputs in levels, or of these names split in the scan; the others' groups one by one."""
     import jax
 
     from ouromamba_jax.ops.scan import selective_scan
+    from ouromamba_jax.ops.scan_types import Routed, Unsplit
     from ouromamba_jax.ops.split import OutlierConfig
 
     def run(arrays):
@@ -192,11 +233,14 @@ def scan_levels(
     width = channels // groups
     levels = shape_of_split(OutlierConfig(outlier_bits=outlier_bits), BATCH, TOKENS, width)
     part = jax.ShapeDtypeStruct((BATCH, TOKENS, width), dtype)
+    tokens = jax.ShapeDtypeStruct((TOKENS,), "float32")
+    kinds = {"levels": levels, "unsplit": Unsplit(part, tokens, OutlierConfig(outlier_bits=outlier_bits), tokens)}
+    kinds |= {"floats": part, "routed": Routed(part, (1, TOKENS), True, True)}
     arrays = {name: x for name, x in scan_shapes(channels, states, groups, dtype).items() if name != "z"}
-    return run, [arrays | {name: (levels if name in names else part,) * groups for name in ("u", "delta")}]
+    return run, [arrays | {name: (kinds[kind],) * groups for name, kind in (("u", u), ("delta", delta))}]
 
 
-KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]] = {
+KERNELS: dict[str, tuple[Any, ...]] = {  # a function, its arguments, and perhaps its options
     # Layers of Vim: every tile width, packed and not, ragged rows (6304), padded rows (197), inputs (192) and outputs
     # (56, 80); two bytes in one launch for 4-bit weights, in two for 8-bit ones
     "matmul 768x3072 W4": (matmul, (768, 3072, 4)),
@@ -209,20 +253,33 @@ KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]]
     "matmul 384x56 W4, bias": (matmul, (384, 56, 4, 8, "float32", BATCH, True)),
     "matmul 384x768 W4 1 image": (matmul, (384, 768, 4, 8, "float32", 1)),
     "matmul 1536x80 W8 bf16": (matmul, (1536, 80, 8, 8, "bfloat16")),
+    "matmul 384x96 W4 bf16, residual": (matmul, (384, 96, 4, 8, "bfloat16", BATCH, True, True)),
+    "matmul 96x96 W8 bf16": (matmul, (96, 96, 8, 8, "bfloat16")),
     "int4 matmul 768x3072 bf16, bias": (int4_matmul, (768, 3072, "bfloat16", True)),
     "int4 matmul 384x56": (int4_matmul, (384, 56)),
     # Inputs of layers: whole blocks of channels, a ragged last one, one that is not full
     "split 3072 bf16": (split, (3072, "bfloat16")),
     "split 192 A8 16-bit": (split, (192, "float32", 8, 16)),
     "split 96 second byte bf16": (split, (96, "bfloat16", 4, 8, True)),
+    # What makes them with the split
+    "split rms_norm 768": (producer, ("rms_norm", 768, 8), {"eps": 1e-5}),
+    "split layer_norm 96 16-bit": (producer, ("layer_norm", 96, 16), {"eps": 1e-5}),
+    "split merged_routes 192": (producer, ("merged_routes", 192, 8), {"eps": 1e-5, "grid": (14, 14)}),
+    "split gelu 384": (producer, ("gelu", 384), {"approximate": False}),
+    "split gelu 640 tanh 16-bit": (producer, ("gelu", 640, 16), {"approximate": True}),
+    "split conv_silu 1536": (producer, ("conv_silu", 1536), {"reverse": True}),
+    "split gated_mean 1536": (producer, ("gated_mean", 1536), {"start": 1536}),
+    "split beside_conv_silu 160": (producer, ("beside_conv_silu", 160), {"start": 160, "causal": False}),
+    "split route 96": (producer, ("route", 96), {"transpose": True, "reverse": True}),
+    "split patches3x3 80": (producer, ("patches3x3", 80), {"stride": 2}),
     # Directions of Vim, MambaVision and VMamba: groups of 96 and 160 channels, the 3136 tokens of stage 1 cut in 4
     "scan 1536x16 bf16": (scan, (1536, 16, 1, "bfloat16")),
     "scan 160x8": (scan, (160, 8, 1)),
     "scan 384x1 in 4 bf16": (scan, (384, 1, 4, "bfloat16", 3136)),
-    "scan 768x16 in 2 int8": (scan_levels, (768, 16, 2)),
-    "scan 3072x16 in 2 int8, u too": (scan_levels, (3072, 16, 2, "bfloat16", ("u", "delta"))),
-    "scan 160x8 16-bit, bf16": (scan_levels, (160, 8, 1, "bfloat16", ("u", "delta"), 16)),
-    "scan 384x1 in 4 int8": (scan_levels, (384, 1, 4)),
+    "scan 3072x16 in 2, delta split": (scan_levels, (3072, 16, 2, "bfloat16", "floats", "unsplit")),
+    "scan 3072x16 in 2 int8, u too": (scan_levels, (3072, 16, 2, "bfloat16", "levels", "levels")),
+    "scan 160x8 16-bit, bf16": (scan_levels, (160, 8, 1, "bfloat16", "unsplit", "unsplit", 16)),
+    "scan 384x1 in 4 int8, routes": (scan_levels, (384, 1, 4, "bfloat16", "routed", "levels")),
     "scan gradient 384x16": (scan_gradient, (384, 16, 1, "float32", False)),
     "scan gradient 1536x16": (scan_gradient, (1536, 16, 1, "bfloat16", True)),
     "scan gradient 160x8": (scan_gradient, (160, 8, 1, "bfloat16", False)),
@@ -245,7 +302,9 @@ IMPORTED = (
     "pallas.int4_matmul_sm80",
     "pallas.outlier_matmul_sm80",
     "pallas.outlier_matmul_sm90",
+    "ops.producers",
     "pallas.outlier_split",
+    "pallas.producer_split",
     "pallas.selective_scan",
 )
 # Only what the report reads: a dump of everything takes longer than the compilation.
@@ -271,9 +330,9 @@ def compile_one(kernel: str, target: str, output: str) -> None:
         os.dup2(file.fileno(), 2)
     import jax
 
-    build, arguments = KERNELS[kernel]
+    build, arguments, *options = KERNELS[kernel]
     with compiling_for(target) as sharding:
-        run, shapes = build(*arguments)
+        run, shapes = build(*arguments, **(options[0] if options else {}))
         specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
         jax.jit(run).lower(*specs).compile()
 

@@ -52,7 +52,8 @@ def matmul(
 ) -> Float[Array, "M N"]:
     """planes @ W^T * column_scale * row_scale + bias, in one int32 accumulator; then perhaps a sum in float32.
 
-    For M >= tile_m and N >= tile_n; 8, 32 and 16 divide M, K and N, or 16 a K below 128; with packed weights 64 divides K.
+    For M >= tile_m and N >= tile_n; 8, 32 and 16 divide M, K and N, or 16 a K below 128, or 64 K where weights are
+    packed.
 
     Args:
       planes: of levels: low bytes alone, or high ones before them.
@@ -73,7 +74,7 @@ def matmul(
     emulated = interpret is not None
     width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step
     # Whole rows of the swizzle make up K, or one is wider; what is copied beyond K is zero.
-    swizzle = next(size for size in (128, 64, 32) if size <= width and (K % size == 0 or K < size))
+    swizzle = next(size for size in (128, 64, 32) if size <= width and (K % size == 0 or size > K))
     parts = tile_n // EPILOGUE_COLUMNS  # of an output tile, 1 or even; they take turns at the slots that they leave by
     slots = min(2, parts)
     period = row_scale.shape[0] - tile_m
