@@ -35,9 +35,8 @@ from ouromamba_jax.evaluation.bench import Timing, repeated, time_interleaved, t
 from ouromamba_jax.ops.matmul import BACKENDS, outlier_matmul, prepare
 from ouromamba_jax.ops.qtensor import quantize_array
 from ouromamba_jax.ops.scan import selective_scan
-from ouromamba_jax.ops.split import split_for_product, split_outliers
-from ouromamba_jax.ops.split_calibration import search_token_scales
-from ouromamba_jax.ops.split_types import OutlierConfig
+from ouromamba_jax.ops.split import OutlierConfig, split_outliers
+from ouromamba_jax.ops.split_calibration import calibrate
 from ouromamba_jax.report.tables import print_table
 
 OURS, INT4, XLA, CUBLAS = "mosaic_gpu", "mosaic_gpu_int4", "xla", "cublas bf16"
@@ -134,49 +133,41 @@ class Layer:
         return f"({batch * self.tokens}, {self.K})" + (f" x ({self.K}, {self.O})" if self.O else "")
 
     def work(self, batch: int) -> Work:
-        """x and y in bfloat16; a byte for each level of near and far matrices.
-
-        A product reads the far matrix in tiles that hold a shift only: none here.
-        """
+        """x and y in bfloat16; a byte for each level."""
         rows = batch * self.tokens
-        entries = {"split": 4, "matmul": 1, "linear": 2}[self.operation]
+        entries = {"split": 3, "matmul": 1, "linear": 2}[self.operation]
         out = self.K * self.O + 2 * rows * self.O
         return Work(entries * rows * self.K + out, int8=2 * rows * self.K * self.O)
 
     def calls(self, batch: int) -> dict[str, tuple[Callable, tuple]]:
         rng = np.random.default_rng(0)
-        # Outliers within 18 times the inliers' range, as in every 4-bit layer of the micro models: no token is shifted.
         x = rng.normal(size=(batch, self.tokens, self.K)) * np.where(rng.random(self.K) < 0.01, 8, 1)
         x = jnp.asarray(x, jnp.bfloat16)
-        scale = search_token_scales(x[:1], CONFIG)
+        found = calibrate(x[:1], CONFIG)
+
+        def levels(name, x, found):
+            options = {"theta": found.theta, "shift": found.shift, "implementation": XLA if name == XLA else OURS}
+            return split_outliers(x, found.scale, CONFIG, **options)
 
         if self.operation == "split":
-
-            def split(name):
-                return lambda x, scale: split_outliers(x, scale, CONFIG, with_mask=False, implementation=name)
-
-            return {name: (split(name), (x, scale)) for name in (OURS, XLA)}
+            return {name: (partial(levels, name), (x, found)) for name in (OURS, XLA)}
         float_weight = jnp.asarray(rng.normal(size=(self.K, self.O)), jnp.float32)
         weight = quantize_array(float_weight, 4)
-
-        def levels(name, x, scale):
-            splitter = XLA if name == XLA else OURS
-            return split_for_product(x, scale, CONFIG, packed=name == INT4, implementation=splitter)
 
         def matmul(name):
             return lambda split, weight: outlier_matmul(split, weight, dtype=jnp.bfloat16, implementation=name)
 
         def linear(name):
-            return lambda x, scale, weight: matmul(name)(levels(name, x, scale), weight)
+            return lambda x, found, weight: matmul(name)(levels(name, x, found), weight)
 
-        like = {name: jax.eval_shape(partial(levels, name), x, scale) for name in (OURS, INT4, XLA)}
-        weights = {OURS: prepare(like[OURS], weight, jnp.bfloat16), XLA: weight}  # as models keep them
-        if BACKENDS[INT4].supports(like[INT4], weight, None, jnp.dtype(jnp.bfloat16)) is None:
+        like = jax.eval_shape(partial(levels, XLA), x, found)
+        weights = {OURS: prepare(like, weight, jnp.bfloat16), XLA: weight}  # as models keep them
+        if BACKENDS[INT4].supports(like, weight, None, jnp.dtype(jnp.bfloat16)) is None:
             weights[INT4] = weight
         if self.operation == "matmul":
-            calls = {name: (matmul(name), (levels(name, x, scale), weight)) for name, weight in weights.items()}
+            calls = {name: (matmul(name), (levels(name, x, found), weight)) for name, weight in weights.items()}
         else:
-            calls = {name: (linear(name), (x, scale, weight)) for name, weight in weights.items()}
+            calls = {name: (linear(name), (x, found, weight)) for name, weight in weights.items()}
         return {**calls, CUBLAS: (jnp.matmul, (x.reshape(-1, self.K), float_weight.astype(jnp.bfloat16)))}
 
 

@@ -79,80 +79,98 @@ DEVICES = {
 }  # fmt: skip
 
 
+def shape_of_split(config: Any, batch: int, tokens: int, channels: int) -> Any:
+    """The shapes of a `Split`."""
+    import jax
+
+    from ouromamba_jax.ops.split import split_outliers
+
+    x, scale = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((batch, tokens, channels), (tokens,)))
+    return jax.eval_shape(lambda x, scale: split_outliers(x, scale, config, implementation="xla"), x, scale)
+
+
 def matmul(
     inputs: int,
     outputs: int,
     bits: int,
-    outlier: str = "int8",
+    outlier_bits: int = 8,
     dtype: str = "float32",
     batch: int = BATCH,
     bias: bool = False,
+    residual: bool = False,
+    implementation: str = "mosaic_gpu",
 ) -> tuple[Callable, list]:
     import jax
-    import jax.numpy as jnp
 
     from ouromamba_jax.ops.matmul import outlier_matmul
     from ouromamba_jax.ops.qtensor import QTensor
-    from ouromamba_jax.ops.split_types import OutlierSplit
+    from ouromamba_jax.ops.split import OutlierConfig
 
-    def run(near, far, outlier_scale, mask, scale, values, columns, bias=None):
-        split = OutlierSplit(near, far, outlier_scale, mask, scale, far.dtype == jnp.int8)
-        weight = QTensor(values, columns, bits)
-        return outlier_matmul(split, weight, bias=bias, dtype=dtype, implementation="mosaic_gpu")
+    def run(split, values, columns, more):
+        return outlier_matmul(split, QTensor(values, columns, bits), **more, dtype=dtype, implementation=implementation)
 
-    levels, f32 = (batch, TOKENS, inputs), jnp.float32
-    shapes = [
-        (levels, jnp.int8), (levels, outlier), (levels[:2], f32), (levels, jnp.bool_), ((TOKENS,), f32),
-        ((inputs, outputs), jnp.int8), ((1, outputs), f32), *([((outputs,), jnp.float16)] if bias else []),
-    ]  # fmt: skip
-    return run, [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-
-
-def packed_split(channels: int, dtype: str = "float32") -> tuple[Callable, list]:
-    return split(channels, "pow2", dtype, packed=True)
-
-
-def split(
-    channels: int,
-    scale: str,
-    dtype: str = "float32",
-    act_bits: int = 4,
-    outlier_bits: int = 8,
-    function: str = "split_for_product",
-    **options: Any,
-) -> tuple[Callable, list]:
-    import jax
-
-    from ouromamba_jax.ops import split as outliers
-    from ouromamba_jax.ops.split_types import OutlierConfig
-
-    config = OutlierConfig(act_bits, outlier_bits, outlier_scale=scale)  # type: ignore[arg-type]
-    shapes = [((BATCH, TOKENS, channels), dtype), ((TOKENS,), "float32")]
-    return (
-        lambda x, scale: getattr(outliers, function)(x, scale, config, **options),
-        [jax.ShapeDtypeStruct(*shape) for shape in shapes],
-    )
+    split = shape_of_split(OutlierConfig(outlier_bits=outlier_bits), batch, TOKENS, inputs)
+    more = {"bias": jax.ShapeDtypeStruct((outputs,), "float16")} if bias else {}
+    if residual:
+        more["residual"] = jax.ShapeDtypeStruct((batch, TOKENS, outputs), "float32")
+    shapes = [((inputs, outputs), "int8"), ((1, outputs), "float32")]
+    return run, [split, *(jax.ShapeDtypeStruct(*shape) for shape in shapes), more]
 
 
 def int4_matmul(inputs: int, outputs: int, dtype: str = "float32", bias: bool = False) -> tuple[Callable, list]:
-    """With the dense kernel, which runs where a tile's list or a shift is too large."""
+    """With the dense kernel, which runs where a tile lists too many channels."""
+    return matmul(inputs, outputs, 4, 8, dtype, BATCH, bias, implementation="mosaic_gpu_int4")
+
+
+def split(
+    channels: int, dtype: str = "float32", act_bits: int = 4, outlier_bits: int = 8, shift: bool = False
+) -> tuple[Callable, list]:
     import jax
 
-    from ouromamba_jax.ops.matmul import outlier_matmul
-    from ouromamba_jax.ops.qtensor import QTensor
-    from ouromamba_jax.ops.split import split_for_product
-    from ouromamba_jax.ops.split_types import OutlierConfig
+    from ouromamba_jax.ops.split import OutlierConfig, split_outliers
 
-    def run(split, values, columns, bias=None):
-        weight = QTensor(values, columns, 4)
-        return outlier_matmul(split, weight, bias=bias, dtype=dtype, implementation="mosaic_gpu_int4")
+    def run(x, scale, theta, shift=None):
+        config = OutlierConfig(act_bits, outlier_bits)
+        return split_outliers(x, scale, config, theta=theta, shift=shift, implementation="mosaic_gpu")
 
-    activation = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((BATCH, TOKENS, inputs), (TOKENS,))]
-    split = jax.eval_shape(
-        lambda x, scale: split_for_product(x, scale, OutlierConfig(), packed=True, implementation="xla"), *activation
-    )
-    shapes = [((inputs, outputs), "int8"), ((1, outputs), "float32"), *([((outputs,), "float16")] if bias else [])]
-    return run, [split, *(jax.ShapeDtypeStruct(*shape) for shape in shapes)]
+    tokens = [((TOKENS,), "float32")] * 2 + ([((TOKENS,), "int8")] if shift else [])
+    return run, [jax.ShapeDtypeStruct(*shape) for shape in (((BATCH, TOKENS, channels), dtype), *tokens)]
+
+
+def producer(name: str, channels: int, outlier_bits: int = 8, **options: Any) -> tuple[Callable, list]:
+    """With bfloat16 activations of 196 tokens, and the float activation too where the models want it."""
+    import jax
+
+    from ouromamba_jax.ops import producers
+    from ouromamba_jax.ops.split import OutlierConfig
+
+    tokens, wide, vector = (BATCH, 196, channels), (BATCH, 196, 2 * channels), (channels,)
+    grid = (BATCH, 14, 14, channels)
+    shapes = {
+        "rms_norm": [(tokens, "float32"), (vector, "bfloat16")],
+        "layer_norm": [(tokens, "float32"), (vector, "bfloat16"), (vector, "bfloat16")],
+        "merged_routes": [((BATCH, 196, 4, channels), "bfloat16"), (vector, "bfloat16"), (vector, "bfloat16")],
+        "gelu": [(tokens, "bfloat16")],
+        "conv_silu": [(wide, "bfloat16"), ((4, channels), "bfloat16"), (vector, "bfloat16")],
+        "gated_mean": [((BATCH, 196, 2, channels), "bfloat16"), (wide, "bfloat16")],
+        "beside_conv_silu": [(tokens, "bfloat16"), (wide, "bfloat16"), ((3, channels), "bfloat16")],
+        "route": [(grid, "bfloat16")],
+        "patches3x3": [(grid, "float32")],
+    }[name]
+    if name in ("rms_norm", "layer_norm", "merged_routes", "conv_silu", "beside_conv_silu", "patches3x3"):
+        options |= {"dtype": "bfloat16"}
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    length = 49 if options.get("stride") == 2 else 196
+
+    def run(arrays, scale, theta):
+        if name == "beside_conv_silu":
+            arrays = (*arrays, None)
+        return producers.split_after(
+            getattr(producers, name), tuple(arrays), options, scale, OutlierConfig(outlier_bits=outlier_bits),
+            theta=theta, keep=name == "conv_silu", implementation="mosaic_gpu",
+        )  # fmt: skip
+
+    return run, [arrays, *[jax.ShapeDtypeStruct((length,), "float32")] * 2]
 
 
 def scan_shapes(channels: int, states: int, groups: int, dtype: str, length: int = TOKENS) -> dict[str, Any]:
@@ -194,66 +212,74 @@ def scan_gradient(channels: int, states: int, groups: int, dtype: str, collect: 
 
 
 def scan_levels(
-    channels: int, states: int, groups: int, dtype: str = "float32", names: tuple[str, ...] = ("delta",)
+    channels: int,
+    states: int,
+    groups: int,
+    dtype: str = "float32",
+    u: str = "floats",
+    delta: str = "levels",
+    outlier_bits: int = 8,
 ) -> tuple[Callable, list]:
-    """As quantised models call it: these inputs in levels, and u, if it is not one of them, in stacked floats."""
+    """Inputs in levels, or of these names split in the scan; the others' groups one by one."""
     import jax
 
     from ouromamba_jax.ops.scan import selective_scan
-    from ouromamba_jax.ops.split_operand import SplitOperand, StackedOperand
-    from ouromamba_jax.ops.split_types import Planes
-
-    def levels(x):
-        each = x.size // (BATCH * TOKENS * groups)
-        tokens, shape = (BATCH, TOKENS), (BATCH, TOKENS, each + -each % 128)  # as the split kernel pads them
-        fields = [(shape, "int8"), (shape, "int8"), (tokens, "int32"), (tokens, "float32")]
-        planes = Planes(*(jax.ShapeDtypeStruct(*field) for field in fields), each)
-        return SplitOperand((planes,) * groups, x.shape, x.dtype)
+    from ouromamba_jax.ops.scan_types import Routed, Unsplit
+    from ouromamba_jax.ops.split import OutlierConfig
 
     def run(arrays):
-        if "u" not in names:
-            arrays = arrays | {"u": StackedOperand(arrays["u"].reshape(BATCH, TOKENS, groups, -1))}
         return selective_scan(**arrays, delta_softplus=True, implementation="mosaic_gpu")[:2]
 
-    arrays = scan_shapes(channels, states, groups, dtype)
-    return run, [{name: levels(x) if name in names else x for name, x in arrays.items() if name != "z"}]
+    width = channels // groups
+    levels = shape_of_split(OutlierConfig(outlier_bits=outlier_bits), BATCH, TOKENS, width)
+    part = jax.ShapeDtypeStruct((BATCH, TOKENS, width), dtype)
+    tokens = jax.ShapeDtypeStruct((TOKENS,), "float32")
+    kinds = {"levels": levels, "unsplit": Unsplit(part, tokens, OutlierConfig(outlier_bits=outlier_bits), tokens)}
+    kinds |= {"floats": part, "routed": Routed(part, (1, TOKENS), True, True)}
+    arrays = {name: x for name, x in scan_shapes(channels, states, groups, dtype).items() if name != "z"}
+    return run, [arrays | {name: (kinds[kind],) * groups for name, kind in (("u", u), ("delta", delta))}]
 
 
-KERNELS: dict[str, tuple[Callable[..., tuple[Callable, list]], tuple[Any, ...]]] = {
+KERNELS: dict[str, tuple[Any, ...]] = {  # a function, its arguments, and perhaps its options
     # Layers of Vim: every tile width, packed and not, ragged rows (6304), padded rows (197), inputs (192) and outputs
-    # (56, 80), two planes for 16-bit outliers of 8-bit weights and one accumulator of both for 4-bit ones
+    # (56, 80); two bytes in one launch for 4-bit weights, in two for 8-bit ones
     "matmul 768x3072 W4": (matmul, (768, 3072, 4)),
-    "matmul 768x3072 W4 bf16, bias": (matmul, (768, 3072, 4, "int8", "bfloat16", BATCH, True)),
-    "matmul 1536x768 W8 bf16": (matmul, (1536, 768, 8, "int8", "bfloat16")),
-    "matmul 1536x768 W8 16-bit bf16, bias": (matmul, (1536, 768, 8, "float32", "bfloat16", BATCH, True)),
-    "matmul 192x384 W4 bf16": (matmul, (192, 384, 4, "int8", "bfloat16")),
-    "matmul 192x384 W4 16-bit": (matmul, (192, 384, 4, "float32")),
-    "matmul 768x384 W8 16-bit": (matmul, (768, 384, 8, "float32")),
-    "matmul 384x56 W4, bias": (matmul, (384, 56, 4, "int8", "float32", BATCH, True)),
-    "matmul 384x768 W4 1 image": (matmul, (384, 768, 4, "int8", "float32", 1)),
-    "matmul 1536x80 W8 bf16": (matmul, (1536, 80, 8, "int8", "bfloat16")),
+    "matmul 768x3072 W4 bf16, bias": (matmul, (768, 3072, 4, 8, "bfloat16", BATCH, True)),
+    "matmul 1536x768 W8 bf16": (matmul, (1536, 768, 8, 8, "bfloat16")),
+    "matmul 1536x768 W8 16-bit bf16, bias": (matmul, (1536, 768, 8, 16, "bfloat16", BATCH, True)),
+    "matmul 192x384 W4 bf16": (matmul, (192, 384, 4, 8, "bfloat16")),
+    "matmul 192x384 W4 16-bit": (matmul, (192, 384, 4, 16)),
+    "matmul 768x3072 W4 16-bit bf16": (matmul, (768, 3072, 4, 16, "bfloat16")),
+    "matmul 384x56 W4, bias": (matmul, (384, 56, 4, 8, "float32", BATCH, True)),
+    "matmul 384x768 W4 1 image": (matmul, (384, 768, 4, 8, "float32", 1)),
+    "matmul 1536x80 W8 bf16": (matmul, (1536, 80, 8, 8, "bfloat16")),
+    "matmul 384x96 W4 bf16, residual": (matmul, (384, 96, 4, 8, "bfloat16", BATCH, True, True)),
+    "matmul 96x96 W8 bf16": (matmul, (96, 96, 8, 8, "bfloat16")),
     "int4 matmul 768x3072 bf16, bias": (int4_matmul, (768, 3072, "bfloat16", True)),
     "int4 matmul 384x56": (int4_matmul, (384, 56)),
-    # Inputs of layers; 3072 and 6272 are the widest of Vim-B and MambaVision-L, B and C of Vim have 16 channels
-    "split 768 pow2, mask": (split, (768, "pow2", "float32", 4, 8, "split_outliers")),
-    "split 3072 pow2 bf16": (split, (3072, "pow2", "bfloat16")),
-    "split 192 free": (split, (192, "free")),
-    "split 768 A8 16-bit bf16": (split, (768, "pow2", "bfloat16", 8, 16)),
-    "split 768 packed": (packed_split, (768,)),
-    "split 6272 pow2 bf16": (split, (6272, "pow2", "bfloat16")),
-    "split 6272 A8 16-bit bf16": (split, (6272, "pow2", "bfloat16", 8, 16)),
-    "split 6272 A8 floats, mask": (split, (6272, "pow2", "bfloat16", 8, 16, "split_outliers")),
-    "split 6272 packed bf16": (packed_split, (6272, "bfloat16")),
-    "round 1536 A8 bf16": (split, (1536, "pow2", "bfloat16", 8, 16, "round_activation")),
-    "round 16": (split, (16, "pow2", "float32", 4, 8, "round_activation")),
-    # Directions of Vim, MambaVision and VMamba: groups of 96 channels are padded, the 3136 tokens of stage 1 cut in 4
+    # Inputs of layers: whole blocks of channels, a ragged last one, one that is not full
+    "split 3072 bf16": (split, (3072, "bfloat16")),
+    "split 192 A8 16-bit": (split, (192, "float32", 8, 16)),
+    "split 96 second byte bf16": (split, (96, "bfloat16", 4, 8, True)),
+    # What makes them with the split
+    "split rms_norm 768": (producer, ("rms_norm", 768, 8), {"eps": 1e-5}),
+    "split layer_norm 96 16-bit": (producer, ("layer_norm", 96, 16), {"eps": 1e-5}),
+    "split merged_routes 192": (producer, ("merged_routes", 192, 8), {"eps": 1e-5, "grid": (14, 14)}),
+    "split gelu 384": (producer, ("gelu", 384), {"approximate": False}),
+    "split gelu 640 tanh 16-bit": (producer, ("gelu", 640, 16), {"approximate": True}),
+    "split conv_silu 1536": (producer, ("conv_silu", 1536), {"reverse": True}),
+    "split gated_mean 1536": (producer, ("gated_mean", 1536), {"start": 1536}),
+    "split beside_conv_silu 160": (producer, ("beside_conv_silu", 160), {"start": 160, "causal": False}),
+    "split route 96": (producer, ("route", 96), {"transpose": True, "reverse": True}),
+    "split patches3x3 80": (producer, ("patches3x3", 80), {"stride": 2}),
+    # Directions of Vim, MambaVision and VMamba: groups of 96 and 160 channels, the 3136 tokens of stage 1 cut in 4
     "scan 1536x16 bf16": (scan, (1536, 16, 1, "bfloat16")),
     "scan 160x8": (scan, (160, 8, 1)),
     "scan 384x1 in 4 bf16": (scan, (384, 1, 4, "bfloat16", 3136)),
-    "scan 768x16 in 2 int8": (scan_levels, (768, 16, 2)),
-    "scan 768x16 in 2 int8, u too": (scan_levels, (768, 16, 2, "float32", ("u", "delta"))),
-    "scan 160x8 int8, bf16": (scan_levels, (160, 8, 1, "bfloat16")),
-    "scan 384x1 in 4 int8": (scan_levels, (384, 1, 4)),
+    "scan 3072x16 in 2, delta split": (scan_levels, (3072, 16, 2, "bfloat16", "floats", "unsplit")),
+    "scan 3072x16 in 2 int8, u too": (scan_levels, (3072, 16, 2, "bfloat16", "levels", "levels")),
+    "scan 160x8 16-bit, bf16": (scan_levels, (160, 8, 1, "bfloat16", "unsplit", "unsplit", 16)),
+    "scan 384x1 in 4 int8, routes": (scan_levels, (384, 1, 4, "bfloat16", "routed", "levels")),
     "scan gradient 384x16": (scan_gradient, (384, 16, 1, "float32", False)),
     "scan gradient 1536x16": (scan_gradient, (1536, 16, 1, "bfloat16", True)),
     "scan gradient 160x8": (scan_gradient, (160, 8, 1, "bfloat16", False)),
@@ -270,13 +296,15 @@ def targets_of(kernel: str) -> list[str]:
 # that has imported these; without it imports take half the time.
 PROCESSES = multiprocessing.get_context("forkserver")
 IMPORTED = (
-    "matmul",
-    "outliers",
-    "scan",
+    "ops.matmul",
+    "ops.scan",
+    "ops.split",
     "pallas.int4_matmul_sm80",
     "pallas.outlier_matmul_sm80",
     "pallas.outlier_matmul_sm90",
+    "ops.producers",
     "pallas.outlier_split",
+    "pallas.producer_split",
     "pallas.selective_scan",
 )
 # Only what the report reads: a dump of everything takes longer than the compilation.
@@ -302,9 +330,9 @@ def compile_one(kernel: str, target: str, output: str) -> None:
         os.dup2(file.fileno(), 2)
     import jax
 
-    build, arguments = KERNELS[kernel]
+    build, arguments, *options = KERNELS[kernel]
     with compiling_for(target) as sharding:
-        run, shapes = build(*arguments)
+        run, shapes = build(*arguments, **(options[0] if options else {}))
         specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
         jax.jit(run).lower(*specs).compile()
 

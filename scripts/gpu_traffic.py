@@ -1,22 +1,22 @@
-"""Bytes that a model's operations read and write on a GPU, from its compiled program; no GPU is needed.
+"""Bytes that a model's blocks read and write on a GPU, from their compiled program; no GPU is needed.
 
     pip install --no-deps jax-cuda13-plugin==VERSION jax-cuda13-pjrt==VERSION    # VERSION of the installed jax, 150 MB
-    python scripts/gpu_traffic.py --model vim_base --depth 1 --bits bf16 w8a8 w4a4
+    python scripts/gpu_traffic.py --model vim_base --bits bf16 w8a8 w8a8o8 w4a4
 
-Takes a minute on two CPU cores, ten for VMamba-T. Every kernel, and every fusion of XLA's, is a pass over its operands
-and results. Those are counted whole, also where only a slice is read or a cache holds them; XLA may fuse otherwise with
-a GPU at hand, by whose times it then chooses. Apart stand those that kernels leave alone while no token's outliers need
-a larger step than its inliers (0.0 % do: scripts/outlier_columns.py). For Vim-B as above: 707 MB in bf16, 863 at W8A8,
-751 at W4A4. So a quantised model multiplies faster but moves more: finding outliers is a pass of its own over what
-every layer reads. "limit" is what the bytes alone take at the datasheet's bandwidth; nothing here was timed.
+Takes minutes on two CPU cores. Every kernel, and every fusion of XLA's, is a pass over its operands and results. Those
+are counted whole, also where only a slice is read or a cache holds them; XLA may fuse otherwise with a GPU at hand, by
+whose times it then chooses. Stem and head are left out. "limit" is what the bytes alone take at the datasheet's
+bandwidth; nothing here was timed.
 
-Weights are Gaussian. `--depth` leaves so many blocks (per stage), beside stem and head.
+"w8a8o8" is w8a8 with 8-bit outliers; no activation is given a second byte for 8-bit outliers, as calibration may do.
+`--depth` leaves so many blocks (per stage).
 """
 
 import argparse
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -29,26 +29,27 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 from bench_model import FLOAT, gpu_models, shortened
 from compile_kernels import DEVICES, compiling_for
+from flax import nnx
 
 from ouromamba_jax.data.preprocessing import height_width
-from ouromamba_jax.evaluation.bench import write_results
-from ouromamba_jax.models import VisionModel, pure
-from ouromamba_jax.quantize.modules import prepare_weights
+from ouromamba_jax.evaluation.bench import random_images, write_results
+from ouromamba_jax.models import VisionModel
+from ouromamba_jax.quantize import QuantConfig, quantize
+from ouromamba_jax.quantize.activation import SiteSpec
+from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
 from ouromamba_jax.report.tables import print_table
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 SHAPE = re.compile(rf"\b({'|'.join(WIDTHS)})\[([\d,]*)\]")
-ALIAS = re.compile(r"^\s+%(\S+) = \S+ (get-tuple-element|bitcast)\(%([\w.-]+)\)(?:, index=(\d))?")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) (fusion|custom-call|copy|convolution)\((.*?)\)")
-HEADERS = ("bits", "MB", "in kernels, MB", "kernels", "other operations", "limit, ms", "if all tokens shift, MB")
+HEADERS = ("bits", "MB", "of bf16", "in kernels, MB", "kernels", "other operations", "limit, ms")
 
 
 class Operation(NamedTuple):
-    """One pass over memory; `if_shifted` are bytes of outliers on larger steps, beside the others."""
+    """One pass over memory."""
 
     name: str
     bytes: int
-    if_shifted: int
     is_kernel: bool
     result: str
 
@@ -68,47 +69,62 @@ def operations(program: str) -> list[Operation]:
     """The passes over memory of a compiled program in HLO text, its entry computation's alone."""
     entry = program[program.index("\nENTRY ") :]
     shapes = dict(re.findall(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) [\w-]+\(", entry, re.MULTILINE))
-    found, splits, far = [], set(), set()
+    found = []
     for line in entry.splitlines():
-        if match := ALIAS.match(line):
-            name, _, of, index = match.groups()
-            if of in far or (of in splits and index == "1"):
-                far.add(name)
-        elif match := INSTRUCTION.match(line):
+        if match := INSTRUCTION.match(line):
             name, result, _, operands = match.groups()
-            read = re.findall(r"%([\w.-]+)", operands)
-            total = shape_bytes(result) + sum(shape_bytes(shapes.get(operand, "")) for operand in read)
-            kernel, rare = 'custom_call_target="mosaic_gpu' in line, 0
-            if kernel:
-                rare = sum(shape_bytes(shapes[operand]) for operand in read if operand in far)
-            if kernel and "outlier_split_planes" in line:
-                splits.add(name)
-                rare += shape_bytes([shape.group() for shape in SHAPE.finditer(result)][1])
-            found.append(Operation(name, total - rare, rare, kernel, result))
+            read = {operand: shape_bytes(shapes.get(operand, "")) for operand in re.findall(r"%([\w.-]+)", operands)}
+            kernel = 'custom_call_target="mosaic_gpu' in line
+            if kernel and (title := re.search(r'op_name="[^"]*/(\w+)/\w+"', line)):
+                result = f"{title.group(1)} {result}"
+            found.append(Operation(name, shape_bytes(result) + sum(read.values()), kernel, result))
     return found
 
 
 def compiled(model: VisionModel, target: str, batch: int) -> str:
-    """The program of `model` on `target`, in HLO text."""
+    """The program of the blocks of `model` on `target`, in HLO text."""
     capability = "{}.{}".format(*DEVICES[target].capability)
     gpu = SimpleNamespace(platform="gpu", compute_capability=capability)
     with mock.patch("ouromamba_jax.pallas.device.default_device", return_value=gpu):
         prepare_weights(model)  # here: what is computed within `compiling_for` would run on that GPU
-    function, state = pure(model)
+    (_, stem), *blocks, _ = model.stages
     images = jax.ShapeDtypeStruct((batch, *height_width(model.config.img_size), 3), "float32")
+    x = jax.eval_shape(lambda images: stem(images), images)
+    definitions, states = zip(*(nnx.split(block) for _, block in blocks), strict=True)
+
+    def run(states, x):
+        for definition, state in zip(definitions, states, strict=True):
+            x = nnx.merge(definition, state)(x)
+        return x
+
     with compiling_for(target) as sharding:
-        specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (state, images))
-        return jax.jit(function).lower(*specs).compile().as_text()
+        specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (states, x))
+        return jax.jit(run).lower(*specs).compile().as_text()
 
 
-def row(bits: str, found: list[Operation], bandwidth: float) -> list:
+def quantised(model: VisionModel, bits: str, like: dict[str, SiteSpec]) -> VisionModel:
+    """A copy at "w8a8" or "w8a8o8", its arrays of zeros, with the sites of `like`."""
+    preset, *outliers = bits.split("o")
+    config = QuantConfig.preset(preset, **({"outlier_bits": int(outliers[0])} if outliers else {}))
+    config = replace(config, float_dtype="bfloat16")
+    settings = {path: config.resolve(path) for path in like}
+    specs = {path: replace(spec, config=settings[path], two_bytes=()) for path, spec in like.items()}
+    return apply_specs(nnx.clone(model), specs)
+
+
+def sites(model: VisionModel) -> dict[str, SiteSpec]:
+    """What is quantised of the model, calibrated on one Gaussian image."""
+    config = QuantConfig.preset("w8a8", outlier_bits=8, tune_epochs=0, scale_search="max")
+    return quantized_specs(quantize(model, random_images(model, 1, seed=1), config)[0])
+
+
+def row(bits: str, found: list[Operation], bandwidth: float, of_float: float | None) -> list:
     """A row under HEADERS; the limit is that of memory alone."""
     total = sum(operation.bytes for operation in found)
     kernels = [operation for operation in found if operation.is_kernel]
     inside = sum(operation.bytes for operation in kernels)
-    counts = len(kernels), len(found) - len(kernels)
-    shifted = total + sum(operation.if_shifted for operation in found)
-    return [bits, total / 1e6, inside / 1e6, *counts, 1e3 * total / bandwidth, shifted / 1e6]
+    share = None if of_float is None else total / of_float
+    return [bits, total / 1e6, share, inside / 1e6, len(kernels), len(found) - len(kernels), 1e3 * total / bandwidth]
 
 
 def largest(found: list[Operation], count: int) -> list[list]:
@@ -127,18 +143,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vim_base", help="a name of list_models() (default: vim_base)")
     parser.add_argument("--depth", type=int, help="at most so many blocks (per stage); all of them if left out")
-    parser.add_argument("--bits", nargs="+", default=[FLOAT, "w8a8", "w4a4"], help=f"{FLOAT}, or presets")
+    bits = [FLOAT, "w8a8", "w8a8o8", "w4a4"]
+    parser.add_argument("--bits", nargs="+", default=bits, help=f"{FLOAT}, or presets, with o8 for 8-bit outliers")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--target", choices=DEVICES, default="h100")
     parser.add_argument("--top", type=int, default=0, help="also print the largest operations")
     parser.add_argument("--json", type=Path, help="also write the numbers and the command to this file")
     arguments = parser.parse_args()
-    presets = [bits for bits in arguments.bits if bits != FLOAT]
-    models = gpu_models(arguments.model, presets, **shortened(arguments.model, arguments.depth))
-    rows = []
+    model = gpu_models(arguments.model, [], **shortened(arguments.model, arguments.depth))[FLOAT]
+    rows, of_float, like = [], None, sites(model)
     for bits in arguments.bits:
-        found = operations(compiled(models[bits], arguments.target, arguments.batch))
-        rows.append(row(bits, found, DEVICES[arguments.target].bandwidth))
+        made = model if bits == FLOAT else quantised(model, bits, like)
+        found = operations(compiled(made, arguments.target, arguments.batch))
+        if bits == FLOAT:
+            of_float = sum(operation.bytes for operation in found)
+        rows.append(row(bits, found, DEVICES[arguments.target].bandwidth, of_float))
         if arguments.top:
             print_table(largest(found, arguments.top), ("operation", "MB", "times"), title=f"{bits}: the largest")
     title = f"{arguments.model}, depth {arguments.depth or 'whole'}, batch {arguments.batch}, {arguments.target}"

@@ -4,13 +4,12 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.models.layers import LayerNorm, broadcast_last, uniform
-from ouromamba_jax.ops.cpu_barrier import cpu_barrier
+from ouromamba_jax.models.layers import LayerNorm, after, broadcast_last, uniform
+from ouromamba_jax.ops.producers import conv_taps, depthwise_conv, patches3x3
 
 
 class DepthwiseConv1d(nnx.Module):
@@ -34,16 +33,13 @@ class DepthwiseConv1d(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((dim,), param_dtype)) if use_bias else None
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        x = x.astype(self.dtype)
-        left = self.width - 1 if self.causal else (self.width - 1) // 2
-        length = x.shape[1]
-        padded = jnp.pad(x, ((0, 0), (left, self.width - 1 - left), (0, 0)))
-        kernel = self.kernel[...].astype(self.dtype)
-        # A few shifted multiply-adds fuse into one pass over x; a grouped convolution does not, on any backend.
-        y = padded[:, :length] * kernel[0][None, None]
-        for k in range(1, self.width):
-            y = y + padded[:, k : k + length] * kernel[k][None, None]
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None]
+        parameters, options = self.into()
+        return depthwise_conv(x, *parameters, **options)
+
+    def into(self) -> tuple[tuple[Array, Array | None], dict[str, Any]]:
+        """(arrays, options) of a producer that begins with this convolution."""
+        bias = None if self.bias is None else self.bias[...]
+        return (self.kernel[...], bias), {"causal": self.causal, "dtype": self.dtype}
 
 
 class DepthwiseConv2d(nnx.Module):
@@ -58,11 +54,6 @@ class DepthwiseConv2d(nnx.Module):
         # As in DepthwiseConv1d: shifted multiply-adds fuse, a grouped convolution does not.
         taps = zip(kernel.reshape(9, -1), conv_taps(x.astype(self.dtype), stride=1), strict=True)
         return functools.reduce(jnp.add, (shifted * broadcast_last(tap, shifted) for tap, shifted in taps))
-
-
-def silu_once(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """SiLU of a convolution, for several readers: XLA's CPU backend would compute both anew for each of them."""
-    return cpu_barrier(jax.nn.silu(cpu_barrier(x)))
 
 
 class Conv3x3(nnx.Module):
@@ -87,7 +78,7 @@ class Conv3x3(nnx.Module):
         self.proj = nnx.Linear(9 * inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
-        return self.proj(patches3x3(x.astype(self.dtype), self.stride))
+        return after(self.proj, patches3x3, x, stride=self.stride, dtype=self.dtype)
 
 
 class HalvingConv(nnx.Module):
@@ -104,22 +95,7 @@ class HalvingConv(nnx.Module):
         self.norm = LayerNorm(outputs, **types)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
-        return self.norm(self.proj(patches3x3(x.astype(self.dtype), stride=2)))
-
-
-def patches3x3(x: Float[Array, "B H W C"], stride: int) -> Float[Array, "B h w P"]:
-    """P = 9 C entries of each 3x3 patch as (row, column, channel), with a border of zeros.
-
-    They hold an entry of the map up to nine times, so a layer casts the map to its own dtype, not them.
-    """
-    return jnp.concatenate(conv_taps(x, stride=stride), axis=-1)
-
-
-def conv_taps(x: Float[Array, "B H W C"], *, stride: int) -> list[Float[Array, "B h w C"]]:
-    """The nine inputs of a 3x3 convolution, one border of zeros: at tap (i, j), in row-major order, map 3 * i + j."""
-    _, height, width, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
+        return self.norm(after(self.proj, patches3x3, x, stride=2, dtype=self.dtype))
 
 
 def extract_patches(

@@ -1,20 +1,40 @@
 """Building blocks shared by the model families."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Float32
 
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
+from ouromamba_jax.ops.producers import gelu, layer_norm, rms_norm, route
 from ouromamba_jax.ops.scan import selective_scan
-from ouromamba_jax.ops.scan_types import ScanOutput
+from ouromamba_jax.ops.scan_types import ScanOutput, Wide
 
 _DT_MIN, _DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
+
+
+def after(
+    linear: Any,
+    producer: Callable[..., Array],
+    *arrays: Any,
+    keep: bool = False,
+    residual: Float32[Array, "... O"] | None = None,
+    **options: Any,
+) -> Any:
+    """linear(producer(*arrays, **options)), added to `residual`; with `keep`, beside what the producer made.
+
+    A quantised layer has a method `after`, and takes all as one where a kernel makes an activation with its levels.
+    """
+    if hasattr(linear, "after"):
+        return linear.after(producer, *arrays, keep=keep, residual=residual, **options)
+    x = producer(*arrays, **options)
+    y = linear(x) if residual is None else residual + linear(x).astype(jnp.float32)
+    return (y, x) if keep else y
 
 
 class RMSNorm(nnx.Module):
@@ -26,9 +46,11 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * broadcast_last(self.scale[...].astype(jnp.float32), x)).astype(self.dtype)
+        return rms_norm(x, self.scale[...], eps=self.eps, dtype=self.dtype)
+
+    def into(self, linear: nnx.Module, x: Float[Array, "... C"]) -> Float[Array, "... O"]:
+        """linear of the normalised x."""
+        return after(linear, rms_norm, x, self.scale[...], eps=self.eps, dtype=self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -41,11 +63,11 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((dim,), param_dtype))
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        scale, bias = (broadcast_last(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
-        return (x * scale + bias).astype(self.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], eps=self.eps, dtype=self.dtype)
+
+    def into(self, linear: nnx.Module, x: Float[Array, "... C"]) -> Float[Array, "... O"]:
+        """linear of the normalised x."""
+        return after(linear, layer_norm, x, self.scale[...], self.bias[...], eps=self.eps, dtype=self.dtype)
 
 
 class Head(nnx.Module):
@@ -81,8 +103,12 @@ class MLP(nnx.Module):
         self.fc1 = nnx.Linear(dim, hidden, **types)
         self.fc2 = nnx.Linear(hidden, dim, **types)
 
-    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+    def __call__(
+        self, x: Float[Array, "... C"], norm: LayerNorm | None = None, residual: Float32[Array, "... C"] | None = None
+    ) -> Float[Array, "... C"]:
+        """Of x, first normalised if there is a norm; added to `residual`."""
+        hidden = self.fc1(x) if norm is None else norm.into(self.fc1, x)
+        return after(self.fc2, gelu, hidden, approximate=False, residual=residual)
 
 
 class SelectiveScan(nnx.Module):
@@ -143,8 +169,8 @@ class SelectiveScan(nnx.Module):
     def scan(self, u, delta, A, B, C, D, *, collect=None, state_transform=None) -> ScanOutput:
         """Runs the scan on ready operands; y comes back as (B, L, G, E)."""
         out = selective_scan(
-            merge_groups(u),
-            merge_groups(delta),
+            apart(u),
+            apart(delta),
             A,
             B,
             C,
@@ -154,7 +180,7 @@ class SelectiveScan(nnx.Module):
             collect=collect,
             state_transform=state_transform,
         )
-        return out._replace(y=out.y.reshape(u.shape))
+        return out._replace(y=out.y.reshape(*out.y.shape[:2], self.directions, -1))
 
     def trace(
         self, u: Array, delta: Array, B: Array, C: Array, orders: tuple[ScanOrder, ...], *, collect=None
@@ -193,6 +219,11 @@ class Operand(nnx.Module):
         return x
 
 
+def channels_from(start: int, x: Float[Array, "... D"], operand: Any) -> tuple[Float[Array, "... D"], int]:
+    """(array, its first channel that counts): operand(x[..., start:]), not copied where the operand stays as it is."""
+    return (x, start) if type(operand) is Operand else (operand(x[..., start:]), 0)
+
+
 class DotProductAttention(nnx.Module):
     """softmax(q k^T / sqrt(head width)) v with several heads, each a contiguous part of the channels.
 
@@ -229,6 +260,23 @@ def nan_unless_finite(y: Float[Array, "B ..."], x: Float[Array, "B ..."]) -> Flo
     """
     finite = jnp.isfinite(x).all(axis=range(1, x.ndim))
     return jnp.where(finite.reshape(-1, *(1,) * (y.ndim - 1)), y, jnp.nan)
+
+
+def scan_map(
+    scan: Any, x: Float[Array, "B H W E"], orders: Sequence[tuple[bool, bool]], delta: Array, B: Array, C: Array
+) -> ScanOutput:
+    """A scan of a map's tokens by several routes, (transpose, reverse) each; u is x along them, the others lie so.
+
+    A quantised scan has a method `of_map`, and reads the map itself.
+    """
+    if hasattr(scan, "of_map"):
+        return scan.of_map(x, orders, delta, B, C)
+    return scan(jnp.stack([route(x, transpose=t, reverse=r) for t, r in orders], axis=2), delta, B, C)
+
+
+def apart(x: Float[Array, "B L G E"] | tuple[Any, ...]) -> Wide:
+    """What each direction has, one by one: a kernel that reads them so leaves XLA no use for their stack."""
+    return x if isinstance(x, tuple) else tuple(x[:, :, g] for g in range(x.shape[2]))
 
 
 def merge_groups(x: Float[Array, "B L G E"]) -> Float[Array, "B L GE"]:

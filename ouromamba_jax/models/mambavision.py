@@ -21,6 +21,7 @@ from ouromamba_jax.models.layers import (
     LayerNorm,
     Operand,
     SelectiveScan,
+    after,
     as_tokens,
     broadcast_last,
     classifier,
@@ -29,6 +30,7 @@ from ouromamba_jax.models.layers import (
 )
 from ouromamba_jax.models.trace import LayerTrace
 from ouromamba_jax.models.windows import AttentionTrace, WindowOrder, join_windows, split_windows
+from ouromamba_jax.ops.producers import beside_conv_silu, conv_silu
 
 _D_STATE, _D_CONV = 8, 3
 _INIT = nnx.initializers.normal(0.02)
@@ -215,27 +217,33 @@ class MambaVisionMixer(nnx.Module):
         self.z = Operand()
         self.out_proj = nnx.Linear(dim, dim, kernel_init=_INIT, **linear)
 
-    def __call__(self, x: Float[Array, "BW L C"]) -> Float[Array, "BW L C"]:
-        operands, z = self._operands(x)
-        return self._merge(self.scan(*operands).y, z)
+    def __call__(self, x: Float[Array, "BW L C"], norm: LayerNorm | None = None) -> Float[Array, "BW L C"]:
+        operands, x = self._operands(x, norm)
+        return self._merge(self.scan(*operands).y, x)
 
     def trace(
         self, x: Float[Array, "BW L C"], order: WindowOrder, *, collect: Callable[[Array], Any] | None = None
     ) -> tuple[Float[Array, "BW L C"], LayerTrace]:
         """(output, LayerTrace with one scan)."""
-        operands, z = self._operands(x)
+        operands, projected = self._operands(x)
         out, scans = self.scan.trace(*operands, (order,), collect=collect)
-        update = self._merge(out.y, z)
+        update = self._merge(out.y, projected)
         return update, LayerTrace(scans, x, update)
 
-    def _operands(self, x: Array) -> tuple[tuple[Array, Array, Array, Array], Array]:
-        x, z = jnp.split(self.in_proj(x), 2, axis=-1)
-        u, z = jax.nn.silu(self.conv_x(x)), self.z(jax.nn.silu(self.conv_z(z)))
-        dt, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
-        return (u[:, :, None], self.dt_proj(dt)[:, :, None], B[:, :, None], C[:, :, None]), z
+    def _operands(self, x: Array, norm: LayerNorm | None = None) -> tuple[tuple[Array, Array, Array, Array], Array]:
+        x = self.in_proj(x) if norm is None else norm.into(self.in_proj, x)
+        parameters, options = self.conv_x.into()
+        made, u = after(self.x_proj, conv_silu, x, *parameters, keep=True, **options)
+        dt, B, C = jnp.split(made, self.splits, axis=-1)
+        return (u[:, :, None], self.dt_proj(dt)[:, :, None], B[:, :, None], C[:, :, None]), x
 
-    def _merge(self, y: Float[Array, "BW L 1 E"], z: Float[Array, "BW L E"]) -> Float[Array, "BW L C"]:
-        return self.out_proj(jnp.concatenate([y[:, :, 0], z], axis=-1))
+    def _merge(self, y: Float[Array, "BW L 1 E"], x: Float[Array, "BW L C"]) -> Float[Array, "BW L C"]:
+        parameters, options = self.conv_z.into()
+        y, start = y[:, :, 0], y.shape[3]
+        if type(self.z) is Operand:
+            return after(self.out_proj, beside_conv_silu, y, x, *parameters, start=start, **options)
+        z = self.z(conv_silu(x, *parameters, start=start, **options))
+        return self.out_proj(jnp.concatenate([y, z], axis=-1))
 
 
 class MambaVisionAttention(nnx.Module):
@@ -247,8 +255,9 @@ class MambaVisionAttention(nnx.Module):
         self.attention = DotProductAttention(heads, dtype=dtype)
         self.proj = nnx.Linear(dim, dim, **types)
 
-    def __call__(self, x: Float[Array, "BW L C"]) -> Float[Array, "BW L C"]:
-        return self.proj(self.attention(*jnp.split(self.qkv(x), 3, axis=-1)))
+    def __call__(self, x: Float[Array, "BW L C"], norm: LayerNorm | None = None) -> Float[Array, "BW L C"]:
+        qkv = self.qkv(x) if norm is None else norm.into(self.qkv, x)
+        return self.proj(self.attention(*jnp.split(qkv, 3, axis=-1)))
 
     def trace(
         self, x: Float[Array, "BW L C"], order: WindowOrder, *, collect: Callable[[Array], Any] | None = None
@@ -295,7 +304,7 @@ class HybridBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
         x = self._enter(x)
-        return self._leave(x, self.mixer(split_windows(self.norm1(x), self.window)))
+        return self._leave(x, self.mixer(split_windows(x, self.window), self.norm1))
 
     def trace(
         self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
@@ -313,7 +322,10 @@ class HybridBlock(nnx.Module):
 
     def _leave(self, x: Array, update: Array) -> Array:
         x = x + self._scaled(self.gamma1, join_windows(update, self.window, self.grid))
-        x = x + self._scaled(self.gamma2, self.mlp(self.norm2(x)))
+        if self.gamma2 is None:
+            x = self.mlp(x, self.norm2, residual=x)
+        else:
+            x = x + self._scaled(self.gamma2, self.mlp(x, self.norm2))
         return x[:, : self.grid[0], : self.grid[1]] if self.crops else x
 
     def _scaled(self, gamma: nnx.Param | None, update: Array) -> Array:

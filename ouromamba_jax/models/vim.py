@@ -5,16 +5,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
-from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches, silu_once
-from ouromamba_jax.models.layers import Head, Operand, RMSNorm, SelectiveScan, classifier, nan_unless_finite, uniform
+from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
+from ouromamba_jax.models.layers import (
+    Head,
+    Operand,
+    RMSNorm,
+    SelectiveScan,
+    after,
+    channels_from,
+    classifier,
+    nan_unless_finite,
+    uniform,
+)
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
+from ouromamba_jax.ops.producers import conv_silu, gated_mean
 
 
 @dataclass(frozen=True)
@@ -146,10 +156,14 @@ class VimDirection(nnx.Module):
             config.dt_rank, width, use_bias=False, kernel_init=uniform(config.dt_rank**-0.5), **types
         )
 
-    def __call__(self, x: Float[Array, "B L E"]) -> tuple[Array, Array, Array, Array]:
-        """(u, delta before bias and softplus, B, C) for tokens in this direction's scan order."""
-        u = silu_once(self.conv(x))
-        dt, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
+    def __call__(self, x: Float[Array, "B L D"], *, reverse: bool = False) -> tuple[Array, Array, Array, Array]:
+        """(u, delta before bias and softplus, B, C) in scan order, of the first channels of x.
+
+        `reverse` scans from the last token to the first; the convolution, too, is causal in reversed time.
+        """
+        parameters, options = self.conv.into()
+        made, u = after(self.x_proj, conv_silu, x, *parameters, reverse=reverse, keep=True, **options)
+        dt, B, C = jnp.split(made, self.splits, axis=-1)
         return u, self.dt_proj(dt), B, C
 
 
@@ -166,9 +180,10 @@ class VimMixer(nnx.Module):
         self.z = Operand()
         self.out_proj = nnx.Linear(width, config.embed_dim, use_bias=False, **types)
 
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        operands, z = self._operands(x)
-        return self._merge(self.scan(*operands).y, z)
+    def __call__(self, x: Float[Array, "B L C"], norm: RMSNorm | None = None) -> Float[Array, "B L C"]:
+        """Of x; with a norm, of the normalised x, and added to x."""
+        operands, z = self._operands(x, norm)
+        return self._merge(self.scan(*operands).y, *z, residual=None if norm is None else x)
 
     def trace(
         self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None
@@ -178,22 +193,22 @@ class VimMixer(nnx.Module):
         height, width = self.config.grid
         orders = tuple(ScanOrder(height, width, self.config.class_indices, reverse=r) for r in (False, True))
         out, scans = self.scan.trace(*operands, orders, collect=collect)
-        return self._merge(out.y, z), scans
+        return self._merge(out.y, *z), scans
 
-    def _operands(self, x: Array) -> tuple[tuple[Array, Array, Array, Array], Array]:
-        x, z = jnp.split(self.in_proj(x), 2, axis=-1)
-        z = self.z(z)
-        forward = self.directions[0](x)
-        backward = self.directions[1](jnp.flip(x, axis=1))  # the convolution, too, is causal in reversed time
-        u, delta, B, C = (jnp.stack(pair, axis=2) for pair in zip(forward, backward, strict=True))
-        return (u, delta, B, C), z
+    def _operands(
+        self, x: Array, norm: RMSNorm | None = None
+    ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, int]]:
+        x = self.in_proj(x) if norm is None else norm.into(self.in_proj, x)
+        made = (self.directions[0](x), self.directions[1](x, reverse=True))
+        u, delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
+        return (u, delta, B, C), channels_from(self.config.d_inner, x, self.z)
 
-    def _merge(self, y: Float[Array, "B L 2 E"], z: Float[Array, "B L E"]) -> Float[Array, "B L C"]:
-        # Both directions are gated by the same silu(z), so the gate follows the sum.
-        y = y[:, :, 0] + jnp.flip(y[:, :, 1], axis=1)
-        if self.config.halve_directions:
-            y = y * 0.5
-        return self.out_proj(y * jax.nn.silu(z))
+    def _merge(
+        self, y: Float[Array, "B L 2 E"], z: Float[Array, "B L D"], start: int, residual: Array | None = None
+    ) -> Float[Array, "B L C"]:
+        # Both directions are gated by the same silu(z), so the gate follows the mean.
+        y = y if self.config.halve_directions else 2 * y
+        return after(self.out_proj, gated_mean, y, z, start=start, residual=residual)
 
 
 class VimBlock(nnx.Module):
@@ -204,7 +219,7 @@ class VimBlock(nnx.Module):
         self.mixer = VimMixer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        return x + self.mixer(self.norm(x)).astype(jnp.float32)
+        return self.mixer(x, self.norm)
 
     def trace(
         self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None

@@ -12,18 +12,21 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
-from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv, silu_once
+from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv
 from ouromamba_jax.models.layers import (
     MLP,
     Head,
     LayerNorm,
     SelectiveScan,
+    after,
     as_tokens,
     classifier,
     nan_unless_finite,
+    scan_map,
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
+from ouromamba_jax.ops.producers import merged_routes, route, silu_once
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
 DIRECTIONS = ((False, False), (True, False), (False, True), (True, True))
@@ -127,9 +130,9 @@ class VMambaDirection(nnx.Module):
         self.x_proj = nnx.Linear(width, rank + 2 * config.d_state, kernel_init=uniform(width**-0.5), **types)
         self.dt_proj = nnx.Linear(rank, width, kernel_init=uniform(rank**-0.5), **types)
 
-    def __call__(self, u: Float[Array, "B L E"]) -> tuple[Array, Array, Array]:
-        """(delta before bias and softplus, B, C) for tokens in this direction's scan order."""
-        dt, B, C = jnp.split(self.x_proj(u), self.splits, axis=-1)
+    def __call__(self, x: Float[Array, "B H W E"], **order: bool) -> tuple[Array, Array, Array]:
+        """(delta before bias and softplus, B, C) of a map, in this direction's scan order."""
+        dt, B, C = jnp.split(after(self.x_proj, route, x, **order), self.splits, axis=-1)
         return self.dt_proj(dt), B, C
 
 
@@ -146,30 +149,37 @@ class VMambaMixer(nnx.Module):
         self.norm = LayerNorm(width, dtype=dtype, param_dtype=param_dtype)
         self.out_proj = nnx.Linear(width, dim, use_bias=False, kernel_init=_INIT, **types)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        return self._merge(self.scan(*self._operands(x)).y, x.shape)
+    def __call__(self, x: Float[Array, "B H W C"], norm: LayerNorm | None = None) -> Float[Array, "B H W C"]:
+        """Of x; with a norm, of the normalised x, and added to x."""
+        u, *operands = self._operands(x, norm)
+        return self._merge(scan_map(self.scan, u, DIRECTIONS, *operands).y, x.shape, None if norm is None else x)
 
     def trace(
         self, x: Float[Array, "B H W C"], *, collect: Callable[[Array], Any] | None = None
     ) -> tuple[Float[Array, "B H W C"], tuple[ScanTrace, ...]]:
         """(output, one ScanTrace per direction, as in `DIRECTIONS`)."""
         orders = tuple(ScanOrder(x.shape[1], x.shape[2], transpose=t, reverse=r) for t, r in DIRECTIONS)
-        out, scans = self.scan.trace(*self._operands(x), orders, collect=collect)
+        u, *operands = self._operands(x)
+        u = jnp.stack([route(u, transpose=t, reverse=r) for t, r in DIRECTIONS], axis=2)
+        out, scans = self.scan.trace(u, *operands, orders, collect=collect)
         return self._merge(out.y, x.shape), scans
 
-    def _operands(self, x: Array) -> tuple[Array, Array, Array, Array]:
-        u = silu_once(self.conv(self.in_proj(x)))
-        rows, columns = as_tokens(u), as_tokens(u.swapaxes(1, 2))  # in the order of DIRECTIONS, here and in `_merge`
-        routes = [rows, columns, jnp.flip(rows, axis=1), jnp.flip(columns, axis=1)]
-        made = [direction(route) for direction, route in zip(self.directions, routes, strict=True)]
+    def _operands(self, x: Array, norm: LayerNorm | None = None) -> tuple[Array, Array, Array, Array]:
+        """A map u, and delta, B and C along its routes."""
+        projected = self.in_proj(x) if norm is None else norm.into(self.in_proj, x)
+        x = silu_once(self.conv(projected))
+        made = [
+            direction(x, transpose=t, reverse=r) for direction, (t, r) in zip(self.directions, DIRECTIONS, strict=True)
+        ]
         delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
-        return jnp.stack(routes, axis=2), delta, B, C
+        return x, delta, B, C
 
-    def _merge(self, y: Float[Array, "B L 4 E"], shape: tuple[int, ...]) -> Float[Array, "B H W C"]:
-        batch, height, width, _ = shape
-        y = y[:, :, :2] + jnp.flip(y[:, :, 2:], axis=1)
-        columns = y[:, :, 1].reshape(batch, width, height, -1).swapaxes(1, 2)
-        return self.out_proj(self.norm(y[:, :, 0].reshape(columns.shape) + columns))
+    def _merge(
+        self, y: Float[Array, "B L 4 E"], shape: tuple[int, ...], residual: Array | None = None
+    ) -> Float[Array, "B H W C"]:
+        norm = self.norm
+        options = dict(grid=shape[1:3], eps=norm.eps, dtype=norm.dtype)
+        return after(self.out_proj, merged_routes, y, norm.scale[...], norm.bias[...], residual=residual, **options)
 
 
 class VMambaBlock(nnx.Module):
@@ -197,7 +207,8 @@ class VMambaBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
         x = self._enter(x)
-        return self._leave(x, self.mixer(self.norm(x)))
+        x = self.mixer(x, self.norm)
+        return self.mlp(x, self.norm2, residual=x)
 
     def trace(
         self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
@@ -213,7 +224,7 @@ class VMambaBlock(nnx.Module):
 
     def _leave(self, x: Array, mixer_out: Array) -> Array:
         x = x + mixer_out.astype(jnp.float32)
-        return x + self.mlp(self.norm2(x)).astype(jnp.float32)
+        return self.mlp(x, self.norm2, residual=x)
 
 
 class VMambaHead(Head):

@@ -81,6 +81,7 @@ def outlier_matmul(
     *,
     bias: Bias = None,
     dtype: Any = jnp.float32,
+    residual: Float32[Array, "B L O"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B L O"]:
     """Multiply a split activation (B, L, C) by a quantised weight (C, O), and add a bias.
@@ -90,6 +91,7 @@ def outlier_matmul(
       weight: levels (C, O), with or without groups along C; as a QTensor, or as `prepare` lays it out.
       bias: floats (O,), added in float32.
       dtype: a float type, to which the float32 result is rounded once; the GPU kernels write float32 or bfloat16 only.
+      residual: what the result, rounded, is added to in float32.
       implementation: a backend's name; None takes the first that supports the call.
 
     Raises:
@@ -104,4 +106,8 @@ def outlier_matmul(
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"the bias must be ({weight.shape[1]},), one number per output, not {bias.shape}")
     call = split, weight, bias, dtype
-    return choose("matmul", BACKENDS, implementation, *call).run(*call)
+    backend = choose("matmul", BACKENDS, implementation, *call)
+    if backend is BACKENDS["mosaic_gpu"]:
+        return backend.run(*call, residual)
+    y = backend.run(*call)
+    return y if residual is None else residual + y.astype(jnp.float32)

@@ -8,17 +8,17 @@ from jaxtyping import Array, Float
 
 from ouromamba_jax.ops import scan_mosaic, scan_xla
 from ouromamba_jax.ops.dispatch import Backend, choose
-from ouromamba_jax.ops.scan_types import Collect, ScanOutput, StateTransform
-from ouromamba_jax.ops.split_operand import SplitOperand, StackedOperand
+from ouromamba_jax.ops.scan_types import Collect, Routed, ScanOutput, StateTransform, Unsplit, Wide, floats
+from ouromamba_jax.ops.split import Split
 from ouromamba_jax.pallas import selective_scan as kernel
 
 
 def selective_scan(
-    u: Float[Array, "B L D"] | SplitOperand | StackedOperand,
-    delta: Float[Array, "B L D"] | SplitOperand | StackedOperand,
+    u: Wide,
+    delta: Wide,
     A: Float[Array, "D N"],
-    B: Float[Array, "B L N"] | Float[Array, "B L G N"] | SplitOperand,
-    C: Float[Array, "B L N"] | Float[Array, "B L G N"] | SplitOperand,
+    B: Float[Array, "B L N"] | Float[Array, "B L G N"],
+    C: Float[Array, "B L N"] | Float[Array, "B L G N"],
     D: Float[Array, "D"] | None = None,
     *,
     z: Float[Array, "B L D"] | None = None,
@@ -36,12 +36,10 @@ def selective_scan(
     the state are float32 whatever the inputs are. Gradients reach every array in reverse mode; the backward pass keeps
     one state per chunk of up to 8 tokens and recomputes the others. Second derivatives need implementation="xla".
 
-    A `SplitOperand` is merged into floats first, unless the backend reads its levels; a `StackedOperand` is its array,
-    unless the backend reads group by group.
-
     Args:
-      u: input, (B, L, D).
-      delta: step sizes, (B, L, D).
+      u: input, (B, L, D); or a tuple of G arrays (B, L, D / G), `Split`, `Unsplit` or `Routed`, one for each group of
+        channels in order, which GPU kernels read where they lie, and levels as levels.
+      delta: step sizes, as u.
       A: decay rates, (D, N), negative in a trained model.
       B: input projections, (B, L, N), or (B, L, G, N) for D channels in G equal groups, group-major.
       C: output projections, of B's shape.
@@ -57,7 +55,8 @@ def selective_scan(
       implementation: a backend's name; None takes the first one that supports the call.
 
     Returns:
-      `ScanOutput(y, h_last, states)`, `y` in u's dtype, `states` in scan order (index 0 is the first step).
+      `ScanOutput(y, h_last, states)`, `y` in u's dtype, or B's if u is split, `states` in scan order (index 0 is the
+      first step).
 
     Raises:
       ValueError: shapes that do not fit, an unknown implementation, or a named one that does not support the call.
@@ -74,37 +73,51 @@ def selective_scan(
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:
-    if u.ndim != 3 or 0 in u.shape:
-        raise ValueError(f"u must be (B, L, D) with no empty axis, but it is {u.shape}.")
     if A.ndim != 2:
-        raise ValueError(f"A must be (D, N) = ({u.shape[-1]}, N), but it is {A.shape}.")
-    (batch, length, channels), d_state = u.shape, A.shape[1]
-    if B.ndim not in (3, 4) or (B.ndim == 4 and (B.shape[2] == 0 or channels % B.shape[2])):
+        raise ValueError(f"A must be (D, N), but it is {A.shape}.")
+    if B.ndim not in (3, 4) or (B.ndim == 4 and (B.shape[2] == 0 or A.shape[0] % B.shape[2])):
         raise ValueError(
-            f"B must be (B, L, N), or (B, L, G, N) with G dividing the {channels} channels, but it is {B.shape}."
+            f"B must be (B, L, N), or (B, L, G, N) with G dividing the {A.shape[0]} channels, but it is {B.shape}."
         )
+    groups = B.shape[2] if B.ndim == 4 else 1
+    shapes = {name: _shape(name, x, groups) for name, x in (("u", u), ("delta", delta))}
+    whole = shapes["u"]
+    if len(whole) != 3 or 0 in whole:
+        raise ValueError(f"u must be (B, L, D) with no empty axis, but it is {whole}.")
+    (batch, length, channels), d_state = whole, A.shape[1]
     projection = (batch, length, *B.shape[2:-1], d_state)
     wanted = {
-        "delta": (delta, u.shape), "A": (A, (channels, d_state)), "B": (B, projection), "C": (C, projection),
-        "D": (D, (channels,)), "z": (z, u.shape), "delta_bias": (delta_bias, (channels,)),
-        "h0": (h0, (batch, channels, d_state)),
+        "delta": whole, "A": (channels, d_state), "B": projection, "C": projection, "D": (channels,), "z": whole,
+        "delta_bias": (channels,), "h0": (batch, channels, d_state),
     }  # fmt: skip
-    for name, (array, shape) in {"u": (u, u.shape), **wanted}.items():
-        if array is None:
-            continue
-        if array.shape != shape:
+    given = {"A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias, "h0": h0}
+    shapes |= {name: x.shape for name, x in given.items() if x is not None}
+    for name, shape in shapes.items():
+        if shape != wanted.get(name, whole):
             raise ValueError(
-                f"{name} must be {shape} to go with u {u.shape}, A {A.shape} and B {B.shape}, but it is {array.shape}."
+                f"{name} must be {wanted[name]} to go with u {whole}, A {A.shape} and B {B.shape}, but it is {shape}."
             )
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be of a floating dtype, but it is {array.dtype}; cast it first.")
-        groups = B.shape[2] if B.ndim == 4 else 1
-        if isinstance(array, SplitOperand) and len(array.groups) != groups:
-            raise ValueError(f"{name} must be split in {groups} groups, as many as B has, not in {len(array.groups)}.")
+    arrays = [(name, part) for name, x in (("u", u), ("delta", delta)) for part in (x if isinstance(x, tuple) else [x])]
+    for name, x in arrays + list(given.items()):
+        if not isinstance(x, Split | Unsplit | Routed | None) and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be of a floating dtype, but it is {x.dtype}; cast it first.")
+
+
+def _shape(name: str, x: Wide, groups: int) -> tuple[int, ...]:
+    """Of all groups together."""
+    if not isinstance(x, tuple):
+        return x.shape
+    if len(x) != groups or len({part.shape for part in x}) != 1:
+        raise ValueError(f"{name} must be {groups} parts of one shape, as many as B has groups, not {len(x)}.")
+    return (*x[0].shape[:2], groups * x[0].shape[2])
+
+
+def _xla(u, delta, B, **call) -> ScanOutput:
+    return scan_xla.run(u=floats(u, B.dtype), delta=floats(delta, B.dtype), B=B, **call)
 
 
 # In order of preference; B and C come grouped. "xla" is the reference and supports every call.
 BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": Backend(kernel.supports, scan_mosaic.run),
-    "xla": Backend(supports=lambda **call: None, run=scan_xla.run),
+    "xla": Backend(supports=lambda **call: None, run=_xla),
 }

@@ -4,39 +4,48 @@ import jax
 import jax.numpy as jnp
 
 from ouromamba_jax.ops import scan_xla
-from ouromamba_jax.ops.scan_types import ScanOutput
-from ouromamba_jax.ops.split_operand import SplitOperand, StackedOperand, floats
+from ouromamba_jax.ops.scan_types import Routed, ScanOutput, Unsplit, floats
+from ouromamba_jax.ops.split import Split, detection_limit
 from ouromamba_jax.pallas import selective_scan as kernel
+from ouromamba_jax.pallas.outlier_split import Rule
+from ouromamba_jax.pallas.scan_operand import Operand, Route
 from ouromamba_jax.pallas.tiles import ScanTiles
 
 
 def run(
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collect, state_transform, **options
 ) -> ScanOutput:
-    """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA.
+    """The GPU kernels. They save the state of every few steps; those between are only for `collect`, walked by XLA."""
 
-    u and delta are read as levels, and group by group, if they came so. B and C are merged first: they are few bytes,
-    but every thread would convert all of a token's, 32 for its 16 exponentials.
-    """
-    B, C = floats(B), floats(C)
+    tiles = options.get("tiles") or kernel.tiles_for(A, B)
 
-    def step(x):
-        if not isinstance(x, SplitOperand):
-            return None
-        sizes, far, shifts = zip(*((planes.row_scale, planes.far, planes.shift) for planes in x.groups), strict=True)
-        return kernel.Step(sizes, far, shifts)
+    def operand(x):
+        if isinstance(x, Routed):
+            if reverse:
+                return Operand(x.merge())
+            return Operand(x.x, route=Route(*x.grid, x.transpose, x.reverse))
+        if isinstance(x, Unsplit):
+            if reverse or tiles.segments > 1 or x.config.detection != "dynamic":
+                return operand(x.split())
+            limit = detection_limit(x.scale, x.config, x.theta)
+            shift = None if x.config.outlier_bits == 16 else x.shift
+            rule = Rule.of(x.config, x.shape[1], shift)
+            return Operand(x.x, numbers=rule.numbers(x.scale, limit, shift), rule=rule)
+        return Operand(x.low, x.high, x.scale[None]) if isinstance(x, Split) else Operand(x)
 
-    def values(x):
-        if isinstance(x, SplitOperand):
-            return tuple(planes.near for planes in x.groups)
-        return x.groups if isinstance(x, StackedOperand) else x
+    def operands(x):
+        """Of groups with rules of their own kinds, none is split in the scan."""
+        if not isinstance(x, tuple):
+            return (operand(x),)
+        made = tuple(map(operand, x))
+        if len({part.rule for part in made}) > 1:
+            made = tuple(operand(part.split() if isinstance(part, Unsplit) else part) for part in x)
+        return made
 
-    levels = kernel.Steps(u=step(u), delta=step(delta))
     y, h_last, starts = kernel.run(
-        values(u), values(delta), A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0,
-        reverse=reverse, with_starts=collect is not None, levels=levels, **options,
+        operands(u), operands(delta), A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0,
+        reverse=reverse, with_starts=collect is not None, **options,
     )  # fmt: skip
-    y = y.astype(u.dtype)
     if starts is None:
         return ScanOutput(y, h_last, None)
 
@@ -46,8 +55,7 @@ def run(
             u, delta, A, B, B, None, None, delta_bias, delta_softplus, h0, False, collect, None
         ).states  # its y is not used
 
-    inputs = tuple(map(floats, (u, delta, B)))
-    tiles = options.get("tiles") or kernel.tiles_for(A, B)
+    inputs = floats(u, B.dtype), floats(delta, B.dtype), B
     return ScanOutput(y, h_last, _walk_chunks(walk, inputs, starts, tiles, reverse))
 
 

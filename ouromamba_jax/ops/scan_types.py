@@ -1,12 +1,80 @@
 """What every implementation of the selective scan takes and returns."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int, PyTree
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, PyTree
+
+from ouromamba_jax.ops.split import OutlierConfig, Split, split_outliers
 
 Collect = Callable[[Float[Array, "B D N"]], PyTree]
 StateTransform = Callable[[Float[Array, "B D N"], Int[Array, ""]], Float[Array, "B D N"]]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x", "scale", "theta", "shift"], meta_fields=["config"])
+@dataclass(frozen=True)
+class Unsplit:
+    """Floats (B, L, E), tokens in scan order, that stand for their split: a GPU's scan splits them as it reads them.
+
+    Fields as the arguments of `split_outliers`.
+    """
+
+    x: Float[Array, "B L E"]
+    scale: Float32[Array, " L"]
+    config: OutlierConfig
+    theta: Float32[Array, " L"] | None = None
+    shift: Int8[Array, " L"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, L, E)."""
+        return self.x.shape
+
+    def split(self) -> Split:
+        """The split itself."""
+        return split_outliers(self.x, self.scale, self.config, theta=self.theta, shift=self.shift)
+
+    def merge(self) -> Float32[Array, "B L E"]:
+        """What the scan takes."""
+        return self.split().merge()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["grid", "transpose", "reverse"])
+@dataclass(frozen=True)
+class Routed:
+    """Tokens of a map, which x (B, L, E) holds by rows, in the order of `producers.route`; `grid` is rows, columns."""
+
+    x: Float[Array, "B L E"]
+    grid: tuple[int, int]
+    transpose: bool
+    reverse: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, L, E)."""
+        return self.x.shape
+
+    def merge(self) -> Float[Array, "B L E"]:
+        """The tokens in that order."""
+        x = self.x.reshape(self.x.shape[0], *self.grid, -1)
+        tokens = (x.swapaxes(1, 2) if self.transpose else x).reshape(self.x.shape)
+        return jnp.flip(tokens, axis=1) if self.reverse else tokens
+
+
+Wide = Float[Array, "B L D"] | tuple[Float[Array, "B L E"] | Split | Unsplit | Routed, ...]
+"""An input of D channels: floats, or for each group of E channels, in order, floats, a `Split` or what will be one."""
+
+
+def floats(x: Wide, dtype: DTypeLike) -> Float[Array, "B L D"]:
+    """All channels in floats, those that are split in `dtype`."""
+    if not isinstance(x, tuple):
+        return x
+    parts = [part.merge().astype(dtype) if isinstance(part, Split | Unsplit | Routed) else part for part in x]
+    return jnp.concatenate(parts, axis=2)
 
 
 class ScanOutput(NamedTuple):

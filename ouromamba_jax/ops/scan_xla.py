@@ -22,7 +22,6 @@ def run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collec
     """`selective_scan` with B and C grouped; supports every call."""
     (batch, length, channels), (groups, d_state) = u.shape, B.shape[2:]
     f32 = partial(jnp.asarray, dtype=jnp.float32)
-    u, delta, B, C = map(to_floats, (u, delta, B, C))
     delta = f32(delta) if delta_bias is None else f32(delta) + f32(delta_bias)[None, None]
     n_chunks = -(-length // MAX_CHUNK)
     chunk = -(-length // n_chunks)
@@ -71,11 +70,6 @@ def run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collec
     if z is not None:
         y = y * jax.nn.silu(f32(z))
     return ScanOutput(y.astype(u.dtype), from_state(h), states)
-
-
-def to_floats(x):
-    """An operand (B, L, ...) as one array: what was split is merged."""
-    return x.merge() if hasattr(x, "merge") else x
 
 
 def _softplus(x):

@@ -1,7 +1,7 @@
-"""Ampere and Ada kernel of the published split: INT4 inliers and compacted INT8 outliers in one int32 accumulator.
+"""Ampere and Ada kernel of the published split: INT4 entries and compacted INT8 ones in one int32 accumulator.
 
-One warpgroup per output tile. The outliers' steps come first, as many as the tile's list fills; then a shift of every
-row, then the inliers' steps at twice the speed.
+One warpgroup per output tile. The INT8 steps come first, as many as the tile's list fills; then the others at twice the
+speed.
 """
 
 from typing import Any
@@ -13,20 +13,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from ouromamba_jax.pallas import accumulators
+from ouromamba_jax.pallas.accumulators import epilogue
 from ouromamba_jax.pallas.mma_pipeline import ACCUMULATOR, multiply_add, zeros
 from ouromamba_jax.pallas.store import store
 from ouromamba_jax.pallas.tiles import MatmulTiles
 
 
 def matmul(
-    inliers: Int8[Array, "M half"],
-    outliers: Int8[Array, "tiles rows capacity"],
+    small: Int8[Array, "M half"],
+    large: Int8[Array, "tiles rows capacity"],
     steps: Int32[Array, " tiles"],
-    shift: Int32[Array, " M"],
-    row_scale: Float32[Array, " M"],
+    row_scale: Float32[Array, " more"],
     weight: Int8[Array, "N half"],
-    outlier_weight: Int8[Array, "tiles N capacity"],
+    large_weight: Int8[Array, "tiles N capacity"],
     column_scale: Float32[Array, " N"],
     bias: Float[Array, " N"] | None = None,
     *,
@@ -34,52 +33,45 @@ def matmul(
     dtype: Any = jnp.float32,
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
-    """((outliers @ outlier_weight^T) * 2^shift + inliers @ weight^T) * row_scale * column_scale + bias.
+    """(large @ large_weight^T + small @ weight^T) * column_scale * row_scale + bias.
 
     For M >= tile_m; 8, 128, 128 and tile_n divide M, half, capacity and N.
 
     Args:
-      inliers, weight: levels of 4 bits, two to a byte in the same order.
-      outliers: of each tile of rows its listed channels, and the weights of these.
+      small, weight: levels of 4 bits, two to a byte in the same order.
+      large, large_weight: of each tile of rows the channels of its list, and the weights of these.
       steps: how many 128 channels of a tile's list count.
+      row_scale: `periodic(scale, tile_m)`.
       tiles: tile_m, tile_n and stages.
     """
-    M, N = inliers.shape[0], weight.shape[0]
+    M, N = small.shape[0], weight.shape[0]
     tile_m, tile_n = tiles.tile_m, tiles.tile_n
+    period = row_scale.shape[0] - tile_m
     emulated = interpret is not None
 
-    def int4_matmul(inliers, outliers, steps, shift, row_scale, weight, outlier_weight, column_scale, *rest):
-        *biases, out = rest
+    def int4_matmul(small, large, steps, row_scale, weight, large_weight, *rest):
+        *per_column, out = rest
         tile, columns = lax.axis_index("row_tile"), pl.ds(lax.axis_index("column_tile") * tile_n, tile_n)
         # The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike.
-        rows = pl.ds(jnp.minimum(tile * tile_m, M - tile_m), tile_m)
+        first = jnp.minimum(tile * tile_m, M - tile_m)
+        rows = pl.ds(first, tile_m)
 
-        def add(levels, left, right, acc, steps=None):
-            (acc,) = multiply_add(
-                [left], right, (acc,), levels=levels, stages=tiles.stages, emulated=emulated, steps=steps
-            )
-            return acc
-
-        def per_row(ref):
-            x = plgpu.load(ref.at[rows], layout=ACCUMULATOR.reduce(1), optimized=False)
-            return lax.broadcast_in_dim(x, (tile_m, tile_n), [0])
+        def add(packing, left, right, acc, steps=None):
+            return multiply_add(left, right, acc, packing=packing, stages=tiles.stages, emulated=emulated, steps=steps)
 
         acc = zeros(tile_m, tile_n)
-        acc = add("int8", outliers.at[tile], outlier_weight.at[tile].at[columns], acc, steps[tile])
-        acc = add("int4", inliers.at[rows], weight.at[columns], lax.shift_left(acc, per_row(shift)))
-        per_column = (
-            plgpu.load(ref.at[columns], layout=ACCUMULATOR.reduce(0), optimized=False)
-            for ref in (column_scale, *biases)
-        )
-        y = acc.astype(jnp.float32) * per_row(row_scale)
-        store(out.at[rows, columns], accumulators.scaled(y, *per_column))
+        acc = add("int8", large.at[tile], large_weight.at[tile].at[columns], acc, steps[tile])
+        acc = add("int4", small.at[rows], weight.at[columns], acc)
+        tokens = pl.ds(lax.rem(first, period), tile_m)
+        scale = plgpu.load(row_scale.at[tokens], layout=ACCUMULATOR.reduce(1), optimized=False)
+        w, *offset = (plgpu.load(ref.at[columns], layout=ACCUMULATOR.reduce(0), optimized=False) for ref in per_column)
+        store(out.at[rows, columns], epilogue(acc, scale, w, *offset))
 
-    kernel = plgpu.kernel(
+    biases = [] if bias is None else [bias]
+    return plgpu.kernel(
         int4_matmul,
         out_type=jax.ShapeDtypeStruct((M, N), dtype),
         grid=(pl.cdiv(M, tile_m), N // tile_n),
         grid_names=("row_tile", "column_tile"),
         **({"interpret": interpret} if emulated else {}),
-    )
-    biases = [] if bias is None else [bias]
-    return kernel(inliers, outliers, steps, shift, row_scale, weight, outlier_weight, column_scale, *biases)
+    )(small, large, steps, row_scale, weight, large_weight, column_scale, *biases)

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int8
 
 from ouromamba_jax.ops.qtensor import QTensor, max_level
-
-LARGEST_FIXED_POINT = 32639
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 
 INT32_MAX = 2**31 - 1
+_LARGEST_LEVEL = 127 * 256 + 127  # of two bytes
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["rows", "scale"], meta_fields=["bits", "inputs", "wide"])
@@ -26,7 +25,7 @@ class KernelWeight:
       scale: float32 (1, O).
       bits: of a level.
       inputs: K.
-      wide: whether int32 holds every product with `LARGEST_FIXED_POINT` or less, these very levels being what they are.
+      wide: whether int32 holds every product with levels of two bytes: every column's sum of |W| * 32639.
     """
 
     rows: Int8[Array, "N bytes"]
@@ -64,13 +63,13 @@ def arrange(weight: QTensor | KernelWeight, tiles: MatmulTiles) -> KernelWeight:
 def is_wide(weight: QTensor | KernelWeight) -> bool:
     """`KernelWeight.wide`: known of one, else by the largest levels that there could be."""
     known = isinstance(weight, KernelWeight) and weight.wide
-    return known or weight.shape[0] * max_level(weight.bits) * LARGEST_FIXED_POINT <= INT32_MAX
+    return known or weight.shape[0] * max_level(weight.bits) * _LARGEST_LEVEL <= INT32_MAX
 
 
 def measured(weight: KernelWeight) -> KernelWeight:
     """`weight` with `wide` by its levels, which are read: not inside `jax.jit`."""
     largest = int(jnp.max(jnp.sum(jnp.abs(weight.values.astype(jnp.int32)), axis=0)))
-    return replace(weight, wide=largest * LARGEST_FIXED_POINT <= INT32_MAX)
+    return replace(weight, wide=largest * _LARGEST_LEVEL <= INT32_MAX)
 
 
 def pack_halves(rows: Int8[Array, "N K"], block: int = TILE_K) -> Int8[Array, "N half"]:

@@ -1,14 +1,14 @@
-"""Hopper kernel of the outlier matmul: TMA, int8 wgmma, one int32 accumulator for outliers and inliers.
+"""Hopper kernel of the outlier matmul: TMA, int8 wgmma, one int32 accumulator for both bytes of the levels.
 
 A program walks tiles of the output. One warpgroup copies K-steps into shared memory, two multiply, 64 rows each. A
-tile's outlier steps come first (`far`, only if one of its rows holds a shift), then every row of the accumulator is
-shifted left by its own power, then come the steps of `near`, which every tile has. The integers are exact. A tile with
-a shift that int32 is too small for walks both planes for every 64 of its columns, with two accumulators.
+second plane's steps come first; then the accumulator is shifted left by 8.
 
 4-bit weights may travel packed. wgmma wants int8 in shared memory, so the copying warpgroup also unpacks each step,
 one behind its copies: a byte's high nibble is 16 times its level already, the low one is after a shift.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8
 
-from ouromamba_jax.pallas import accumulators
+from ouromamba_jax.pallas.accumulators import epilogue
 from ouromamba_jax.pallas.nibbles import sixteenfold
 from ouromamba_jax.pallas.tiles import TILE_K, MatmulTiles
 
@@ -39,60 +39,58 @@ def _shared(shape: tuple[int, ...], dtype, swizzle_bytes: int = 128) -> plgpu.SM
 
 
 def matmul(
-    near: Int8[Array, "M K"],
-    far: Int8[Array, "M K"],
-    largest_shift: Int32[Array, " tiles"],
-    shift: Int32[Array, " M"],
-    row_scale: Float32[Array, " M"],
+    planes: Sequence[Int8[Array, "M K"]],
+    row_scale: Float32[Array, " more"],
     weight: Int8[Array, "N columns"],
-    column_scale: Float32[Array, " N"],
-    bias: Float[Array, " N"] | None = None,
+    columns: Sequence[Float[Array, " N"]],
+    added: Sequence[Float32[Array, "M N"]] = (),
     *,
     tiles: MatmulTiles,
-    limit: int,
     programs: int,
     dtype: Any = jnp.float32,
-    interpret=None,
+    interpret: Any = None,
 ) -> Float[Array, "M N"]:
-    """((far @ W^T) * 2^shift + near @ W^T) * row_scale * column_scale + bias.
+    """planes @ W^T * column_scale * row_scale + bias, in one int32 accumulator; then perhaps a sum in float32.
 
-    For M >= tile_m; 8, 128 and tile_n divide M, K and N.
+    For M >= tile_m and N >= tile_n; 8, 32 and 16 divide M, K and N, or 16 a K below 128, or 64 K where weights are
+    packed.
 
     Args:
-      largest_shift: of each tile of rows; where it is 0, `far` is not read.
-      weight: K levels per output, or K // 2 bytes of `pack_halves` if tiles.packed; unpacked they count sixteenfold.
-      bias: of any float type.
-      limit: the largest shift at which int32 holds the sum.
-      dtype: of the result.
+      planes: of levels: low bytes alone, or high ones before them.
+      row_scale: `periodic(scale, tile_m)`.
+      weight: whole tiles of outputs, K levels of each with zeros up to whole steps, or half as many bytes of
+        `pack_halves` if tiles.packed; unpacked they count sixteenfold.
+      columns: column_scale, and a bias of any float type if there is one.
+      added: what the result is added to, if anything.
+      dtype: to which the result is rounded; a sum is float32.
       programs: how many run, one per multiprocessor.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
-    (M, K), N = near.shape, weight.shape[0]
+    (M, K), (N,) = planes[0].shape, columns[0].shape
     tile_m, tile_n, stages = tiles.tile_m, tiles.tile_n, tiles.stages
     rows = tile_m // COMPUTE_WARPGROUPS
-    n_tiles, k_tiles = N // tile_n, K // TILE_K
+    n_tiles, k_tiles = pl.cdiv(N, tile_n), pl.cdiv(K, TILE_K)
     tile_count = pl.cdiv(M, tile_m) * n_tiles
     emulated = interpret is not None
-    width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step, and the swizzle that suits them
+    width = HALF if tiles.packed else TILE_K  # bytes of a weight row per step
+    # Whole rows of the swizzle make up K, or one is wider; what is copied beyond K is zero.
+    swizzle = next(size for size in (128, 64, 32) if size <= width and (K % size == 0 or size > K))
     parts = tile_n // EPILOGUE_COLUMNS  # of an output tile, 1 or even; they take turns at the slots that they leave by
     slots = min(2, parts)
-    biases = [] if bias is None else [bias]
+    period = row_scale.shape[0] - tile_m
+    written = jnp.float32 if added else dtype
+    # Copies to `out` begin at whole rows of the swizzle.
+    leaving = next(size for size in (128, 64, 32) if N * jnp.dtype(written).itemsize % size == 0)
 
-    def outlier_matmul(near, far, largest_shift, shift, row_scale, weight, column_scale, *rest):
-        bias, (out, *scratch) = rest[: len(biases)], rest[len(biases) :]
+    def outlier_matmul(*refs):
+        planes, row_scale, weight, columns, added, out, scratch = jax.tree.unflatten(structure, refs)
         a, b, c, full, empty, *unpacking = scratch
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
         def corner(tile):
-            """The last tile of a ragged M starts early: rows shared with its neighbour are written twice, alike."""
-            return jnp.minimum((tile // n_tiles) * tile_m, M - tile_m), lax.rem(tile, n_tiles) * tile_n
-
-        def far_steps(tile):
-            return jnp.minimum(largest_shift[tile // n_tiles], 1) * k_tiles
-
-        def rounds(tile):
-            """How often a tile's planes are walked: for each part of its columns if it takes two accumulators."""
-            return jnp.where(largest_shift[tile // n_tiles] > limit, parts, 1)
+            """The last tile of a ragged M or N starts early: what two tiles share is written twice, alike."""
+            m, n = tile // n_tiles * tile_m, lax.rem(tile, n_tiles) * tile_n
+            return jnp.minimum(m, M - tile_m), jnp.minimum(n, N - tile_n)
 
         def each_tile(body):
             mine = pl.cdiv(tile_count - program, programs)
@@ -139,12 +137,9 @@ def matmul(
 
             def tile(index, step):
                 m, n = corner(index)
-
-                def planes(_, step):
-                    step = lax.fori_loop(0, far_steps(index), lambda i, step: fetch(far, m, n, i, step), step)
-                    return lax.fori_loop(0, k_tiles, lambda i, step: fetch(near, m, n, i, step), step)
-
-                return lax.fori_loop(0, rounds(index), planes, step)
+                for plane in planes:
+                    step = lax.fori_loop(0, k_tiles, lambda i, step, plane=plane: fetch(plane, m, n, i, step), step)
+                return step
 
             def drain(step, _):
                 plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
@@ -162,9 +157,7 @@ def matmul(
         def _multiply():
             plgpu.set_max_registers(224 if tiles.packed else 232, action="increase")
 
-            def products(acc, first, count, outputs=None):
-                outputs = pl.ds(0, tile_n) if outputs is None else outputs
-
+            def products(acc, first):
                 def step(step, _):
                     slot = lax.rem(step, stages)
                     plgpu.barrier_wait(full.at[slot])
@@ -175,99 +168,85 @@ def matmul(
                         plgpu.barrier_wait(ready.at[pair])
                         for half in range(2):
                             columns = pl.ds(half * HALF, HALF)
-                            plgpu.wgmma(acc, a_rows.at[:, columns], b.at[pair, half, outputs].transpose((1, 0)))
+                            plgpu.wgmma(acc, a_rows.at[:, columns], b.at[pair, half].transpose((1, 0)))
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(used.at[pair])
                     else:
-                        plgpu.wgmma(acc, a_rows, b.at[slot, outputs].transpose((1, 0)))
+                        plgpu.wgmma(acc, a_rows, b.at[slot].transpose((1, 0)))
                         plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(empty.at[slot])
 
-                lax.fori_loop(first, first + count, step, None)
+                lax.fori_loop(first, first + k_tiles, step, None)
                 return acc[...]
 
             def tile(index, step):
-                (m, n), count = corner(index), far_steps(index)
+                m, n = corner(index)
                 m = m + warpgroup * rows
-                power, scale = (
-                    plgpu.load(ref.at[pl.ds(m, rows)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-                    for ref in (shift, row_scale)
+                first_token = lax.rem(m, period)
+                scale = plgpu.load(
+                    row_scale.at[pl.ds(first_token, rows)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
                 )
                 scale = scale * 0.0625 if tiles.packed else scale
+                accumulator = plgpu.ACC((rows, tile_n), jnp.int32)
+                steps = [step + i * k_tiles for i in range(len(planes))]
+                if emulated:  # the interpreter cannot store to an accumulator: one for each plane, added
+                    acc = jnp.zeros((rows, tile_n), jnp.int32)
+                    for first in steps:
+                        more = pl.run_scoped(lambda acc, first=first: products(acc, first), accumulator)
+                        acc = lax.shift_left(acc, 8) + more
+                else:
+                    acc = pl.run_scoped(partial(accumulate, steps), accumulator)
+                for i in range(parts):
+                    part = acc[:, i * EPILOGUE_COLUMNS : (i + 1) * EPILOGUE_COLUMNS].astype(jnp.float32)
+                    store(part, scale, m, n, i)
+                return steps[-1] + k_tiles
 
-                def across(x, columns):
-                    return lax.broadcast_in_dim(x, (rows, columns), [0])
+            def accumulate(steps, acc):
+                for first in steps[:-1]:
+                    acc[...] = lax.shift_left(products(acc, first), 8)
+                return products(acc, steps[-1])
 
-                @pl.when(largest_shift[index // n_tiles] <= limit)
-                def _one_accumulator():
-                    accumulator = plgpu.ACC((rows, tile_n), jnp.int32)
-
-                    def accumulate(acc):
-                        acc[...] = accumulators.shifted(products(acc, step, count), power)
-                        return products(acc, step + count, k_tiles)
-
-                    if emulated:  # the interpreter cannot store to an accumulator: two of them, added
-                        outliers = pl.run_scoped(lambda acc: products(acc, step, count), accumulator)
-                        inliers = pl.run_scoped(lambda acc: products(acc, step + count, k_tiles), accumulator)
-                        acc = accumulators.shifted(outliers, power) + inliers
-                    else:
-                        acc = pl.run_scoped(accumulate, accumulator)
-                    for i in range(parts):
-                        part = acc[:, i * EPILOGUE_COLUMNS : (i + 1) * EPILOGUE_COLUMNS].astype(jnp.float32)
-                        store(part * across(scale, EPILOGUE_COLUMNS), m, n, i)
-
-                @pl.when(largest_shift[index // n_tiles] > limit)
-                def _two_accumulators():
-                    accumulator = plgpu.ACC((rows, EPILOGUE_COLUMNS), jnp.int32)
-
-                    def part(i, step):
-                        outputs = pl.ds(i * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
-                        outliers = pl.run_scoped(lambda acc: products(acc, step, k_tiles, outputs), accumulator)
-                        step = step + k_tiles
-                        inliers = pl.run_scoped(lambda acc: products(acc, step, k_tiles, outputs), accumulator)
-                        store(accumulators.add(outliers, inliers, power, scale, limit), m, n, i)
-                        return step + k_tiles
-
-                    lax.fori_loop(0, parts, part, step)
-
-                return step + rounds(index) * (count + k_tiles)
-
-            def store(y, m, n, i):
-                columns = pl.ds(n + i * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
+            def store(part, scale, m, n, i):
+                here = pl.ds(n + i * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
                 per_column = plgpu.Layout.WGMMA.reduce(0)
-                w, *offset = (
-                    plgpu.load(ref.at[columns], layout=per_column, optimized=False) for ref in (column_scale, *bias)
-                )
+                w, *offset = (plgpu.load(ref.at[here], layout=per_column, optimized=False) for ref in columns)
                 staged = c.at[warpgroup, i % slots]
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                staged[...] = accumulators.scaled(y, w, *offset).astype(dtype)
+                y = epilogue(part, scale, w, *offset).astype(dtype)
+                for ref in added:
+                    x = plgpu.load(ref.at[pl.ds(m, rows), here], layout=plgpu.Layout.WGMMA, optimized=False)
+                    y = x + y.astype(jnp.float32)
+                staged[...] = y
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(m, rows), columns])
+                plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(m, rows), here])
 
             each_tile(tile)
             plgpu.wait_smem_to_gmem(0)
 
+    operands = list(planes), row_scale, weight, list(columns), list(added)
     unpacking_scratch = [
         _shared((stages, tile_n, HALF), jnp.int8, HALF),
         plgpu.Barrier(num_arrivals=1, num_barriers=PAIRS),
         plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=PAIRS),
     ]
+    scratch_types = [
+        _shared((stages, tile_m, TILE_K), jnp.int8, swizzle),
+        _shared((PAIRS, 2, tile_n, HALF) if tiles.packed else (stages, tile_n, TILE_K), jnp.int8, swizzle),
+        _shared((COMPUTE_WARPGROUPS, slots, rows, EPILOGUE_COLUMNS), written, leaving),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + tiles.packed, num_barriers=stages),
+        *(unpacking_scratch if tiles.packed else []),
+    ]
+    structure = jax.tree.structure((*operands, 0, scratch_types))
     return plgpu.kernel(
         outlier_matmul,
-        out_type=jax.ShapeDtypeStruct((M, N), dtype),
+        out_type=jax.ShapeDtypeStruct((M, N), written),
         grid=(programs,),
         grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=[
-            _shared((stages, tile_m, TILE_K), jnp.int8, width),
-            _shared((PAIRS, 2, tile_n, HALF) if tiles.packed else (stages, tile_n, TILE_K), jnp.int8, width),
-            _shared((COMPUTE_WARPGROUPS, slots, rows, EPILOGUE_COLUMNS), dtype),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + tiles.packed, num_barriers=stages),
-            *(unpacking_scratch if tiles.packed else []),
-        ],
+        scratch_types=scratch_types,
         # No warpgroup reads what it has written, and commits and waits have barriers of their own.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         **({"interpret": interpret} if emulated else {}),
-    )(near, far, largest_shift, shift, row_scale, weight, column_scale, *biases)
+    )(*jax.tree.leaves(operands))

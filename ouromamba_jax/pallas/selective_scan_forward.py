@@ -4,7 +4,8 @@ A program walks the tokens of 128 channels of one sample. Delta's bias and softp
 are part of the walk, so u, delta, z and y cross memory once. exp(delta A) is 2^(delta A log2 e).
 
 u and delta may come as an array for every group, so that nobody has to copy them side by side; a program then branches
-to the arrays of its group.
+to the arrays of its group. Either may be levels in steps of their tokens, or be split here: a thread has its channel
+and the tokens in order, which is all that Algorithm 2 asks for.
 """
 
 from functools import partial
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Float, Float32
 
-from ouromamba_jax.pallas.selective_scan import Steps, Wide, parts
-from ouromamba_jax.pallas.tiles import SCAN_CHANNELS as CHANNELS
+from ouromamba_jax.pallas import lanes
+from ouromamba_jax.pallas.lanes import LANES
+from ouromamba_jax.pallas.scan_operand import Operand, Operands
 
 AHEAD = 2
 """Tokens whose inputs are loaded while as many before them are computed; 4 of them take 246 registers, 2 take 161."""
@@ -36,11 +38,11 @@ def softplus(x):
 
 
 def forward(
-    u: Wide,
-    delta: Wide,
+    u: Operands,
+    delta: Operands,
     A: Float32[Array, "D N"],
-    B: Float[Array, "B L G N"] | Int8[Array, "B L G N"],
-    C: Float[Array, "B L G N"] | Int8[Array, "B L G N"],
+    B: Float[Array, "B L G N"],
+    C: Float[Array, "B L G N"],
     D: Float32[Array, " D"] | None = None,
     *,
     z: Float[Array, "B L D"] | None = None,
@@ -49,145 +51,153 @@ def forward(
     delta_softplus: bool = False,
     reverse: bool = False,
     chunk: int | None = None,
-    levels: Steps | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B L D"], Float32[Array, "B D N"], Float32[Array, "B chunks N D"] | None]:
     """y, the last state, and with `chunk` (an even number of tokens) the state before each chunk, in scan order.
 
-    Arguments as in `scan.selective_scan`, D / G a multiple of 128, N at most 16. y has u's type, float32 for levels.
+    Arguments as in `scan.selective_scan`, N at most 16. y has u's type, or B's where u is levels.
     """
-    u, delta = parts(u), parts(delta)
-    (batch, length, _), channels = u[0].shape, A.shape[0]
-    groups, states = B.shape[2:]
-    per_group = channels // groups // CHANNELS  # programs of a sample
+    (batch, length, groups, states), channels = B.shape, A.shape[0]
+    width = channels // groups
+    per_group = lanes.count_blocks(width)  # programs of a sample
     steps = pl.cdiv(length, AHEAD)
-    inputs = {"u": u, "delta": delta} | ({} if z is None else {"gate": (z,)})
-    far, numbers = {}, {}
-    for name, step in (levels or Steps())._asdict().items():
-        if step is not None:
-            numbers[f"{name}_size"] = step.size
-        if step is not None and step.far is not None:
-            far[name], numbers[f"{name}_shift"] = parts(step.far), step.shift
+    inputs = {"u": u, "delta": delta} | ({} if z is None else {"gate": (Operand(z),)})
     optional = {"skip": D, "bias": delta_bias, "h0": None if h0 is None else jnp.swapaxes(h0, 1, 2)}
     optional = {name: x for name, x in optional.items() if x is not None}
-    operands, structure = jax.tree.flatten((inputs, far, numbers, A.T * LOG2_E, B, C, optional))
-    apart = any(len(arrays) > 1 for arrays in (*inputs.values(), *far.values()))
+    operands, structure = jax.tree.flatten((inputs, A.T * LOG2_E, B, C, optional))
+    rules = {name: x[0].rule for name, x in inputs.items() if x[0].rule is not None}
+    apart = any(len(operands) > 1 for operands in inputs.values())
+    emulated = interpret is not None
 
     def selective_scan(*refs):
-        inputs, far, numbers, A, B, C, given = jax.tree.unflatten(structure, refs[: len(operands)])
+        inputs, A, B, C, given = jax.tree.unflatten(structure, refs[: len(operands)])
         y, h_last, *starts = refs[len(operands) :]
         sample, block = lax.axis_index("sample"), lax.axis_index("block")
-        here = pl.ds(block * CHANNELS, CHANNELS)
-        within = pl.ds(lax.rem(block, per_group) * CHANNELS, CHANNELS)
         group = block // per_group
-        rates = [A[n, here] for n in range(states)]
+        first, of_group = lanes.first_channel(lax.rem(block, per_group), width), pl.ds(group * width, width)
+
+        def load(ref, *index):
+            """Of my channels, from a reference to those of all groups."""
+            return lanes.load(ref.at[*index, of_group], first, emulated=emulated)
+
+        def store(ref, *index_and_value):
+            *index, value = index_and_value
+            lanes.store(ref.at[*index, of_group], first, value, emulated=emulated)
+
+        nothing = jnp.zeros((LANES,), jnp.float32)
+        rates = [load(A, n) for n in range(states)]
+        skip, bias = (load(given[name]) if name in given else None for name in ("skip", "bias"))
 
         def position(i):
             """Past the end the last token comes again; with a step size of 0 it changes nothing."""
             i = jnp.minimum(i, length - 1)
             return length - 1 - i if reverse else i
 
-        def vector(arrays, t, index):
-            array, channels = (arrays[0], here) if len(arrays) == 1 else (arrays[index], within)
-            return array[sample, t, channels].astype(jnp.float32)
+        def vector(ref, t, sample=sample):
+            if ref.shape[2] == channels:
+                return load(ref, sample, t)
+            return lanes.load(ref.at[sample, t], first, emulated=emulated)
 
-        def number(arrays, t, index):
-            return arrays[index][sample, t] if isinstance(arrays, tuple) else arrays[sample, t, group]
+        def along(operand, t):
+            if operand.route is None:
+                return vector(operand.low, t)
+            whole = lax.rem(sample, operand.segments) * length + t
+            return vector(operand.low, operand.route.index(whole), sample // operand.segments)
 
-        def of_my_group(read, first=0, count=groups if apart else 1):
+        def of_my_group(read, start=0, count=groups if apart else 1):
             """read(group), one of `count`: between two, the compiler selects addresses instead."""
             if count == 1:
-                return read(first)
+                return read(start)
             half = count // 2
             lower, upper = (
-                partial(of_my_group, read, first, half),
-                partial(of_my_group, read, first + half, count - half),
+                partial(of_my_group, read, start, half),
+                partial(of_my_group, read, start + half, count - half),
             )
-            return lax.cond(group < first + half, lower, upper)
+            return lax.cond(group < start + half, lower, upper)
 
         def fetch(k):
-            """Inputs and numbers of the tokens of a step."""
+            """Inputs of the tokens of a step, as they lie in memory but in floats."""
 
-            def read(index):
-                return tuple(
-                    (
-                        {name: vector(arrays, t, index) for name, arrays in inputs.items()},
-                        {name: number(arrays, t, index) for name, arrays in numbers.items()},
-                    )
-                    for t in (position(k * AHEAD + i) for i in range(AHEAD))
-                )
+            def token(index, t):
+                values = {}
+                for name, of_groups in inputs.items():
+                    mine = of_groups[index if len(of_groups) > 1 else 0]
+                    levels = [along(mine, t).astype(jnp.float32)]
+                    if any(x.high is not None for x in of_groups):
+                        levels += [nothing if mine.high is None else vector(mine.high, t).astype(jnp.float32)]
+                    numbers = tuple(ref[t] for ref in mine.numbers)
+                    if mine.scale is not None:
+                        numbers = (mine.scale[lax.rem(sample, mine.scale.shape[0]), t],)
+                    values[name] = levels, numbers
+                return values
 
-            return of_my_group(read)
+            return of_my_group(lambda index: tuple(token(index, position(k * AHEAD + i)) for i in range(AHEAD)))
 
-        def finished(name, values, numbers, t):
-            """An input in floats. Outliers of its own are rare, and only loaded here."""
-            x = values[name]
-            if name in far:
-                shift = numbers[f"{name}_shift"]
-
-                def with_far():
-                    power = lax.bitcast_convert_type(jnp.full((CHANNELS,), shift + 127) << 23, jnp.float32)
-                    return x + power * of_my_group(partial(vector, far[name], t))
-
-                x = lax.cond(shift > 0, with_far, lambda: x)
-            return scaled(name, x, numbers)
-
-        def scaled(name, x, numbers):
-            return x * numbers[f"{name}_size"] if f"{name}_size" in numbers else x
+        def finished(name, values, i, lists):
+            """An input in floats, and the lists of what is split here after it."""
+            levels, numbers = values[name]
+            x = levels[0] if len(levels) == 1 else levels[0] + 256.0 * levels[1]
+            if name in lists:
+                rule = rules[name]
+                place = lax.rem(i, rule.window)
+                listed = lanes.where(place > 0, lists[name], rule.window)
+                x, listed = rule.level(x, place, listed, numbers)
+                lists = lists | {name: listed}
+            return (x * numbers[0] if numbers else x), lists
 
         def step_size(d, i):
-            d = d + given["bias"][here] if "bias" in given else d
+            d = d if bias is None else d + bias
             d = softplus(d)[0] if delta_softplus else d
             return d * jnp.where(i < length, jnp.float32(1), jnp.float32(0))
 
         def walk(k, carry):
-            h, loaded = carry
+            h, lists, loaded = carry
             if chunk is not None:
 
                 @pl.when(lax.rem(k, chunk // AHEAD) == 0)
                 def _():
                     for n in range(states):
-                        starts[0][sample, k * AHEAD // chunk, n, here] = h[n]
+                        store(starts[0], sample, k * AHEAD // chunk, n, h[n])
 
             following = fetch(k + 1)
             outs = []
-            for i, (values, sizes) in enumerate(loaded):
+            for i, values in enumerate(loaded):
                 t = position(k * AHEAD + i)
-                x, d = finished("u", values, sizes, t), finished("delta", values, sizes, t)
+                x, lists = finished("u", values, k * AHEAD + i, lists)
+                d, lists = finished("delta", values, k * AHEAD + i, lists)
                 d = step_size(d, k * AHEAD + i)
-                dx = scaled("B", d * x, sizes)
+                dx = d * x
                 decays = [jnp.exp2(d * rate) for rate in rates]
                 inflow = [dx * B[sample, t, group, n].astype(jnp.float32) for n in range(states)]
                 h = tuple(a * h_n + b for a, h_n, b in zip(decays, h, inflow, strict=True))
-                out = jnp.zeros((CHANNELS,), jnp.float32)
+                out = nothing
                 for n in range(states):
                     out = out + h[n] * C[sample, t, group, n].astype(jnp.float32)
-                out = scaled("C", out, sizes)
-                if "skip" in given:
-                    out = out + x * given["skip"][here]
+                if skip is not None:
+                    out = out + x * skip
                 if "gate" in values:
-                    gate = values["gate"]
+                    gate, _ = finished("gate", values, 0, {})
                     out = out * (gate / (1.0 + jnp.exp(-gate)))
                 outs.append((t, out))
             for t, out in outs:
-                y[sample, t, here] = out.astype(y.dtype)
-            return h, following
+                store(y, sample, t, out)
+            return h, lists, following
 
-        zeros = jnp.zeros((CHANNELS,), jnp.float32)
-        start = tuple(given["h0"][sample, n, here] if "h0" in given else zeros for n in range(states))
-        h, _ = lax.fori_loop(0, steps, walk, (start, fetch(0)))
+        start = tuple(load(given["h0"], sample, n) if "h0" in given else nothing for n in range(states))
+        lists = {name: jnp.full((LANES,), rule.window, jnp.int32) for name, rule in rules.items()}
+        h, *_ = lax.fori_loop(0, steps, walk, (start, lists, fetch(0)))
         for n in range(states):
-            h_last[sample, n, here] = h[n]
+            store(h_last, sample, n, h[n])
 
     state = (batch, states, channels)
-    dtype = jnp.float32 if u[0].dtype == jnp.int8 else u[0].dtype
+    dtype = B.dtype if u[0].low.dtype == jnp.int8 else u[0].low.dtype
     shapes = [jax.ShapeDtypeStruct((batch, length, channels), dtype), jax.ShapeDtypeStruct(state, jnp.float32)]
     if chunk is not None:
         shapes.append(jax.ShapeDtypeStruct((batch, pl.cdiv(length, chunk), *state[1:]), jnp.float32))
     y, h_last, *starts = plgpu.kernel(
         selective_scan,
         out_type=tuple(shapes),
-        grid=(channels // CHANNELS, batch),
+        grid=(groups * per_group, batch),
         grid_names=("block", "sample"),
         compiler_params=PARAMETERS,
         **({"interpret": interpret} if interpret is not None else {}),

@@ -1,6 +1,7 @@
 """The quantiser of one activation, and what every quantised site stores."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ouromamba_jax.ops.producers import split_after
+from ouromamba_jax.ops.scan_types import Unsplit
 from ouromamba_jax.ops.split import Split
 from ouromamba_jax.ops.split_calibration import Calibration, calibrate
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
@@ -78,6 +81,22 @@ class ActQuantizer(nnx.Module):
         """
         check_tokens(x, self.scale.shape[0])
         return self.calibration.split(x, self.config)
+
+    def split_after(
+        self, producer: Callable[..., Array], arrays: tuple[Any, ...], options: dict[str, Any], *, keep: bool
+    ) -> tuple[Split, Array | None]:
+        """(levels of what a producer makes, with `keep` that itself); see `ops.producers`. Raises as `split` does."""
+        found = self.calibration
+        calibrated = dict(theta=found.theta, shift=found.shift, channels=found.channels)
+        return split_after(producer, arrays, options, found.scale, self.config, keep=keep, **calibrated)
+
+    def unsplit(self, x: Float[Array, "B L C"]) -> Unsplit | Split:
+        """x for a scan that may split it itself. Raises as `split` does."""
+        if self.channels is not None:
+            return self.split(x)
+        check_tokens(x, self.scale.shape[0])
+        found = self.calibration
+        return Unsplit(x, found.scale, self.config, found.theta, found.shift)
 
     def round(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         """What the levels of x stand for, in x's type. Raises as `split` does."""

@@ -1,11 +1,12 @@
 """Linear layers in integers: calibrated, as a trainable stand-in, quantised, and measured."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.ops.matmul import KernelWeight, outlier_matmul, prepare
@@ -40,7 +41,7 @@ class QuantLinear(nnx.Module):
         self.weight_scale = Calibrated(weight.scale)
         self.bias = None if bias is None else nnx.Param(bias)
         self.act = act
-        self.layout: KernelLayout | None = None
+        self.layout: KernelLayout | None = nnx.data(None)
 
     @property
     def weight(self) -> QTensor:
@@ -62,12 +63,33 @@ class QuantLinear(nnx.Module):
         return self.act.split(as_tokens(x))
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
-        bias = None if self.bias is None else self.bias[...]
         if self.act is None:
+            bias = None if self.bias is None else self.bias[...]
             return _float_product(x, self.weight.dequantize(), bias, self.dtype)
+        return self._product(self.split(x)).reshape(*x.shape[:-1], -1)
+
+    def after(
+        self,
+        producer: Callable[..., Array],
+        *arrays: Any,
+        keep: bool = False,
+        residual: Float32[Array, "... O"] | None = None,
+        **options: Any,
+    ) -> Any:
+        """`models.layers.after`: what the producer makes is split where it is made, and written only with `keep`."""
+        if self.act is None:
+            x = producer(*arrays, **options)
+            y = self(x) if residual is None else residual + self(x).astype(jnp.float32)
+            return (y, x) if keep else y
+        shape = jax.eval_shape(lambda *x: producer(*x, **options), *arrays).shape
+        split, x = self.act.split_after(producer, arrays, options, keep=keep)
+        y = self._product(split, None if residual is None else as_tokens(residual)).reshape(*shape[:-1], -1)
+        return (y, x) if keep else y
+
+    def _product(self, split: Split, residual: Float32[Array, "B L O"] | None = None) -> Float[Array, "B L O"]:
+        bias = None if self.bias is None else self.bias[...]
         weight = self.weight if self.layout is None else self.layout.get_value()
-        y = outlier_matmul(self.split(x), weight, bias=bias, dtype=self.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        return outlier_matmul(split, weight, bias=bias, dtype=self.dtype, residual=residual)
 
 
 class FakeLinear:

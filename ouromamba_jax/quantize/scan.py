@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.ops.qtensor import MIN_SCALE, QTensor, max_level
-from ouromamba_jax.ops.scan_types import ScanOutput
+from ouromamba_jax.ops.scan_types import Routed, ScanOutput, Unsplit
+from ouromamba_jax.ops.split import Split
 from ouromamba_jax.ops.split_calibration import Calibration
 from ouromamba_jax.quantize.activation import (
     ActQuantizer,
@@ -93,6 +94,27 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
         self.act = nnx.Dict({name: nnx.List(quantizers) for name, quantizers in activations.items()})
         self.parameter_levels = nnx.Dict({name: Levels(q.values, bits=q.bits) for name, q in parameters.items()})
         self.parameter_scale = nnx.Dict({name: Calibrated(q.scale) for name, q in parameters.items()})
+
+    def __call__(self, u: Array, delta: Array, B: Array, C: Array, *, collect: Any = None) -> ScanOutput:
+        if self.state_scale is not None:  # the states are rounded, too, for which no kernel stops
+            return super().__call__(u, delta, B, C, collect=collect)
+        _, _, *others = self.operands(u, delta, B, C)
+        return self.scan(self._unsplit("u", u), self._unsplit("delta", delta), *others, collect=collect)
+
+    def of_map(self, x: Float[Array, "B H W E"], orders: Any, delta: Array, B: Array, C: Array) -> ScanOutput:
+        """`models.layers.scan_map`: u is read from the map."""
+        tokens, grid = x.reshape(x.shape[0], -1, x.shape[3]), x.shape[1:3]
+        u = tuple(Routed(tokens, grid, transpose, reverse) for transpose, reverse in orders)
+        if self.state_scale is not None or "u" in self.act:
+            return self(jnp.stack([route.merge() for route in u], axis=2), delta, B, C)
+        _, _, *others = self.operands(u, delta, B, C)
+        return self.scan(u, self._unsplit("delta", delta), *others)
+
+    def _unsplit(self, name: str, x: Float[Array, "B L G E"]) -> Array | tuple[Unsplit | Split, ...]:
+        """An operand of the scan, which splits it where it reads it."""
+        if name not in self.act:
+            return x
+        return tuple(quantizer.unsplit(x[:, :, g]) for g, quantizer in enumerate(self.act[name]))
 
     def round_operand(self, name: str, x: Float[Array, "B L G C"]) -> Array:
         if name not in self.act:

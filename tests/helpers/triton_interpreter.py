@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from triton.runtime import interpreter
 
-from ouromamba_jax.pallas import outlier_matmul, triton_matmul
+from ouromamba_jax.pallas import triton_matmul
 from ouromamba_jax.pallas.tiles import MatmulTiles
 from ouromamba_jax.pallas.triton_matmul_kernel import matmul
 
@@ -45,18 +45,18 @@ class HostTensor:
     copy_ = set_
 
 
-def run(planes, weight, bias=None, *, dtype=jnp.float32, limit=None):
-    """As `triton_matmul.run`, inside jit as well."""
-    B, L, K = planes.shape
+def launch(split, weight, bias=None, dtype=jnp.float32):
+    """As `triton_matmul._launch`, inside jit as well."""
+    B, L, _ = split.shape
     O = weight.shape[1]
     out = jax.ShapeDtypeStruct((B * L, O), jnp.float32)
-    limit = outlier_matmul.largest_shift(K, 8) if limit is None else limit
-    operands = triton_matmul.operands(planes, weight, bias, TILES)
-    y = jax.pure_callback(lambda *arrays: _launch(arrays, out, K, limit, bias is not None), out, *operands)
+    operands = triton_matmul.operands(split, weight, bias)
+    constants = triton_matmul.constants(split, O, TILES, bias is not None)
+    y = jax.pure_callback(lambda *arrays: _launch(arrays, out, constants), out, *operands)
     return y.reshape(B, L, O).astype(dtype)
 
 
-def _launch(arrays, out, inputs, limit, bias):
+def _launch(arrays, out, constants):
     y = np.full(out.shape, np.nan, np.float32)
     tensors = [HostTensor(np.array(x)) for x in (*arrays, y)]
     grid = (-(-y.shape[0] // TILES.tile_m), -(-y.shape[1] // TILES.tile_n))
@@ -69,7 +69,7 @@ def _launch(arrays, out, inputs, limit, bias):
     interpreter._patch_lang_tensor = patch_with_index
     try:
         kernel = interpreter.InterpretedFunction(matmul.fn)
-        kernel[grid](*tensors, **triton_matmul.constants(*y.shape, inputs, TILES, limit, bias))
+        kernel[grid](*tensors, **constants)
     finally:
         interpreter._patch_lang_tensor = patch
     return tensors[-1].array

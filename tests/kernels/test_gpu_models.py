@@ -16,16 +16,21 @@ from ouromamba_jax import GenConfig, generate_images, quantize
 from ouromamba_jax.data.preprocessing import height_width
 from ouromamba_jax.evaluation import bench
 from ouromamba_jax.models import create_model, pure
-from ouromamba_jax.ops import matmul, scan
+from ouromamba_jax.ops import matmul, producers, scan
 from ouromamba_jax.ops import split as outliers
 from ouromamba_jax.ops.dispatch import choose
 from ouromamba_jax.ops.qtensor import quantize_array
-from ouromamba_jax.ops.split_types import OutlierConfig
+from ouromamba_jax.ops.split import OutlierConfig
 from ouromamba_jax.pallas.device import int4_reason
 from ouromamba_jax.quantize import QuantConfig
-from ouromamba_jax.quantize.modules import prepare_weights
+from ouromamba_jax.quantize.kinds import prepare_weights
 
-OPERATIONS = {"split": outliers.BACKENDS, "matmul": matmul.BACKENDS, "scan": scan.BACKENDS}
+OPERATIONS = {
+    "split": outliers.BACKENDS,
+    "producer": producers.BACKENDS,
+    "matmul": matmul.BACKENDS,
+    "scan": scan.BACKENDS,
+}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,8 @@ def test_the_device_decides(platform, capability, devices, expected, monkeypatch
     split = outliers.split_outliers(x, jnp.ones(5), config, implementation="xla")
     calls = {
         "split": ((x, config), {}),
-        "matmul": ((outliers.for_product(split), quantize_array(x[0].T, 4), None, jnp.dtype("float32")), {}),
+        "producer": ((producers.gelu, (x,), {"approximate": True}, jnp.ones(5), config), {"keep": True}),
+        "matmul": ((split, quantize_array(x[0].T, 4), None, jnp.dtype("float32")), {}),
         "scan": ((), {"A": x[0]}),
     }
     for operation, (arguments, options) in calls.items():

@@ -1,6 +1,6 @@
 """The jax-triton backend: when it refuses, and its kernel compiled to machine code without a GPU.
 
-Its integers are checked with those of all backends, in test_pallas_outlier_matmul.py.
+Its integers are checked with those of all backends, in test_outlier_matmul.py.
 """
 
 import importlib.metadata
@@ -15,17 +15,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ouromamba_jax.ops.qtensor import QTensor
-from ouromamba_jax.ops.split import OutlierSplit, for_product
+from ouromamba_jax.ops.split import Split
 from ouromamba_jax.pallas import triton_matmul
 from ouromamba_jax.pallas.tiles import matmul_tiles
 from ouromamba_jax.pallas.triton_matmul_kernel import matmul
 
 SHARED_MEMORY = {"sm80": 166912, "sm89": 101376, "sm90": 232448}
 POINTERS = {
-    "near_ptr": "*i8",
-    "far_ptr": "*i8",
-    "largest_shift_ptr": "*i32",
-    "shift_ptr": "*i32",
+    "low_ptr": "*i8",
+    "high_ptr": "*i8",
     "row_scale_ptr": "*fp32",
     "weight_ptr": "*i8",
     "column_scale_ptr": "*fp32",
@@ -34,10 +32,10 @@ POINTERS = {
 }
 
 
-def split_of(shape, dtype=jnp.int8):
+def split_of(shape, *, two_bytes=False):
     """The shapes of a split activation."""
-    arrays = (shape, jnp.int8), (shape, dtype), (shape[:2], jnp.float32), (shape, jnp.bool_), (shape[1:2], jnp.float32)
-    return OutlierSplit(*(jax.ShapeDtypeStruct(*x) for x in arrays), dtype == jnp.int8)
+    levels, scale = jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(shape[1:2], jnp.float32)
+    return Split(levels, levels if two_bytes else None, scale, levels, shape[1])
 
 
 def weight_of(inputs, outputs):
@@ -56,7 +54,7 @@ def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, bias, dtype: None)
-    call = jax.eval_shape(for_product, split_of((2, 5, 8))), weight_of(8, 6), None, jnp.float32
+    call = split_of((2, 5, 8)), weight_of(8, 6), None, jnp.float32
     reason = triton_matmul.supports(*call)
     assert (reason is None) == (installed == triton_matmul.VERSION)
     assert reason is None or (installed in reason and "ouromamba_jax[triton]" in reason)
@@ -65,23 +63,22 @@ def test_the_reason_without_the_right_jax_triton(installed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "outputs", "dtype", "fits"),
+    ("shape", "outputs", "fits"),
     [
-        ((1023, 2048, 1000), 64, jnp.int8, True),
-        ((1024, 2048, 1000), 64, jnp.int8, False),  # 2^31 inputs, padded to blocks of 128
-        ((512, 2048, 1000), 64, jnp.float32, False),  # 16-bit outliers: two planes of them
-        ((1024, 2048, 64), 1024, jnp.int8, False),  # 2^31 outputs
+        ((1023, 2048, 1000), 64, True),
+        ((1024, 2048, 1000), 64, False),  # 2^31 inputs, padded to blocks of 128
+        ((1024, 2048, 64), 1024, False),  # 2^31 outputs
     ],
 )
-def test_no_more_entries_than_its_indices_count(shape, outputs, dtype, fits, monkeypatch):
+def test_no_more_entries_than_its_indices_count(shape, outputs, fits, monkeypatch):
     monkeypatch.setattr(triton_matmul.mosaic, "supports", lambda split, weight, bias, dtype: None)
     monkeypatch.setattr(triton_matmul, "_missing", lambda: None)
-    split = jax.eval_shape(for_product, split_of(shape, dtype))
-    reason = triton_matmul.supports(split, weight_of(shape[2], outputs), None, jnp.float32)
+    reason = triton_matmul.supports(split_of(shape), weight_of(shape[2], outputs), None, jnp.float32)
     assert (reason is None) == fits
     assert fits or "indices are int32" in reason
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 @pytest.mark.parametrize(
     ("outputs", "inputs", "out"),
@@ -90,7 +87,8 @@ def test_no_more_entries_than_its_indices_count(shape, outputs, dtype, fits, mon
 def test_it_compiles_without_a_gpu(target, outputs, inputs, out, tmp_path):
     """At the layers of Vim: int8 tensor cores, no spill, no call, no more shared memory than there is."""
     tiles = matmul_tiles(target, outputs, 8)
-    constants = triton_matmul.constants(6304, outputs, inputs, tiles, limit=5, bias=outputs == 3072)
+    split = split_of((32, 197, inputs), two_bytes=outputs == 768)
+    constants = triton_matmul.constants(split, outputs, tiles, bias=outputs == 3072)
     source = ASTSource(
         matmul,
         signature=POINTERS | {"out_ptr": out} | dict.fromkeys(constants, "constexpr"),
