@@ -342,7 +342,7 @@ def test_the_progress_bar_prints(model, capsys):
 
 
 def test_a_loss_that_is_not_finite_names_its_iteration(model, monkeypatch):
-    augment = run._augment
+    augment = run._shifted
 
     def poisoned(images, key, config):
         # The key of iteration 7 of every batch: nothing else tells the iterations apart in here.
@@ -352,7 +352,7 @@ def test_a_loss_that_is_not_finite_names_its_iteration(model, monkeypatch):
     config = dataclasses.replace(SMALL, contrastive=0.0, temperature=0.11)  # a config that no other test compiles
     batch_key = jax.random.split(jax.random.fold_in(jax.random.key(1), 1))[1]
     keys = jnp.stack([jax.random.key_data(jax.random.fold_in(batch_key, i)) for i in range(12)])
-    monkeypatch.setattr(run, "_augment", poisoned)
+    monkeypatch.setattr(run, "_shifted", poisoned)
     with pytest.raises(FloatingPointError, match="not finite at iteration 7 of batch 0"):
         generate_images(model, config, jax.random.key(1))
 
