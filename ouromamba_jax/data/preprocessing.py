@@ -85,7 +85,7 @@ class Preprocessing:
         black, white = -mean / std, (1 - mean) / std
         if low >= 0 and high > 2 * white.max():
             raise ValueError(f"{what} are 0 to {high:.4g}, but a model takes normalised pixels; {_fix(' / 255')}.")
-        if black.max() < 0 <= low < high <= 1 and not _are_levels((images * std + mean) * 255):
+        if black.max() < 0 <= low < high <= 1 and not _are_levels((images.astype(np.float32) * std + mean) * 255):
             raise ValueError(f"{what} lie within 0 and 1, but a model takes normalised pixels; {_fix('')}.")
         if max(-low, high) > 10 * max(-black.min(), white.max()):
             raise ValueError(

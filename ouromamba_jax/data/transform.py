@@ -21,7 +21,8 @@ def preprocess(
 
     The picture is resized, keeping its proportions, so that it just covers floor(img_size / crop_pct); the centre
     is cropped, scaled to [0, 1] and normalised per channel. As in timm, a target that is not square is resized
-    bilinearly, whatever `preprocessing.interpolation` (timm.data.transforms_imagenet_eval, crop_mode "center").
+    bilinearly, whatever `preprocessing.interpolation` (timm.data.transforms_imagenet_eval, crop_mode "center"). Unlike
+    there, a picture is turned first if its EXIF orientation says so.
     """
     from PIL import Image  # only who reads pictures waits for it
 

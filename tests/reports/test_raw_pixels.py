@@ -56,6 +56,13 @@ def test_normalised_images_pass(preprocessing, xp):
     preprocessing.check_normalised(xp.asarray(2 * noise))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_floats_are_judged_too(dtype):
+    HALF.check_normalised(jnp.asarray(normalised(PIXELS, HALF), dtype))
+    with pytest.raises(ValueError, match="lie within 0 and 1"):
+        HALF.check_normalised(jnp.asarray(PIXELS / 255, dtype))
+
+
 def test_what_the_sentence_says_is_the_fix():
     mean, std = HALF.mean_and_std()
     for images in ((PIXELS / 255 - mean) / std, (jnp.asarray(PIXELS) / 255 - mean) / std):
