@@ -43,12 +43,9 @@ MAMBAVISION_A = dict(
     mlp_ratio=2, num_classes=10,
 )  # fmt: skip
 PUBLISHED = {f"mambavision_{name.lower()}": f"mamba_vision_{name}" for name in ("T", "T2", "S", "B", "L", "L2")}
-# Trained on ImageNet-21k: files of the same shapes, one of them for larger images.
-PRETRAINED = {
-    "mamba_vision_B_21k": ("mambavision_b", {}),
-    "mamba_vision_L_21k": ("mambavision_l", {}),
-    "mamba_vision_L2_512_21k": ("mambavision_l2", dict(img_size=512, window_size=(8, 8, 32, 16))),
-}
+PUBLISHED["mambavision_l2_512"] = "mamba_vision_L2_512_21k"
+PRETRAINED = {"mamba_vision_B_21k": "mambavision_b", "mamba_vision_L_21k": "mambavision_l"}  # files of the same shapes
+UNRECORDED = {"mambavision_micro", "mambavision_l3_256", "mambavision_l3_512"}
 # (height, width), dim, in_dim, depths, window_size, num_heads, mlp_ratio, layer_scale
 UNSEEN = {
     # Hybrid maps of 3 x 5 and 2 x 3 tokens: padded to 2 x 3 and 1 x 2 windows.
@@ -145,11 +142,11 @@ def test_attention_comes_second():
 
 
 def test_every_published_mambavision_has_its_manifest():
-    assert set(list_models("mambavision_*")) - {"mambavision_micro"} == set(PUBLISHED)
-    variants = {**{source: (name, {}) for name, source in PUBLISHED.items()}, **PRETRAINED}
+    assert set(list_models("mambavision_*")) - UNRECORDED == set(PUBLISHED)
+    variants = {**{source: name for name, source in PUBLISHED.items()}, **PRETRAINED}
     assert len(variants) == 9
-    for source, (name, overrides) in variants.items():
-        config, published = model_config(name, **overrides), manifest(source)
+    for source, name in variants.items():
+        config, published = model_config(name), manifest(source)
         kwargs = published["kwargs"]
         assert (config.img_size, config.img_size) == tuple(kwargs["img_size"])
         for field in ("dim", "in_dim", "mlp_ratio", "num_classes"):
@@ -167,7 +164,7 @@ def test_every_published_mambavision_has_its_manifest():
             continue
         # A folded BatchNorm takes its weight and bias with it, and leaves a bias where the stem's had none.
         folded = config.in_dim + config.dim + sum(4 * config.widths[i] * config.depths[i] for i in range(2))
-        state = nnx.state(nnx.eval_shape(lambda name=name, overrides=overrides: create_model(name, **overrides)))
+        state = nnx.state(nnx.eval_shape(lambda name=name: create_model(name)))
         assert sum(leaf.size for leaf in jax.tree.leaves(state)) == published["n_params"] - folded
 
 
@@ -185,7 +182,7 @@ def listed(error: ConversionError) -> set[str]:
     return set(str(error).removesuffix(".").split("another copy: ")[1].split("; "))
 
 
-_LARGE = ("mambavision_b", "mambavision_l", "mambavision_l2")
+_LARGE = ("mambavision_b", "mambavision_l", "mambavision_l2", "mambavision_l2_512")
 
 
 @pytest.mark.parametrize(
@@ -298,10 +295,10 @@ def test_every_key_is_needed_and_no_other(weights):
 
 
 def test_what_must_not_matter(weights, tiny):
-    """Counters of training steps, which older files lack, and the prefixes of data-parallel training and of timm."""
+    """Counters of training steps, which older files lack, and the prefix of data-parallel training."""
     bare = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     assert len(bare) == len(weights) - 5
-    for source in (bare, *({prefix + k: v for k, v in weights.items()} for prefix in ("module.", "encoder."))):
+    for source in (bare, {f"module.{k}": v for k, v in weights.items()}):
         model = from_torch("mambavision_micro", source, **TINY)
         jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(tiny))
 
