@@ -18,6 +18,7 @@ from jaxtyping import Shaped
 
 from ouromamba_jax.convert.torch_file import TorchFileError, read_torch
 from ouromamba_jax.convert.unpickle import RESAVE, Inert, TorchTensor, shown
+from ouromamba_jax.files import local_path
 
 Tensors = dict[str, Shaped[np.ndarray, "..."]]
 
@@ -82,7 +83,7 @@ def read_source(source: str | PathLike[str] | Mapping[str, Any], *, entry: str |
             raise TorchFileError(f"entry={entry!r} picks a part of a file; pass source[{entry!r}] instead.")
         name = "the given mapping"
         return Source(name, _strip_module({str(key): np.asarray(value) for key, value in source.items()}, name))
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return _read_folder(path, entry)
     if path.suffix == ".safetensors":

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from ouromamba_jax.data.preprocessing import Preprocessing
-from ouromamba_jax.files import check_writable
+from ouromamba_jax.files import check_writable, local_path
 from ouromamba_jax.models import build_model, config_class, list_models
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.positions import resize_positions
@@ -53,7 +53,7 @@ def save(path: str | Path, model: VisionModel) -> None:
       FileExistsError: if `path` exists and is not an empty folder.
       OSError: if nothing can be written there.
     """
-    path = Path(path).absolute()
+    path = local_path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} already exists; choose another path or remove it first.")
     check_writable(path)
@@ -136,7 +136,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
       CheckpointError: if neither exists.
     """
-    folder = Path(path).absolute()
+    folder = local_path(path).absolute()
     if folder.exists():
         return folder
     embedded = Path(str(importlib.resources.files("ouromamba_jax") / "checkpoints"))

@@ -11,6 +11,7 @@ from ouromamba_jax import from_torch, list_models, memory_report, save
 from ouromamba_jax.checkpoint import load, read_description, resolve
 from ouromamba_jax.cli.common import Verb, check_output
 from ouromamba_jax.convert import CheckpointNote, load_tensors
+from ouromamba_jax.files import local_path
 from ouromamba_jax.models import VisionModel, model_config
 from ouromamba_jax.report.tables import print_table
 
@@ -53,7 +54,7 @@ def convert(arguments: argparse.Namespace) -> None:
     fields = dict(arguments.set or ())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointNote)
-        if _is_native(Path(arguments.checkpoint)):
+        if _is_native(local_path(arguments.checkpoint)):
             model = _changed(arguments, fields)
         else:
             model = from_torch(
@@ -95,7 +96,7 @@ def _print_notes(caught: list[warnings.WarningMessage]) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    path = Path(arguments.path)
+    path = local_path(arguments.path)
     if path.is_file():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CheckpointNote)
