@@ -139,6 +139,7 @@ class Study:
             key=run.key(seed),
             **dataclasses.asdict(scored),
             outlier_rate=report.outlier_rate,
+            mean_bits=report.mean_bits,
             seconds=dict(images=round(drawn - began, 1), quantise=round(quantised - drawn, 1)),
             sites={site.path: round(site.sqnr_db, 2) for site in report.sites if site.kind == "matmul"},
         )
