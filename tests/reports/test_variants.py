@@ -12,7 +12,7 @@ import pytest
 import vim_reference
 from safetensors.numpy import save_file
 from tolerances import PARITY
-from torch_file_writer import Call, Name, contiguous, write
+from torch_file_writer import Call, Name, Raw, contiguous, encode, write
 
 from ouromamba_jax.convert import ConversionError, from_torch, load_tensors
 from ouromamba_jax.models import create_model, model_config
@@ -183,6 +183,24 @@ def test_facts_of_a_hub_folder_and_of_an_architecture_name(tmp_path):
     file = training_file(tmp_path / "a.pth", weights, arch="mamba_vision_L2_512_21k")
     message = refused("mambavision_t", file, window_size=(8, 8, 14, 7), **fields)
     assert "arch=mamba_vision_L2_512_21k, but mambavision_t has num_heads=(1, 2, 4, 8)" in message
+
+
+def test_facts_of_a_yaml_tree(tmp_path):
+    """VMamba's training files hold their whole configuration."""
+    weights = load_tensors(GOLDEN / "vmamba_a" / "model.safetensors")
+    fields = dict(img_size=64, dims=8, depths=(1, 1, 2, 1), num_classes=10)
+
+    def file(**vssm) -> Path:
+        tree = {"MODEL": {"NUM_CLASSES": 10, "VSSM": {"EMBED_DIM": 8, "DEPTHS": [1, 1, 2, 1], **vssm}}, "DATA": {}}
+        node = encode(Call(Name("yacs.config", "CfgNode"), (), None, b"\x81"))
+        items = b"".join(encode(key) + encode(value) for key, value in tree.items())
+        return training_file(tmp_path / "a.pth", weights, config=Raw(node + b"(" + items + b"u"))
+
+    from_torch("vmamba_tiny_s1l8", file(SSM_FORWARDTYPE="v05_noz", SSM_RATIO=1.0), **fields)
+    assert "forward_type=v2" in refused("vmamba_tiny_s1l8", file(SSM_FORWARDTYPE="v2"), **fields)
+    assert "ssm_ratio=2.0, but vmamba_tiny_s1l8 has ssm_ratio=1.0" in refused(
+        "vmamba_tiny_s1l8", file(SSM_RATIO=2.0), **fields
+    )
 
 
 def test_facts_that_are_nonsense_do_no_harm(tmp_path, tensors):
