@@ -82,24 +82,28 @@ def check_facts(
     Args:
       name: the model's, for messages.
       says: (where, settings), untrusted.
-      given: fields that the caller set; an input size and windows that were asked for may differ from the file's.
+      given: fields that the caller set; an input size that was asked for may differ from the file's, with its windows.
       other_head: whether the checkpoint's head is not used.
 
     Raises:
       ConversionError: naming what it says and what the config has, or what is not built.
     """
+    claims = list(_claims(family, says))
+    free = {"img_size"} & set(given)
+    if {"img_size", "window_size"} <= set(given):
+        # Windows belong to an input size: they are free where the caller chose both and the file has another size.
+        same_size = any(claim.field == "img_size" and _agrees(config, claim) for claim in claims)
+        free |= set() if same_size else {"window_size"}
+    free |= {"num_classes"} if other_head else set()
     problems = []
-    for claim in _claims(family, says):
+    for claim in claims:
         if claim.field is None:
             problems.append(f"{claim.where} says {claim.words}, which this library does not build")
             continue
-        resized = "img_size" in given and claim.field in ("img_size", "window_size")
-        if resized or (other_head and claim.field == "num_classes"):
-            continue
         if claim.field == "pooling" and config.class_token != "none":
             continue  # the published code ignores it beside a class token
-        ours = getattr(config, claim.field)
-        if not _agrees(config, claim):
+        if claim.field not in free and not _agrees(config, claim):
+            ours = getattr(config, claim.field)
             problems.append(
                 f"{claim.where} says {claim.words}, but {name} has {claim.field}={ours!r}: pass "
                 f"{claim.field}={claim.value!r} (--set {claim.field}={_as_option(claim.value)})"

@@ -53,7 +53,7 @@ def save(path: str | Path, model: VisionModel) -> None:
       FileExistsError: if `path` exists and is not an empty folder.
       OSError: if nothing can be written there.
     """
-    path = Path(path).absolute()
+    path = Path(path).expanduser().absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} already exists; choose another path or remove it first.")
     check_writable(path)
@@ -136,7 +136,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
       CheckpointError: if neither exists.
     """
-    folder = Path(path).absolute()
+    folder = Path(path).expanduser().absolute()
     if folder.exists():
         return folder
     embedded = Path(str(importlib.resources.files("ouromamba_jax") / "checkpoints"))

@@ -183,6 +183,24 @@ def test_facts_of_a_hub_folder_and_of_an_architecture_name(tmp_path):
     file = training_file(tmp_path / "a.pth", weights, arch="mamba_vision_L2_512_21k")
     message = refused("mambavision_t", file, window_size=(8, 8, 14, 7), **fields)
     assert "arch=mamba_vision_L2_512_21k, but mambavision_t has num_heads=(1, 2, 4, 8)" in message
+    assert "img_size" not in message  # the caller chose another, and the windows with it
+
+
+def test_facts_of_windows_belong_to_an_input_size(tmp_path):
+    weights = load_tensors(GOLDEN / "mambavision_a" / "model.safetensors")
+    fields = dict(dim=10, in_dim=8, depths=(1, 1, 2, 2), num_heads=(1, 2, 4, 8), mlp_ratio=2, num_classes=10)
+
+    def said(**settings) -> Path:
+        return training_file(tmp_path / "a.pth", weights, args=namespace(**settings))
+
+    file = said(window_size=[8, 8, 8, 4], img_size=128)
+    chosen = dict(img_size=64, window_size=(8, 8, 4, 2))
+    from_torch("mambavision_t", file, **chosen, **fields)
+    same_maps = refused("mambavision_t", file, img_size=222, **fields)  # as at 224, for which windows of 14 were chosen
+    assert "says window_size=[8, 8, 8, 4], but mambavision_t has window_size=(8, 8, 14, 7): pass" in same_maps
+    message = refused("mambavision_t", said(window_size=[8, 8, 8, 4], img_size=64), **chosen, **fields)
+    assert "--set window_size=8,8,8,4" in message
+    assert "says input_size=128, but" in refused("mambavision_t", said(input_size=128), **fields)
 
 
 def test_facts_of_a_yaml_tree(tmp_path):
