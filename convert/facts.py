@@ -95,22 +95,25 @@ def check_facts(
         same_size = any(claim.field == "img_size" and _agrees(config, claim) for claim in claims)
         free |= set() if same_size else {"window_size"}
     free |= {"num_classes"} if other_head else set()
+    # The published code ignores pooling beside a class token.
+    free |= {"pooling"} if getattr(config, "class_token", "none") != "none" else set()
     problems = []
-    for claim in claims:
-        if claim.field is None:
-            problems.append(f"{claim.where} says {claim.words}, which this library does not build")
-            continue
-        if claim.field == "pooling" and config.class_token != "none":
-            continue  # the published code ignores it beside a class token
-        if claim.field not in free and not _agrees(config, claim):
-            ours = getattr(config, claim.field)
-            problems.append(
-                f"{claim.where} says {claim.words}, but {name} has {claim.field}={ours!r}: pass "
-                f"{claim.field}={claim.value!r} (--set {claim.field}={_as_option(claim.value)})"
-            )
+    for where in dict.fromkeys(claim.where for claim in claims):
+        here = [claim for claim in claims if claim.where == where]
+        unbuilt = [claim.words for claim in here if claim.field is None]
+        wrong = [c for c in here if c.field is not None and c.field not in free and not _agrees(config, c)]
+        if unbuilt:
+            problems.append(f"{where} says {', '.join(unbuilt)}, which this library does not build")
+        if wrong:
+            said = ", ".join(claim.words for claim in wrong)
+            ours = ", ".join(f"{claim.field}={getattr(config, str(claim.field))!r}" for claim in wrong)
+            fields = ", ".join(f"{claim.field}={claim.value!r}" for claim in wrong)
+            options = " ".join(f"--set {claim.field}={_as_option(claim.value)}" for claim in wrong)
+            problems.append(f"{where} says {said}, but {name} has {ours}: pass {fields} ({options})")
     if problems:
-        way_out = "pass the tensors alone, load_tensors(path), to go against the file"
-        raise ConversionError(f"{'; '.join(problems)}; {way_out}.")
+        raise ConversionError(
+            f"{'; '.join(problems)}; or pass the tensors alone, load_tensors(path), to go against the file."
+        )
 
 
 def _agrees(config: Any, claim: Claim) -> bool:

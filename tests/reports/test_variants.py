@@ -80,7 +80,7 @@ def test_variants_of_vim_compute_what_their_reference_does(case):
             np.testing.assert_array_equal(scan.order.to_image(scan.y), np.asarray(scan.y)[:, kept])
 
 
-def test_variants_of_mambavision_windows_at_512_as_at_512():
+def test_variants_of_mambavision_use_the_windows_and_heads_they_are_told():
     """The windows and heads that a small model is told are those it computes with, and they matter."""
     shape = dict(dim=8, in_dim=4, depths=(1, 2), mlp_ratio=2.0, conv_levels=1)
     weights = mambavision_reference.random_weights(np.random.default_rng(3), classes=5, **shape)
