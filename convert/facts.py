@@ -82,31 +82,38 @@ def check_facts(
     Args:
       name: the model's, for messages.
       says: (where, settings), untrusted.
-      given: fields that the caller set; an input size and windows that were asked for may differ from the file's.
+      given: fields that the caller set; an input size that was asked for may differ from the file's, with its windows.
       other_head: whether the checkpoint's head is not used.
 
     Raises:
       ConversionError: naming what it says and what the config has, or what is not built.
     """
+    claims = list(_claims(family, says))
+    free = {"img_size"} & set(given)
+    if {"img_size", "window_size"} <= set(given):
+        # Windows belong to an input size: they are free where the caller chose both and the file has another size.
+        same_size = any(claim.field == "img_size" and _agrees(config, claim) for claim in claims)
+        free |= set() if same_size else {"window_size"}
+    free |= {"num_classes"} if other_head else set()
+    # The published code ignores pooling beside a class token.
+    free |= {"pooling"} if getattr(config, "class_token", "none") != "none" else set()
     problems = []
-    for claim in _claims(family, says):
-        if claim.field is None:
-            problems.append(f"{claim.where} says {claim.words}, which this library does not build")
-            continue
-        resized = "img_size" in given and claim.field in ("img_size", "window_size")
-        if resized or (other_head and claim.field == "num_classes"):
-            continue
-        if claim.field == "pooling" and config.class_token != "none":
-            continue  # the published code ignores it beside a class token
-        ours = getattr(config, claim.field)
-        if not _agrees(config, claim):
-            problems.append(
-                f"{claim.where} says {claim.words}, but {name} has {claim.field}={ours!r}: pass "
-                f"{claim.field}={claim.value!r} (--set {claim.field}={_as_option(claim.value)})"
-            )
+    for where in dict.fromkeys(claim.where for claim in claims):
+        here = [claim for claim in claims if claim.where == where]
+        unbuilt = [claim.words for claim in here if claim.field is None]
+        wrong = [c for c in here if c.field is not None and c.field not in free and not _agrees(config, c)]
+        if unbuilt:
+            problems.append(f"{where} says {', '.join(unbuilt)}, which this library does not build")
+        if wrong:
+            said = ", ".join(claim.words for claim in wrong)
+            ours = ", ".join(f"{claim.field}={getattr(config, str(claim.field))!r}" for claim in wrong)
+            fields = ", ".join(f"{claim.field}={claim.value!r}" for claim in wrong)
+            options = " ".join(f"--set {claim.field}={_as_option(claim.value)}" for claim in wrong)
+            problems.append(f"{where} says {said}, but {name} has {ours}: pass {fields} ({options})")
     if problems:
-        way_out = "pass the tensors alone, load_tensors(path), to go against the file"
-        raise ConversionError(f"{'; '.join(problems)}; {way_out}.")
+        raise ConversionError(
+            f"{'; '.join(problems)}; or pass the tensors alone, load_tensors(path), to go against the file."
+        )
 
 
 def _agrees(config: Any, claim: Claim) -> bool:

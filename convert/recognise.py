@@ -37,6 +37,8 @@ def without_prefix(tensors: Tensors, prefix: str | None) -> tuple[dict[str, np.n
         prefix = _common_prefix(tensors)
         if not prefix:
             return dict(tensors), []
+    elif prefix:
+        prefix = prefix.removeprefix("module.").removesuffix(".") + "."  # `module.` is off already
     stripped = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     if not stripped:
         found = sorted({key.split(".")[0] + "." for key in tensors if "." in key})
@@ -102,7 +104,7 @@ def check_release(family: str, tensors: Tensors) -> None:
     elif family == "vmamba" and has(r"layers\.0\.blocks\.0\..+"):
         gated = [k for k in tensors if re.fullmatch(r"layers\.0\.blocks\.0\.(?:op|self_attention)\.in_proj\.weight", k)]
         if not has(r"layers\.\d+\.blocks\.\d+\.mlp\..+"):
-            what = "VMamba's first release (vmambav0, vssm_tiny: a gate, 16 states, no MLP)", "that release"
+            what = "VMamba's first release (vmambav0: a gate, 16 states, no MLP)", "that release"
         elif gated and _is_gated(tensors, gated[0]):
             what = "a VMamba with a gate (forward_type without noz)", "the gate"
         elif has(r"layers\.\d+\.downsample\.(?:reduction|norm)\..+"):
@@ -112,7 +114,7 @@ def check_release(family: str, tensors: Tensors) -> None:
     if what is not None:
         raise ConversionError(
             f"the checkpoint is {what[0]}, and this library does not build {what[1]}; take a released one that "
-            f"list_models() names, such as {list_models(f'{family}_*')[-1]}."
+            f"list_models() names, such as {list_models(f'{family}_tiny*')[0]}."
         )
 
 
@@ -131,9 +133,9 @@ def main_difference(name: str, config: Any, family: str, tensors: Tensors) -> st
     if images is None:
         images = tensors.get("patch_embed.conv_down.0.weight")
     if images is not None and images.ndim == 4 and images.shape[1] not in (0, 3):
-        channels = images.shape[1]
-        spread = ", for one channel with its first weight repeated three times and divided by three"
-        return f"the checkpoint takes images of {channels} channels and {name} of 3: convert it to 3{spread}"
+        one = images.shape[1] == 1
+        way_out = "repeat its first weight three times and divide it by three" if one else "train it on 3"
+        return f"the checkpoint takes images of {images.shape[1]} channel{'s' * (not one)} and {name} of 3: {way_out}"
     found = _fields(family, config, tensors)
     differ = {field: value for field, value in found.items() if _value(config, field) != value}
     if not any(HEAD.fullmatch(key) for key in tensors) and config.num_classes:

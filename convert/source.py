@@ -23,7 +23,17 @@ from ouromamba_jax.files import local_path
 Tensors = dict[str, Shaped[np.ndarray, "..."]]
 
 _ENTRIES = ("model", "state_dict")
-_OTHER_ENTRIES = ("model_ema", "state_dict_ema", "ema_model", "ema", "model_state_dict", "network", "net", "params")
+_OTHER_ENTRIES = (
+    "model_ema",
+    "state_dict_ema",
+    "ema_model",
+    "ema_state_dict",
+    "ema",
+    "model_state_dict",
+    "network",
+    "net",
+    "params",
+)
 _SETTINGS = ("args", "config", "cfg", "hyper_parameters", "model_args", "model_kwargs")
 _NAMES = ("arch", "model_name")
 _INDEX = "model.safetensors.index.json"

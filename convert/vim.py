@@ -99,8 +99,8 @@ def resized_tensors(tensors: Mapping[str, np.ndarray], config: VimConfig) -> dic
 
 
 def _positions(tensors: Mapping[str, np.ndarray], config: VimConfig) -> np.ndarray | None:
-    """`pos_embed` (1, tokens, embed_dim), or None if it is missing or of another width."""
-    positions = tensors.get("pos_embed")
+    """`pos_embed` (1, tokens, embed_dim), or None if it is missing, not used or of another width."""
+    positions = tensors.get("pos_embed") if config.positions else None
     if positions is None or positions.ndim != 3 or not jnp.issubdtype(positions.dtype, jnp.floating):
         return None
     return positions if (positions.shape[0], positions.shape[2]) == (1, config.embed_dim) else None

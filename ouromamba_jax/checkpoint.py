@@ -205,8 +205,7 @@ def _config_of(model: VisionModel) -> Any:
     weight = getattr(proj, "kernel", getattr(proj, "levels", None))
     if proj is not None and weight is None:
         return model.config
-    classes = 0 if weight is None else weight.shape[-1]
-    return dataclasses.replace(model.config, num_classes=classes)
+    return dataclasses.replace(model.config, num_classes=0 if weight is None else weight.shape[-1])
 
 
 def _check_loadable(model: VisionModel, description: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ def add_verbs(verb: Verb) -> None:
     )
 
     sub = verb("inspect", inspect, "what a checkpoint holds", "vim_t_midclstok_76p1acc.pth")
-    sub.add_argument("path", help="native checkpoint folder, .pth or .safetensors")
+    sub.add_argument("path", help="native checkpoint folder, .pth, .safetensors or a hub folder")
     sub.add_argument("--entry", help="entry of a training file")
 
 
@@ -97,7 +97,7 @@ def _print_notes(caught: list[warnings.WarningMessage]) -> None:
 
 def inspect(arguments: argparse.Namespace) -> None:
     path = local_path(arguments.path)
-    if path.is_file():
+    if path.is_file() or (any(path.glob("*.safetensors*")) and not _is_native(path)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CheckpointNote)
             tensors = load_tensors(path, entry=arguments.entry)

@@ -94,6 +94,12 @@ def test_heads_replaced_are_saved_with_their_classes(model, tmp_path):
     np.testing.assert_array_equal(again.head.proj.kernel[...], model.head.proj.kernel[...])
 
 
+def test_heads_aside_a_home_folder_is_a_path(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save("~/a", model)
+    assert load("~/a").config == load(tmp_path / "a").config == model.config
+
+
 class Scaled(nnx.Linear):
     """A layer with the parameters of another and an arithmetic of its own."""
 

@@ -12,7 +12,7 @@ import pytest
 import vim_reference
 from safetensors.numpy import save_file
 from tolerances import PARITY
-from torch_file_writer import Call, Name, contiguous, write
+from torch_file_writer import Call, Name, Raw, contiguous, encode, write
 
 from ouromamba_jax.convert import ConversionError, from_torch, load_tensors
 from ouromamba_jax.models import create_model, model_config
@@ -80,7 +80,7 @@ def test_variants_of_vim_compute_what_their_reference_does(case):
             np.testing.assert_array_equal(scan.order.to_image(scan.y), np.asarray(scan.y)[:, kept])
 
 
-def test_variants_of_mambavision_windows_at_512_as_at_512():
+def test_variants_of_mambavision_use_the_windows_and_heads_they_are_told():
     """The windows and heads that a small model is told are those it computes with, and they matter."""
     shape = dict(dim=8, in_dim=4, depths=(1, 2), mlp_ratio=2.0, conv_levels=1)
     weights = mambavision_reference.random_weights(np.random.default_rng(3), classes=5, **shape)
@@ -183,6 +183,42 @@ def test_facts_of_a_hub_folder_and_of_an_architecture_name(tmp_path):
     file = training_file(tmp_path / "a.pth", weights, arch="mamba_vision_L2_512_21k")
     message = refused("mambavision_t", file, window_size=(8, 8, 14, 7), **fields)
     assert "arch=mamba_vision_L2_512_21k, but mambavision_t has num_heads=(1, 2, 4, 8)" in message
+    assert "img_size" not in message  # the caller chose another, and the windows with it
+
+
+def test_facts_of_windows_belong_to_an_input_size(tmp_path):
+    weights = load_tensors(GOLDEN / "mambavision_a" / "model.safetensors")
+    fields = dict(dim=10, in_dim=8, depths=(1, 1, 2, 2), num_heads=(1, 2, 4, 8), mlp_ratio=2, num_classes=10)
+
+    def said(**settings) -> Path:
+        return training_file(tmp_path / "a.pth", weights, args=namespace(**settings))
+
+    file = said(window_size=[8, 8, 8, 4], img_size=128)
+    chosen = dict(img_size=64, window_size=(8, 8, 4, 2))
+    from_torch("mambavision_t", file, **chosen, **fields)
+    same_maps = refused("mambavision_t", file, img_size=222, **fields)  # as at 224, for which windows of 14 were chosen
+    assert "says window_size=[8, 8, 8, 4], but mambavision_t has window_size=(8, 8, 14, 7): pass" in same_maps
+    message = refused("mambavision_t", said(window_size=[8, 8, 8, 4], img_size=64), **chosen, **fields)
+    assert "--set window_size=8,8,8,4" in message
+    assert "says input_size=128, but" in refused("mambavision_t", said(input_size=128), **fields)
+
+
+def test_facts_of_a_yaml_tree(tmp_path):
+    """VMamba's training files hold their whole configuration."""
+    weights = load_tensors(GOLDEN / "vmamba_a" / "model.safetensors")
+    fields = dict(img_size=64, dims=8, depths=(1, 1, 2, 1), num_classes=10)
+
+    def file(**vssm) -> Path:
+        tree = {"MODEL": {"NUM_CLASSES": 10, "VSSM": {"EMBED_DIM": 8, "DEPTHS": [1, 1, 2, 1], **vssm}}, "DATA": {}}
+        node = encode(Call(Name("yacs.config", "CfgNode"), (), None, b"\x81"))
+        items = b"".join(encode(key) + encode(value) for key, value in tree.items())
+        return training_file(tmp_path / "a.pth", weights, config=Raw(node + b"(" + items + b"u"))
+
+    from_torch("vmamba_tiny_s1l8", file(SSM_FORWARDTYPE="v05_noz", SSM_RATIO=1.0), **fields)
+    assert "forward_type=v2" in refused("vmamba_tiny_s1l8", file(SSM_FORWARDTYPE="v2"), **fields)
+    assert "ssm_ratio=2.0, but vmamba_tiny_s1l8 has ssm_ratio=1.0" in refused(
+        "vmamba_tiny_s1l8", file(SSM_RATIO=2.0), **fields
+    )
 
 
 def test_facts_that_are_nonsense_do_no_harm(tmp_path, tensors):

@@ -67,7 +67,8 @@ def test_prefixes_that_differ_are_not_guessed(tensors):
     with pytest.raises(ConversionError, match="is not part of this model"):
         from_torch("vim_tiny", both, **VIM_A)
     both["student.backbone.head.bias"] = tensors["head.bias"] + 1
-    model, (note,) = convert(both, prefix="student.backbone.")
+    for prefix in ("student.backbone.", "module.student.backbone"):
+        model, (note,) = convert(both, prefix=prefix)
     np.testing.assert_array_equal(model.head.proj.bias[...], tensors["head.bias"] + 1)
     assert f"{len(tensors)} others are left out" in note
     mixed = prefixed(tensors, "model.") | {"backbone.head.bias": tensors["head.bias"]}
@@ -120,7 +121,7 @@ def test_one_channel_is_three_of_the_same(tensors, field):
         from_torch("vim_tiny", tensors, **{field: 1}, **VIM_A)
     gray = dict(tensors)
     gray["patch_embed.proj.weight"] = gray["patch_embed.proj.weight"][:, :1]
-    assert refusal("vim_tiny", gray, **VIM_A).startswith("the checkpoint takes images of 1 channels")
+    assert refusal("vim_tiny", gray, **VIM_A).startswith("the checkpoint takes images of 1 channel and")
     model = from_torch("vim_tiny", tensors, **VIM_A)
     image = np.random.default_rng(0).standard_normal((1, 32, 32, 1)).astype(np.float32)
     kernel = model.stem.proj.kernel[...].reshape(8, 8, 3, 48).sum(2, keepdims=True)  # what timm makes of the weights
