@@ -73,11 +73,11 @@ def operations(program: str) -> list[Operation]:
     for line in entry.splitlines():
         if match := INSTRUCTION.match(line):
             name, result, _, operands = match.groups()
-            read = {operand: shape_bytes(shapes.get(operand, "")) for operand in re.findall(r"%([\w.-]+)", operands)}
+            read = sum(shape_bytes(shapes.get(operand, "")) for operand in re.findall(r"%([\w.-]+)", operands))
             kernel = 'custom_call_target="mosaic_gpu' in line
             if kernel and (title := re.search(r'op_name="[^"]*/(\w+)/\w+"', line)):
                 result = f"{title.group(1)} {result}"
-            found.append(Operation(name, shape_bytes(result) + sum(read.values()), kernel, result))
+            found.append(Operation(name, shape_bytes(result) + read, kernel, result))
     return found
 
 
