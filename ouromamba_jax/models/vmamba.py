@@ -130,7 +130,7 @@ class VMambaDirection(nnx.Module):
         self.x_proj = nnx.Linear(width, rank + 2 * config.d_state, kernel_init=uniform(width**-0.5), **types)
         self.dt_proj = nnx.Linear(rank, width, kernel_init=uniform(rank**-0.5), **types)
 
-    def __call__(self, x: Float[Array, "B H W E"], **order: bool) -> tuple[Array, Array, Array]:
+    def __call__(self, x: Float[Array, "B H W E"], **order: Any) -> tuple[Array, Array, Array]:
         """(delta before bias and softplus, B, C) of a map, in this direction's scan order."""
         dt, B, C = jnp.split(after(self.x_proj, route, x, **order), self.splits, axis=-1)
         return self.dt_proj(dt), B, C
@@ -159,9 +159,9 @@ class VMambaMixer(nnx.Module):
     ) -> tuple[Float[Array, "B H W C"], tuple[ScanTrace, ...]]:
         """(output, one ScanTrace per direction, as in `DIRECTIONS`)."""
         orders = tuple(ScanOrder(x.shape[1], x.shape[2], transpose=t, reverse=r) for t, r in DIRECTIONS)
-        u, *operands = self._operands(x)
+        u, delta, B, C = self._operands(x)
         u = jnp.stack([route(u, transpose=t, reverse=r) for t, r in DIRECTIONS], axis=2)
-        out, scans = self.scan.trace(u, *operands, orders, collect=collect)
+        out, scans = self.scan.trace(u, delta, B, C, orders, collect=collect)
         return self._merge(out.y, x.shape), scans
 
     def _operands(self, x: Array, norm: LayerNorm | None = None) -> tuple[Array, Array, Array, Array]:
@@ -178,7 +178,7 @@ class VMambaMixer(nnx.Module):
         self, y: Float[Array, "B L 4 E"], shape: tuple[int, ...], residual: Array | None = None
     ) -> Float[Array, "B H W C"]:
         norm = self.norm
-        options = dict(grid=shape[1:3], eps=norm.eps, dtype=norm.dtype)
+        options: dict[str, Any] = dict(grid=shape[1:3], eps=norm.eps, dtype=norm.dtype)
         return after(self.out_proj, merged_routes, y, norm.scale[...], norm.bias[...], residual=residual, **options)
 
 

@@ -4,7 +4,7 @@ The last block of more than 128 channels starts early: what it shares with its n
 fewer channels there is one block, whose other threads load zeros and store nothing.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import lax
@@ -45,8 +45,9 @@ def load(row: Any, first: Any, *, emulated: bool) -> Array:
     def run(_, row, lanes):
         (position,) = (_scalar(x) for x in lanes.registers.flat)
         kind = row.type.element_type
-        zero = arith.constant(kind, ir.FloatAttr.get(kind, 0.0) if _is_float(kind) else ir.IntegerAttr.get(kind, 0))
-        found = scf.IfOp(_below(position, channels), [kind], has_else=True)
+        number: Any = ir.FloatAttr.get(kind, 0.0) if _is_float(kind) else ir.IntegerAttr.get(kind, 0)
+        zero, branch = arith.constant(kind, number), cast(Any, scf.IfOp)
+        found = branch(_below(position, channels), [kind], has_else=True)
         with ir.InsertionPoint(found.then_block):
             scf.yield_([memref.load(row, [_index(position)])])
         with ir.InsertionPoint(found.else_block):
@@ -76,7 +77,7 @@ def store(row: Any, first: Any, values: Array, *, emulated: bool) -> None:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _LAYOUT, _LAYOUT))
         def run(_, row, lanes, values):
             (position,), (value,) = ([_scalar(x) for x in array.registers.flat] for array in (lanes, values))
-            present = scf.IfOp(_below(position, channels))  # type: ignore[call-arg]
+            present = cast(Any, scf.IfOp)(_below(position, channels))
             with ir.InsertionPoint(present.then_block):
                 memref.store(value, row, [_index(position)])
                 scf.yield_([])

@@ -45,7 +45,7 @@ def unsuitable(
 
 def run(
     name: str,
-    arrays: tuple[Array | None, ...],
+    arrays: tuple[Any, ...],
     options: dict[str, Any],
     scale: Float32[Array, " L"],
     limit: Float32[Array, " L"],
@@ -172,7 +172,7 @@ def _gelu(x, approximate: bool):
         return 0.5 * x * (1.0 + jnp.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
     size = jnp.abs(x) * 0.7071067811865476
     t = 1.0 / (1.0 + 0.3275911 * size)
-    series = 1.061405429
+    series: Any = 1.061405429
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         series = series * t + coefficient
     half_tail = 0.5 * series * t * jnp.exp(-size * size)  # of the normal distribution beyond |x|
@@ -185,7 +185,7 @@ def _conv_silu(refs, row, sample, t, tokens, rounded, *, start=0, causal=True, r
     x, taps, bias = refs
     width = taps.shape[0]
     left = width - 1 if causal else (width - 1) // 2
-    total = None
+    total: Any = None
     for k in range(width):
         at = t - left + k
         here = jnp.clip(at, 0, tokens - 1)

@@ -20,7 +20,7 @@ class Route(NamedTuple):
     transpose: bool
     reverse: bool
 
-    def index(self, t: Any) -> Any:
+    def place(self, t: Any) -> Any:
         """Of token t of the scan."""
         t = self.height * self.width - 1 - t if self.reverse else t
         return lax.rem(t, self.height) * self.width + lax.div(t, self.height) if self.transpose else t
@@ -58,7 +58,7 @@ class Operand:
         if self.rule is not None:
             return _split(self.low, self.rule, self.numbers)
         if self.route is not None:
-            tokens = self.low[:, self.route.index(jnp.arange(self.low.shape[1]))]
+            tokens = self.low[:, self.route.place(jnp.arange(self.low.shape[1]))]
             return tokens.reshape(-1, self.low.shape[1] // self.segments, self.low.shape[2])
         if self.scale is None:
             return self.low

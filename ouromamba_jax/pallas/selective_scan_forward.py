@@ -102,7 +102,7 @@ def forward(
             if operand.route is None:
                 return vector(operand.low, t)
             whole = lax.rem(sample, operand.segments) * length + t
-            return vector(operand.low, operand.route.index(whole), sample // operand.segments)
+            return vector(operand.low, operand.route.place(whole), sample // operand.segments)
 
         def of_my_group(read, start=0, count=groups if apart else 1):
             """read(group), one of `count`: between two, the compiler selects addresses instead."""

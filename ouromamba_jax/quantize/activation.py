@@ -87,7 +87,7 @@ class ActQuantizer(nnx.Module):
     ) -> tuple[Split, Array | None]:
         """(levels of what a producer makes, with `keep` that itself); see `ops.producers`. Raises as `split` does."""
         found = self.calibration
-        calibrated = dict(theta=found.theta, shift=found.shift, channels=found.channels)
+        calibrated: Any = dict(theta=found.theta, shift=found.shift, channels=found.channels)
         return split_after(producer, arrays, options, found.scale, self.config, keep=keep, **calibrated)
 
     def unsplit(self, x: Float[Array, "B L C"]) -> Unsplit | Split:

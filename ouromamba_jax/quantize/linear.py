@@ -82,9 +82,9 @@ class QuantLinear(nnx.Module):
             y = self(x) if residual is None else residual + self(x).astype(jnp.float32)
             return (y, x) if keep else y
         shape = jax.eval_shape(lambda *x: producer(*x, **options), *arrays).shape
-        split, x = self.act.split_after(producer, arrays, options, keep=keep)
+        split, made = self.act.split_after(producer, arrays, options, keep=keep)
         y = self._product(split, None if residual is None else as_tokens(residual)).reshape(*shape[:-1], -1)
-        return (y, x) if keep else y
+        return (y, made) if keep else y
 
     def _product(self, split: Split, residual: Float32[Array, "B L O"] | None = None) -> Float[Array, "B L O"]:
         bias = None if self.bias is None else self.bias[...]

@@ -103,8 +103,8 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
 
     def of_map(self, x: Float[Array, "B H W E"], orders: Any, delta: Array, B: Array, C: Array) -> ScanOutput:
         """`models.layers.scan_map`: u is read from the map."""
-        tokens, grid = x.reshape(x.shape[0], -1, x.shape[3]), x.shape[1:3]
-        u = tuple(Routed(tokens, grid, transpose, reverse) for transpose, reverse in orders)
+        tokens, grid = x.reshape(x.shape[0], -1, x.shape[3]), (x.shape[1], x.shape[2])
+        u: Any = tuple(Routed(tokens, grid, transpose, reverse) for transpose, reverse in orders)
         if self.state_scale is not None or "u" in self.act:
             return self(jnp.stack([route.merge() for route in u], axis=2), delta, B, C)
         _, _, *others = self.operands(u, delta, B, C)

@@ -42,6 +42,8 @@ simple(["rcp"], lambda x: 1 / x)
 simple(["ex2"], np.exp2)
 simple(["lg2"], np.log2)
 simple(["sqrt"], np.sqrt)
+simple(["rsqrt"], lambda x: 1 / np.sqrt(x))
+simple(["copysign"], lambda sign, x: np.copysign(x, sign))
 
 
 @operation("fma")
