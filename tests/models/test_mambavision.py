@@ -23,6 +23,7 @@ from family_checks import (
 from flax import nnx
 from mambavision_reference import forward, random_weights
 from tiers import slow
+from tiny_models import natural_model
 from tolerances import BATCHED_FLOAT, MAMBAVISION_SCAN, PARITY, REORDERED
 
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, quantize
@@ -427,7 +428,7 @@ def test_no_block_is_skipped():
 def test_the_whole_pipeline_with_several_windows_per_map():
     """Generation and quantisation need nothing of the family: windows, attention and convolutions are covered."""
     config = dict(img_size=48, dim=8, in_dim=8, depths=(1, 2, 2), num_heads=(2, 2, 2), conv_levels=1)
-    model = create_model("mambavision_micro", rngs=nnx.Rngs(3), window_size=(2, 2, 2), **config)
+    model = natural_model("mambavision_micro", window_size=(2, 2, 2), **config)
     settings = GenConfig(num_images=3, batch_size=3, iterations=2, contrastive=1.0, positives=2, neighbourhood=3)
     images = generate_images(model, settings, jax.random.key(0)).images
     assert bool(jnp.isfinite(images).all())
