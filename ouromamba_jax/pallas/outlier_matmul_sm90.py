@@ -46,27 +46,28 @@ def matmul(
     added: Sequence[Float32[Array, "M N"]] = (),
     *,
     tiles: MatmulTiles,
+    outputs: int,
     programs: int,
     dtype: Any = jnp.float32,
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
     """planes @ W^T * column_scale * row_scale + bias, in one int32 accumulator; then perhaps a sum in float32.
 
-    For M >= tile_m and N >= tile_n; 8, 32 and 16 divide M, K and N, or 16 a K below 128, or 64 K where weights are
-    packed.
+    For M >= tile_m; 8, 32 and 16 divide M, K and N, or 16 a K below 128, or 64 K where weights are packed.
 
     Args:
       planes: of levels: low bytes alone, or high ones before them.
       row_scale: `periodic(scale, tile_m)`.
       weight: whole tiles of outputs, K levels of each with zeros up to whole steps, or half as many bytes of
         `pack_halves` if tiles.packed; unpacked they count sixteenfold.
-      columns: column_scale, and a bias of any float type if there is one.
+      columns: column_scale, and a bias of any float type if there is one; at least tile_n of either.
       added: what the result is added to, if anything.
       dtype: to which the result is rounded; a sum is float32.
+      outputs: N; copies write nothing beyond it.
       programs: how many run, one per multiprocessor.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
-    (M, K), (N,) = planes[0].shape, columns[0].shape
+    (M, K), N = planes[0].shape, outputs
     tile_m, tile_n, stages = tiles.tile_m, tiles.tile_n, tiles.stages
     rows = tile_m // COMPUTE_WARPGROUPS
     n_tiles, k_tiles = pl.cdiv(N, tile_n), pl.cdiv(K, TILE_K)
@@ -90,7 +91,7 @@ def matmul(
         def corner(tile):
             """The last tile of a ragged M or N starts early: what two tiles share is written twice, alike."""
             m, n = tile // n_tiles * tile_m, lax.rem(tile, n_tiles) * tile_n
-            return jnp.minimum(m, M - tile_m), jnp.minimum(n, N - tile_n)
+            return jnp.minimum(m, M - tile_m), jnp.minimum(n, max(N - tile_n, 0))
 
         def each_tile(body):
             mine = pl.cdiv(tile_count - program, programs)

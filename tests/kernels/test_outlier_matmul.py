@@ -220,7 +220,8 @@ def test_the_widest_tile_that_divides_the_outputs(outputs, width):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("outlier_bits", [8, 16])
 @pytest.mark.parametrize(
-    ("B", "K", "O"), [(32, 768, 3072), (32, 1536, 768), (32, 192, 384), (1, 384, 768), (7, 384, 56)]
+    ("B", "K", "O"),
+    [(32, 768, 3072), (32, 1536, 768), (32, 192, 384), (1, 384, 768), (7, 384, 56), (2, 96, 8), (2, 160, 80)],
 )
 def test_on_the_device(name, B, K, O, outlier_bits, bits, request):
     """The compiled kernel itself, at the layers of Vim; of one image where it is emulated."""
