@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.layers import LayerNorm, after, broadcast_last, uniform
-from ouromamba_jax.ops.producers import conv_taps, depthwise_conv, patches3x3
+from ouromamba_jax.ops.producers import conv_silu, conv_taps, depthwise_conv, patches3x3, silu_once
 
 
 class DepthwiseConv1d(nnx.Module):
@@ -40,6 +40,21 @@ class DepthwiseConv1d(nnx.Module):
         """(arrays, options) of a producer that begins with this convolution."""
         bias = None if self.bias is None else self.bias[...]
         return (self.kernel[...], bias), {"causal": self.causal, "dtype": self.dtype}
+
+
+def convolved(
+    linear: Any, conv: Any, x: Float[Array, "B L D"], channels: int, *, reverse: bool = False
+) -> tuple[Float[Array, "B L O"], Float[Array, "B L C"]]:
+    """(linear(u), u), u = silu(conv(the first channels of x)); with `reverse`, of the tokens from last to first.
+
+    A convolution that somebody put in the place of ours is just called.
+    """
+    if type(conv) is DepthwiseConv1d:
+        parameters, options = conv.into()
+        return after(linear, conv_silu, x, *parameters, reverse=reverse, keep=True, **options)
+    x = x[..., :channels]
+    u = silu_once(conv(jnp.flip(x, axis=1) if reverse else x))
+    return linear(u), u
 
 
 class DepthwiseConv2d(nnx.Module):

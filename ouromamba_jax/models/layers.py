@@ -70,6 +70,13 @@ class LayerNorm(nnx.Module):
         return after(linear, layer_norm, x, self.scale[...], self.bias[...], eps=self.eps, dtype=self.dtype)
 
 
+def normalised(linear: Any, norm: Any, x: Float[Array, "... C"]) -> Float[Array, "... O"]:
+    """linear(norm(x)), or linear(x) without a norm. A norm that somebody put in the place of ours is just called."""
+    if norm is None:
+        return linear(x)
+    return norm.into(linear, x) if type(norm) in (RMSNorm, LayerNorm) else linear(norm(x))
+
+
 class Head(nnx.Module):
     """What every family's head does: features, then one linear layer `proj`, to float32 logits.
 
@@ -107,8 +114,7 @@ class MLP(nnx.Module):
         self, x: Float[Array, "... C"], norm: LayerNorm | None = None, residual: Float32[Array, "... C"] | None = None
     ) -> Float[Array, "... C"]:
         """Of x, first normalised if there is a norm; added to `residual`."""
-        hidden = self.fc1(x) if norm is None else norm.into(self.fc1, x)
-        return after(self.fc2, gelu, hidden, approximate=False, residual=residual)
+        return after(self.fc2, gelu, normalised(self.fc1, norm, x), approximate=False, residual=residual)
 
 
 class SelectiveScan(nnx.Module):

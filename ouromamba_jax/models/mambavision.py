@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
-from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d
+from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d, convolved
 from ouromamba_jax.models.layers import (
     MLP,
     DotProductAttention,
@@ -26,11 +26,12 @@ from ouromamba_jax.models.layers import (
     broadcast_last,
     classifier,
     nan_unless_finite,
+    normalised,
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace
 from ouromamba_jax.models.windows import AttentionTrace, WindowOrder, join_windows, split_windows
-from ouromamba_jax.ops.producers import beside_conv_silu, conv_silu
+from ouromamba_jax.ops.producers import beside_conv_silu
 
 _D_STATE, _D_CONV = 8, 3
 _INIT = nnx.initializers.normal(0.02)
@@ -207,7 +208,7 @@ class MambaVisionMixer(nnx.Module):
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         linear: dict[str, Any] = dict(use_bias=False, **types)
         half, rank = dim // 2, math.ceil(dim / 16)
-        self.splits = (rank, rank + _D_STATE)
+        self.channels, self.splits = half, (rank, rank + _D_STATE)
         self.in_proj = nnx.Linear(dim, dim, kernel_init=_INIT, **linear)
         self.conv_x = DepthwiseConv1d(half, _D_CONV, causal=False, use_bias=False, **types)
         self.conv_z = DepthwiseConv1d(half, _D_CONV, causal=False, use_bias=False, **types)
@@ -231,18 +232,17 @@ class MambaVisionMixer(nnx.Module):
         return update, LayerTrace(scans, x, update)
 
     def _operands(self, x: Array, norm: LayerNorm | None = None) -> tuple[tuple[Array, Array, Array, Array], Array]:
-        x = self.in_proj(x) if norm is None else norm.into(self.in_proj, x)
-        parameters, options = self.conv_x.into()
-        made, u = after(self.x_proj, conv_silu, x, *parameters, keep=True, **options)
+        x = normalised(self.in_proj, norm, x)
+        made, u = convolved(self.x_proj, self.conv_x, x, self.channels)
         dt, B, C = jnp.split(made, self.splits, axis=-1)
         return (u[:, :, None], self.dt_proj(dt)[:, :, None], B[:, :, None], C[:, :, None]), x
 
     def _merge(self, y: Float[Array, "BW L 1 E"], x: Float[Array, "BW L C"]) -> Float[Array, "BW L C"]:
-        parameters, options = self.conv_z.into()
         y, start = y[:, :, 0], y.shape[3]
-        if type(self.z) is Operand:
+        if (type(self.z), type(self.conv_z)) == (Operand, DepthwiseConv1d):
+            parameters, options = self.conv_z.into()
             return after(self.out_proj, beside_conv_silu, y, x, *parameters, start=start, **options)
-        z = self.z(conv_silu(x, *parameters, start=start, **options))
+        z = self.z(jax.nn.silu(self.conv_z(x[..., start:])))
         return self.out_proj(jnp.concatenate([y, z], axis=-1))
 
 
@@ -256,7 +256,7 @@ class MambaVisionAttention(nnx.Module):
         self.proj = nnx.Linear(dim, dim, **types)
 
     def __call__(self, x: Float[Array, "BW L C"], norm: LayerNorm | None = None) -> Float[Array, "BW L C"]:
-        qkv = self.qkv(x) if norm is None else norm.into(self.qkv, x)
+        qkv = normalised(self.qkv, norm, x)
         return self.proj(self.attention(*jnp.split(qkv, 3, axis=-1)))
 
     def trace(

@@ -11,7 +11,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
-from ouromamba_jax.models.convolution import DepthwiseConv1d, extract_patches
+from ouromamba_jax.models.convolution import DepthwiseConv1d, convolved, extract_patches
 from ouromamba_jax.models.layers import (
     Head,
     Operand,
@@ -21,10 +21,11 @@ from ouromamba_jax.models.layers import (
     channels_from,
     classifier,
     nan_unless_finite,
+    normalised,
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
-from ouromamba_jax.ops.producers import conv_silu, gated_mean
+from ouromamba_jax.ops.producers import gated_mean
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class VimDirection(nnx.Module):
     def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.splits = (config.dt_rank, config.dt_rank + config.d_state)
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        width = config.d_inner
+        width = self.channels = config.d_inner
         self.conv = DepthwiseConv1d(width, config.d_conv, **types)
         self.x_proj = nnx.Linear(width, config.dt_rank + 2 * config.d_state, use_bias=False, **types)
         self.dt_proj = nnx.Linear(
@@ -161,8 +162,7 @@ class VimDirection(nnx.Module):
 
         `reverse` scans from the last token to the first; the convolution, too, is causal in reversed time.
         """
-        parameters, options = self.conv.into()
-        made, u = after(self.x_proj, conv_silu, x, *parameters, reverse=reverse, keep=True, **options)
+        made, u = convolved(self.x_proj, self.conv, x, self.channels, reverse=reverse)
         dt, B, C = jnp.split(made, self.splits, axis=-1)
         return u, self.dt_proj(dt), B, C
 
@@ -198,7 +198,7 @@ class VimMixer(nnx.Module):
     def _operands(
         self, x: Array, norm: RMSNorm | None = None
     ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, int]]:
-        x = self.in_proj(x) if norm is None else norm.into(self.in_proj, x)
+        x = normalised(self.in_proj, norm, x)
         made = (self.directions[0](x), self.directions[1](x, reverse=True))
         u, delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
         return (u, delta, B, C), channels_from(self.config.d_inner, x, self.z)

@@ -22,11 +22,12 @@ from ouromamba_jax.models.layers import (
     as_tokens,
     classifier,
     nan_unless_finite,
+    normalised,
     scan_map,
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
-from ouromamba_jax.ops.producers import merged_routes, route, silu_once
+from ouromamba_jax.ops.producers import merged_routes, route, silu_once, summed_routes
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
 DIRECTIONS = ((False, False), (True, False), (False, True), (True, True))
@@ -166,8 +167,7 @@ class VMambaMixer(nnx.Module):
 
     def _operands(self, x: Array, norm: LayerNorm | None = None) -> tuple[Array, Array, Array, Array]:
         """A map u, and delta, B and C along its routes."""
-        projected = self.in_proj(x) if norm is None else norm.into(self.in_proj, x)
-        x = silu_once(self.conv(projected))
+        x = silu_once(self.conv(normalised(self.in_proj, norm, x)))
         made = [
             direction(x, transpose=t, reverse=r) for direction, (t, r) in zip(self.directions, DIRECTIONS, strict=True)
         ]
@@ -177,8 +177,10 @@ class VMambaMixer(nnx.Module):
     def _merge(
         self, y: Float[Array, "B L 4 E"], shape: tuple[int, ...], residual: Array | None = None
     ) -> Float[Array, "B H W C"]:
-        norm = self.norm
-        options: dict[str, Any] = dict(grid=shape[1:3], eps=norm.eps, dtype=norm.dtype)
+        norm, grid = self.norm, (shape[1], shape[2])
+        if type(norm) is not LayerNorm:  # but what somebody put in its place
+            return after(self.out_proj, lambda y: norm(summed_routes(y, grid=grid)), y, residual=residual)
+        options: dict[str, Any] = dict(grid=grid, eps=norm.eps, dtype=norm.dtype)
         return after(self.out_proj, merged_routes, y, norm.scale[...], norm.bias[...], residual=residual, **options)
 
 

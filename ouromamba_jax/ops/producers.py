@@ -101,6 +101,14 @@ def route(x: Float[Array, "B H W E"], *, transpose: bool, reverse: bool) -> Floa
     return jnp.flip(tokens, axis=1) if reverse else tokens
 
 
+def summed_routes(y: Float[Array, "B L 4 E"], *, grid: tuple[int, int]) -> Float[Array, "B H W E"]:
+    """The sum of four routes over a map of H x W tokens: by rows, by columns, and both reversed."""
+    (batch, _, _, width), (rows, columns) = y.shape, grid
+    y = y[:, :, :2] + jnp.flip(y[:, :, 2:], axis=1)
+    by_column = y[:, :, 1].reshape(batch, columns, rows, width).swapaxes(1, 2)
+    return y[:, :, 0].reshape(by_column.shape) + by_column
+
+
 def merged_routes(
     y: Float[Array, "B L 4 E"],
     scale: Float[Array, " E"],
@@ -110,11 +118,8 @@ def merged_routes(
     eps: float,
     dtype: DTypeLike,
 ) -> Float[Array, "B H W E"]:
-    """`layer_norm` of the sum of four routes over a map of H x W tokens: by rows, by columns, and both reversed."""
-    (batch, _, _, width), (rows, columns) = y.shape, grid
-    y = y[:, :, :2] + jnp.flip(y[:, :, 2:], axis=1)
-    by_column = y[:, :, 1].reshape(batch, columns, rows, width).swapaxes(1, 2)
-    return layer_norm(y[:, :, 0].reshape(by_column.shape) + by_column, scale, bias, eps=eps, dtype=dtype)
+    """`layer_norm` of `summed_routes`."""
+    return layer_norm(summed_routes(y, grid=grid), scale, bias, eps=eps, dtype=dtype)
 
 
 def beside_conv_silu(

@@ -132,7 +132,7 @@ def split_outliers(
     scale: Float32[Array, " L"],
     config: OutlierConfig,
     *,
-    theta: Float32[Array, " L"] | None = None,
+    theta: Float[Array, " L"] | None = None,
     shift: Int8[Array, " L"] | None = None,
     channels: Bool[Array, " C"] | None = None,
     implementation: str | None = None,
@@ -176,11 +176,11 @@ def check_split(x, scale, config: OutlierConfig, theta, shift, channels) -> None
 
 
 def detection_limit(
-    scale: Float32[Array, " L"], config: OutlierConfig, theta: Float32[Array, " L"] | None
+    scale: Float32[Array, " L"], config: OutlierConfig, theta: Float[Array, " L"] | None
 ) -> Float32[Array, " L"]:
     """max(theta, q * S): a magnitude above it lists its channel."""
     limit = scale * float(config.largest_inlier)
-    return limit if theta is None else jnp.maximum(theta, limit)
+    return limit if theta is None else jnp.maximum(theta.astype(jnp.float32), limit)
 
 
 def find_first(
@@ -287,7 +287,7 @@ def fake_quant(
     scale: Float32[Array, " L"],
     config: OutlierConfig,
     *,
-    theta: Float32[Array, " L"] | None = None,
+    theta: Float[Array, " L"] | None = None,
     shift: Int8[Array, " L"] | None = None,
     channels: Bool[Array, " C"] | None = None,
 ) -> Float32[Array, "B L C"]:

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int8
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int8
 
 from ouromamba_jax.ops.qtensor import FULL_RANGE_FRACTIONS, SEARCH_NORM, search_scale
 from ouromamba_jax.ops.split import (
@@ -20,6 +20,9 @@ from ouromamba_jax.ops.split import (
     window_length,
 )
 
+WORTH_A_BYTE = 2.0
+"""By how much the loss of a token must shrink for a second product: a huge outlier would take all levels of inliers."""
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["scale", "theta", "shift", "channels"], meta_fields=[])
 @dataclass(frozen=True)
@@ -28,13 +31,13 @@ class Calibration:
 
     Attributes:
       scale: float32 (L,), the step of every token, positive.
-      theta: float32 (L,), thresholds of dynamic detection, or None.
+      theta: bfloat16 (L,), thresholds of dynamic detection, whose later digits decide nothing; or None.
       shift: int8 (L,), by how much outliers are shifted, or None where no outlier needs a second byte.
       channels: bool (C,), the outlier channels of static detection, or None.
     """
 
     scale: Float32[Array, " L"]
-    theta: Float32[Array, " L"] | None = None
+    theta: BFloat16[Array, " L"] | None = None
     shift: Int8[Array, " L"] | None = None
     channels: Bool[Array, " C"] | None = None
 
@@ -52,8 +55,8 @@ def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool =
 
     theta is the mean over samples of mean + sigma * std (ddof=1) of a token's magnitudes, listed channels counted as
     zero. The step is searched (100 candidates, 2.4 norm over samples and channels) with what exceeds theta set to zero.
-    Where an outlier exceeds Q * S, S is raised until it fits, if that loses less than saturating it; else the outliers
-    of this activation get a second byte.
+    Where an outlier exceeds Q * S, S is raised until it fits, if that loses less than saturating it. If at some token
+    either loses more than twice as much as outliers in multiples of 2^j would, this activation gets a second byte.
 
     Activations of so few channels that none can lie sigma deviations above their mean have one step for all tokens: a
     step per token from so few values would not cover samples that calibration has not seen.
@@ -66,10 +69,11 @@ def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool =
     if config.detection == "static":
         found["channels"] = calibrate_channels(x, config)
     elif config.detection == "dynamic":
-        found["theta"] = calibrate_theta(x, config)
+        found["theta"] = calibrate_theta(x, config).astype(jnp.bfloat16)
     scale = _search(x, _any_bits(config), float(config.largest_inlier), found, search)
     calibration = Calibration(jnp.broadcast_to(scale, x.shape[1:2]), **found)
-    if config.detection == "none" or config.largest_outlier == config.largest_inlier:
+    plain = config.detection == "none" or config.largest_outlier == config.largest_inlier
+    if plain or _too_few(config, x.shape[2]):
         return calibration
     raised, shift, needs_byte = _reach(x, calibration, config)
     if bool(needs_byte):
@@ -93,14 +97,14 @@ def _search(x, config: OutlierConfig, largest_inlier, found, search: bool) -> Fl
     if _too_few(config, x.shape[2]):
         x = x.reshape(-1, 1, x.shape[2])
     elif found:
-        limit = found.get("theta", jnp.zeros(x.shape[1]))
+        limit = found.get("theta", jnp.zeros(x.shape[1])).astype(jnp.float32)
         x = jnp.where(find_listed(x, limit, config, found.get("channels")), 0.0, x)
     return search_scale(x, largest_inlier, axes=(0, 2), fractions=FULL_RANGE_FRACTIONS if search else (1.0,))[0, :, 0]
 
 
 @partial(jax.jit, static_argnames="config")
 def _reach(x, calibration: Calibration, config: OutlierConfig):
-    """(steps raised where that loses less than saturating, shifts, whether it loses more at some token)."""
+    """(steps raised until outliers fit where that loses less than saturating, shifts, whether these are needed)."""
     x = x.astype(jnp.float32)
     limit = detection_limit(calibration.scale, config, calibration.theta)
     listed = find_listed(x, limit, config, calibration.channels)
@@ -108,15 +112,18 @@ def _reach(x, calibration: Calibration, config: OutlierConfig):
     reach = calibration.scale * float(config.largest_outlier)
     beyond = largest > reach
 
-    def loss(scale):
-        error = jnp.abs(x - replace(calibration, scale=scale).fake(x, config))
+    def loss(**changed):
+        error = jnp.abs(x - replace(calibration, **changed).fake(x, config))
         return jnp.sum(jnp.exp(SEARCH_NORM * jnp.log(error)), axis=(0, 2))
 
     fitting = jnp.where(beyond, largest / float(config.largest_outlier), calibration.scale)
-    better = loss(fitting) < loss(calibration.scale)
-    shift = jnp.where(beyond, jnp.clip(jnp.ceil(jnp.log2(largest / reach)), 0, LARGEST_SHIFT), 0)
-    needs_byte = jnp.any(beyond & ~better) if config.outlier_bits != 16 else jnp.zeros((), bool)
-    return jnp.where(better, fitting, calibration.scale), shift.astype(jnp.int8), needs_byte
+    raised = loss(scale=fitting)
+    scale = jnp.where(raised < loss(), fitting, calibration.scale)
+    shift = jnp.where(beyond, jnp.clip(jnp.ceil(jnp.log2(largest / reach)), 0, LARGEST_SHIFT), 0).astype(jnp.int8)
+    if config.outlier_bits == 16:
+        return scale, shift, jnp.zeros((), bool)
+    shifted = loss(shift=shift)
+    return scale, shift, jnp.any(beyond & (jnp.minimum(raised, loss()) > WORTH_A_BYTE * shifted))
 
 
 @partial(jax.jit, static_argnames="config")

@@ -111,7 +111,8 @@ class QuantConfig(OutlierConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}; choose among {', '.join(PRESETS)}.")
-        rules = (*overrides.pop("rules", ()), *_EDGES)
+        edges = _FLOAT_EDGES if overrides.get("act_bits", 0) is None else _EDGES
+        rules = (*overrides.pop("rules", ()), *edges)
         return cls(**{**PRESETS[name], **overrides}, rules=rules)
 
     @property
@@ -156,6 +157,7 @@ def _operand_names(operands: Any) -> tuple[str, ...]:
     return tuple(operands)
 
 
+_FLOAT_EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8),)
 _EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8, outlier_bits=16),)
 PRESETS = {
     "w4a4": dict(weight_bits=4, act_bits=4, outlier_bits=8),

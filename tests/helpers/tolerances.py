@@ -87,5 +87,5 @@ SAME_PRODUCT = 0.9
 FUSED = 2e-5
 """The same float32 operations fused and one by one, relative to the largest entry; sums have up to 4,096 terms. A
 miscompiled product is off by more than it is."""
-EPILOGUE = {"float32": 1e-6, "bfloat16": 2**-7}
+EPILOGUE_GPU = {"float32": 1e-6, "bfloat16": 2**-7}
 """Of a product's float epilogue: where a compiler contracts a product and a sum, the last bit moves."""

@@ -142,7 +142,7 @@ def test_real_scales_and_a_bias(name, dtype):
     y, expected = (product(n, dtype=dtype)(split, weight, bias) for n in (name, "xla"))
     assert y.dtype == dtype
     y, expected = (np.asarray(x, np.float32) for x in (y, expected))
-    np.testing.assert_allclose(y, expected, rtol=tolerances.EPILOGUE[dtype], atol=tolerances.EPILOGUE[dtype])
+    np.testing.assert_allclose(y, expected, rtol=tolerances.EPILOGUE_GPU[dtype], atol=tolerances.EPILOGUE_GPU[dtype])
 
 
 @pytest.mark.kernels
@@ -237,5 +237,5 @@ def test_on_the_device(name, B, K, O, outlier_bits, bits, request):
     for options in ({"dtype": jnp.float32}, {"dtype": jnp.bfloat16, "bias": bias}):
         y, expected = (matmul.outlier_matmul(split, weight, **options, implementation=n) for n in (name, "xla"))
         y, expected = (np.asarray(x, np.float32) for x in (y, expected))
-        tolerance = tolerances.EPILOGUE[jnp.dtype(options["dtype"]).name]
+        tolerance = tolerances.EPILOGUE_GPU[jnp.dtype(options["dtype"]).name]
         np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())

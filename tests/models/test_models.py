@@ -346,8 +346,7 @@ def test_registry_errors_name_the_way_out():
         ("vim_tiny", "depth", 3.0),
         ("vim_tiny", "stride", 0),
         ("vim_tiny", "embed_dim", (2, 3)),
-        ("vim_tiny", "num_classes", (2, 3)),
-        ("mambavision_t", "num_classes", "10"),
+        ("mambavision_t", "in_dim", "10"),
     ],
 )
 def test_sizes_are_positive_whole_numbers(name, field, value):

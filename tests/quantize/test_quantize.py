@@ -277,7 +277,7 @@ def test_weight_groups_by_layer():
         (lambda x: x[:0], r"must be of shape \(N, H, W, 3\) with N > 0"),
         (lambda x: x[:, :8], "images have shape"),
         (lambda x: jnp.asarray(to_pixels(x, float_model().config.preprocessing)), "images are uint8.*load_images"),
-        (lambda x: 255 * jnp.clip(x, 0, 1), "images reach 255, but.*load_images"),
+        (lambda x: 255 * jnp.clip(x, 0, 1), "images are 0 to 255, but.*load_images"),
     ],
     ids=["nan", "inf", "rank", "none", "size", "uint8", "pixels"],
 )
