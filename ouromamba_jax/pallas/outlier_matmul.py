@@ -52,10 +52,13 @@ def prepare(split: "Split", weight: QTensor | KernelWeight) -> KernelWeight:
 def tiles_for(target: Target, split: "Split", weight: QTensor | KernelWeight) -> MatmulTiles:
     """`matmul_tiles`: one accumulator for two bytes has no room for packed levels, which count sixteenfold.
 
-    Nor are they worth padding the activation for.
+    Nor are they worth padding the activation for. On sm80 a wide tile of two planes would spill.
     """
     inputs, outputs = weight.shape
-    return matmul_tiles(target, outputs, weight.bits if split.high is None and inputs % (TILE_K // 2) == 0 else 8)
+    if split.high is None:
+        return matmul_tiles(target, outputs, weight.bits if inputs % (TILE_K // 2) == 0 else 8)
+    tiles = matmul_tiles(target, outputs, 8)
+    return replace(tiles, tile_n=64) if target == "sm80" else tiles
 
 
 def first_rows(M: int, tile_m: int) -> np.ndarray:
