@@ -61,6 +61,7 @@ class Study:
         out.mkdir(parents=True, exist_ok=True)
         # What a result's bits depend on beside its own settings: sums in float32 follow the number of threads.
         self.identity = dict(
+            rule="one grid",
             model=model,
             weights=_digest(self.model),
             data=Path(data).name,
