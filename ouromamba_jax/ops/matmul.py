@@ -112,7 +112,7 @@ def outlier_matmul(
     if backend is BACKENDS["mosaic_gpu"]:
         return backend.run(*call, residual)
     if split.shape[-1] > inputs:
-        low, high = (None if x is None else x[..., :inputs] for x in (split.low, split.high))
-        call = replace(split, low=low, high=high), *call[1:]
+        high = None if split.high is None else split.high[..., :inputs]
+        call = replace(split, low=split.low[..., :inputs], high=high), *call[1:]
     y = backend.run(*call)
     return y if residual is None else residual + y.astype(jnp.float32)
