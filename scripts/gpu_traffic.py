@@ -34,9 +34,11 @@ from flax import nnx
 from ouromamba_jax.data.preprocessing import height_width
 from ouromamba_jax.evaluation.bench import random_images, write_results
 from ouromamba_jax.models import VisionModel
-from ouromamba_jax.quantize import QuantConfig, quantize
+from ouromamba_jax.ops.qtensor import quantize_with_scale, search_weight_scale
+from ouromamba_jax.quantize import QuantConfig, QuantLinear, quantize
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
+from ouromamba_jax.quantize.sites import iter_sites
 from ouromamba_jax.report.tables import print_table
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
@@ -103,13 +105,19 @@ def compiled(model: VisionModel, target: str, batch: int) -> str:
 
 
 def quantised(model: VisionModel, bits: str, like: dict[str, SiteSpec]) -> VisionModel:
-    """A copy at "w8a8" or "w8a8o8", its arrays of zeros, with the sites of `like`."""
+    """A copy at "w8a8" or "w8a8o8" with the sites of `like` and the model's weights; what is calibrated, of zeros."""
     preset, *outliers = bits.split("o")
     config = QuantConfig.preset(preset, **({"outlier_bits": int(outliers[0])} if outliers else {}))
     config = replace(config, float_dtype="bfloat16")
     settings = {path: config.resolve(path) for path in like}
     specs = {path: replace(spec, config=settings[path], two_bytes=()) for path, spec in like.items()}
-    return apply_specs(nnx.clone(model), specs)
+    low, kernels = apply_specs(nnx.clone(model), specs), dict(iter_sites(model))
+    for path, module in nnx.iter_modules(low):
+        if isinstance(module, QuantLinear):  # whose levels decide whether one accumulator holds two bytes
+            kernel, bits = kernels[".".join(map(str, path))].kernel[...], module.spec.config.weight_bits
+            weight = quantize_with_scale(kernel, search_weight_scale(kernel, bits, search=False), bits)
+            module.levels.set_value(weight.values)
+    return low
 
 
 def sites(model: VisionModel) -> dict[str, SiteSpec]:

@@ -6,6 +6,7 @@ int8 operands, int32 accumulation: the integers are exact, so every backend retu
 epilogue rounds. One product where levels fit one byte.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -97,9 +98,10 @@ def outlier_matmul(
     Raises:
       ValueError: inputs that do not agree in C or O, an unknown implementation, or a named one that refuses the call.
     """
-    if split.shape[-1] != weight.shape[0]:
+    inputs = weight.shape[0]
+    if split.first.shape[-1] != inputs or split.shape[-1] < inputs:
         raise ValueError(
-            f"the activation has {split.shape[-1]} channels but the weight {weight.shape[0]} inputs: "
+            f"the activation has {split.first.shape[-1]} channels but the weight {inputs} inputs: "
             "pass a (C, O) weight (transpose a PyTorch one)"
         )
     dtype = jnp.dtype(dtype)
@@ -109,5 +111,8 @@ def outlier_matmul(
     backend = choose("matmul", BACKENDS, implementation, *call)
     if backend is BACKENDS["mosaic_gpu"]:
         return backend.run(*call, residual)
+    if split.shape[-1] > inputs:
+        high = None if split.high is None else split.high[..., :inputs]
+        call = replace(split, low=split.low[..., :inputs], high=high), *call[1:]
     y = backend.run(*call)
     return y if residual is None else residual + y.astype(jnp.float32)

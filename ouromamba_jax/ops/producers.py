@@ -164,6 +164,8 @@ def split_after(
 ) -> tuple[Split, Array | None]:
     """(split_outliers of producer(*arrays, **options), its axes between the first and the last as tokens; that itself).
 
+    The split is for a product: its bytes may have more channels, which hold anything and which a product leaves out.
+
     Args:
       producer: a function of this module; others, too, if no backend is named.
       keep: whether the activation is wanted, too; None in its place if not.

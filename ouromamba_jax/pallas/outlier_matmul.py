@@ -124,7 +124,7 @@ def launch(
       target, tiles: the default device's kernel and its tiles, unless given.
       interpret: `plgpu.InterpretGPUParams` to run on CPU.
     """
-    (B, L, K), O = split.shape, weight.shape[1]
+    (B, L, K), O = split.shape, weight.shape[1]  # K may exceed the weight's, which zeros follow
     target = target or device_target()
     tiles = tiles or tiles_for(target, split, weight)
     # At least one tile of rows and of columns, then such parts as Mosaic's copies begin at.

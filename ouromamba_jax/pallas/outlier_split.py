@@ -64,10 +64,10 @@ class Rule:
         exponent = shift.astype(jnp.float32)
         return scale, limit, jnp.exp2(exponent), jnp.exp2(-exponent)
 
-    def results(self, batch: int, tokens: int, channels: int) -> list[jax.ShapeDtypeStruct]:
-        """Of low, high if there is one, and first."""
+    def results(self, batch: int, tokens: int, channels: int, width: int | None = None) -> list[jax.ShapeDtypeStruct]:
+        """Of low, high if there is one, and first; bytes of `width` channels, if more are allocated than there are."""
         first = (batch, -(-tokens // self.window), channels), jnp.int8 if self.window <= 127 else jnp.int32
-        levels = [((batch, tokens, channels), jnp.int8)] * (2 if self.two_bytes else 1)
+        levels = [((batch, tokens, width or channels), jnp.int8)] * (2 if self.two_bytes else 1)
         return [jax.ShapeDtypeStruct(*shape) for shape in (*levels, first)]
 
     def level(

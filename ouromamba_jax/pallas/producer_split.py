@@ -172,8 +172,14 @@ def by_row(
     return _launch(name, body, operands, site, more, grid, ("window", "sample"), interpret)
 
 
+def copied_width(channels: int) -> int:
+    """Channels that a product's copies of a token cover: what follows its own is not written, and meets no weight."""
+    return channels if channels < LANES else channels + -channels % 32
+
+
 def _launch(name, body, operands, site: Site, others, grid, grid_names, interpret) -> Results:
-    levels = site.rule.results(*site.shape)
+    batch, tokens, channels = site.shape
+    levels = site.rule.results(batch, tokens, channels, copied_width(channels))
     body.__name__ = name
     results = plgpu.kernel(
         body,

@@ -178,6 +178,16 @@ def test_two_bytes_at_the_limit_of_an_accumulator(inputs):
     np.testing.assert_allclose(y, inputs * 7 * (127 * 256 + 127), rtol=1e-6)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["sm90", "sm80", "xla"])
+def test_channels_beyond_the_weights_count_for_nothing(name):
+    split, weight = random_split("mixed")
+    more = jax.random.randint(jax.random.key(0), (3, 67, 20), -128, 128, jnp.int8)
+    wider = replace(split, low=jnp.concatenate([split.low, more], axis=2))
+    y = matmul.outlier_matmul(wider, weight) if name == "xla" else product(name)(wider, weight)
+    np.testing.assert_array_equal(y, exact(split, weight))
+
+
 def test_steps_of_any_tile_lie_side_by_side():
     scale = jnp.arange(5.0)
     more = np.asarray(kernel.periodic(scale, 8))

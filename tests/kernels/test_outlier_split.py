@@ -1,5 +1,6 @@
 """The kernels of the split, and of an activation with its split, in interpret mode: XLA's levels, no races."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -139,6 +140,11 @@ def producer_calls(C, dtype="float32"):
     }
 
 
+def cropped(split: Split) -> Split:
+    """Without the channels that no product reads."""
+    return replace(split, low=split.low[..., : split.first.shape[-1]])
+
+
 ROWS = ("rms_norm", "layer_norm", "merged_routes")
 CALLS = [
     *((name, C) for name in ROWS for C in (96, 200)),
@@ -167,7 +173,8 @@ def test_an_activation_made_with_its_split(name, channels):
     expected, made = producers._xla(*call, **calibrated)
     got, also = producers._mosaic_gpu(*call, **calibrated, interpret=plgpu.InterpretGPUParams())
     assert 0.02 < float(expected.listed().mean()) < 0.98
-    assert got.low.shape == expected.low.shape
+    assert got.low.shape[:2] == expected.low.shape[:2]
+    got = cropped(got)
     assert np.mean(got.low != expected.low) < 1e-3
     assert np.abs(got.levels() - expected.levels()).max() <= 1
     assert np.mean(got.first != expected.first) < 1e-3
@@ -213,5 +220,6 @@ def test_producers_on_the_device(name):
         producers.split_after, producer, arrays, options, scale, OutlierConfig(), keep=name not in ROWS, theta=9 * scale
     )
     (got, _), (expected, _) = (call(implementation=name) for name in ("mosaic_gpu", "xla"))
+    got = cropped(got)
     assert np.mean(got.first != expected.first) < 0.01
     assert np.mean(got.levels() != expected.levels()) < 0.01
