@@ -34,9 +34,11 @@ def run(
         return Operand(x.low, x.high, x.scale[None]) if isinstance(x, Split) else Operand(x)
 
     def operands(x):
-        """Of groups with rules of their own kinds, none is split in the scan."""
+        """Of groups with rules of their own kinds, none is split in the scan; beside floats, levels are none."""
         if not isinstance(x, tuple):
             return (operand(x),)
+        if len({isinstance(part, Split | Unsplit) for part in x}) > 1:
+            return (operand(floats(x, jnp.float32)),)
         made = tuple(map(operand, x))
         if len({part.rule for part in made}) > 1:
             made = tuple(operand(part.split() if isinstance(part, Unsplit) else part) for part in x)

@@ -56,7 +56,7 @@ def product(name, detect_races=False, dtype="float32"):
 
 CASES = {
     # kind: (B, L, K, O), share of levels beyond 4 bits, whether levels have two bytes, weight bits
-    "mixed": ((3, 67, 300, 70), 0.003, False, 4),
+    "mixed": ((3, 67, 300, 70), 0.006, False, 4),
     "inliers": ((3, 67, 300, 70), 0.0, False, 4),
     "outliers": ((1, 128, 256, 64), 1.0, False, 4),
     "one image": ((1, 5, 33, 20), 0.3, False, 4),
