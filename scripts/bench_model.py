@@ -9,11 +9,6 @@ JAX, which holds (B, L, D, N) arrays). `quantised` times a float model against i
 says which parts of one block take the time. Without a name both run. Weights are random and images Gaussian; models
 take turns and the ratios are medians over rounds, so that other work on the machine hits all of them.
 
-On two CPU cores both together take six minutes, mostly compiling. Measured there: vim_tiny 3.5x faster than on
-associative_scan (4.7x by processor time: XLA's CPU backend spreads the latter over both cores, while the steps of our
-loop run on one); vim_base 1.18x as fast as float at W8A8 and 1.40x at W4A4 (1.21x and 1.50x by processor time; 16-bit
-outliers take a second int8 product). Trained models have other outliers.
-
 `--device gpu` times six published models at batch 32 in bfloat16, W8A8 and W4A4, through XLA and on our kernels
 (`bench.preferring`), below Hopper also on 4-bit tensor cores, then says what share of the time on the kernels goes into
 finding and splitting outliers, into products, into scans and into the rest. A model that fails is recorded with its
