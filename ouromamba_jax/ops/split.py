@@ -245,8 +245,10 @@ def _xla(x, scale, config: OutlierConfig, *, theta, shift, channels) -> Split:
     if shift is None:
         levels = round_half_even(_clip(ratio, bound))
     else:
+        unit = jnp.exp2(shift.astype(jnp.float32))[None, :, None]  # powers of two: exact
+        ratio = jnp.where(listed, ratio / unit, ratio)
         j = jnp.where(listed, shift.astype(jnp.int32)[None, :, None], 0)
-        levels = jnp.left_shift(round_half_even(_clip(jnp.ldexp(ratio, -j), bound)), j)
+        levels = jnp.left_shift(round_half_even(_clip(ratio, bound)), j)
     high = jnp.right_shift(levels + 128, 8).astype(jnp.int8)
     return Split(levels.astype(jnp.int8), high, scale, first, config.n_refresh)  # int8 wraps to the low byte
 
