@@ -60,7 +60,8 @@ def test_equal_runs_have_one_key_and_others_their_own(runs):
 
 
 def entry(run, seed, rng):
-    values = dict(zip(("top1", "agreement", "sqnr_db", "outlier_rate"), rng.random(4).tolist(), strict=True))
+    names = ("top1", "agreement", "sqnr_db", "outlier_rate", "mean_bits")
+    values = dict(zip(names, rng.random(5).tolist(), strict=True))
     return dict(key=run.key(seed), sites={}, **values)
 
 
