@@ -34,14 +34,12 @@ def run(
         return Operand(x.low, x.high, x.scale[None]) if isinstance(x, Split) else Operand(x)
 
     def operands(x):
-        """Of groups with rules of their own kinds, none is split in the scan; beside floats, levels are none."""
+        """Of groups that are not of one kind, all as floats: a program reads those of any group alike."""
         if not isinstance(x, tuple):
             return (operand(x),)
-        if len({isinstance(part, Split | Unsplit) for part in x}) > 1:
-            return (operand(floats(x, jnp.float32)),)
         made = tuple(map(operand, x))
-        if len({part.rule for part in made}) > 1:
-            made = tuple(operand(part.split() if isinstance(part, Unsplit) else part) for part in x)
+        if len({(part.rule, part.scale is None, part.low.dtype) for part in made}) > 1:
+            made = (Operand(floats(x, B.dtype)),)
         return made
 
     y, h_last, starts = kernel.run(
