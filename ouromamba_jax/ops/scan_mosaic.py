@@ -25,7 +25,7 @@ def run(
                 return Operand(x.merge())
             return Operand(x.x, route=Route(*x.grid, x.transpose, x.reverse))
         if isinstance(x, Unsplit):
-            if reverse or tiles.segments > 1 or x.config.detection != "dynamic":
+            if reverse or tiles.segments > 1 or x.config.detection == "static":
                 return operand(x.split())
             limit = detection_limit(x.scale, x.config, x.theta)
             shift = None if x.config.outlier_bits == 16 else x.shift

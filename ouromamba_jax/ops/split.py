@@ -178,7 +178,9 @@ def check_split(x, scale, config: OutlierConfig, theta, shift, channels) -> None
 def detection_limit(
     scale: Float32[Array, " L"], config: OutlierConfig, theta: Float[Array, " L"] | None
 ) -> Float32[Array, " L"]:
-    """max(theta, q * S): a magnitude above it lists its channel."""
+    """max(theta, q * S): a magnitude above it lists its channel. Infinite where no entry is to be an outlier."""
+    if config.detection == "none":
+        return jnp.full_like(scale, jnp.inf)
     limit = scale * float(config.largest_inlier)
     return limit if theta is None else jnp.maximum(theta.astype(jnp.float32), limit)
 

@@ -55,6 +55,7 @@ def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool =
 
     theta is the mean over samples of mean + sigma * std (ddof=1) of a token's magnitudes, listed channels counted as
     zero. The step is searched (100 candidates, 2.4 norm over samples and channels) with what exceeds theta set to zero.
+    Where outliers have no more levels than inliers, nothing is set apart and the search sees every entry.
     Where an outlier exceeds Q * S, S is raised until it fits, if that loses less than saturating it. If at some token
     either loses more than twice as much as outliers in multiples of 2^j would, this activation gets a second byte.
 
@@ -65,14 +66,14 @@ def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool =
       x: (B, L, C), tokens in scan order.
       search: False takes the inliers' range as it is.
     """
+    plain = config.detection == "none" or config.largest_outlier == config.largest_inlier
     found = {}
-    if config.detection == "static":
+    if not plain and config.detection == "static":
         found["channels"] = calibrate_channels(x, config)
-    elif config.detection == "dynamic":
+    elif not plain:
         found["theta"] = calibrate_theta(x, config).astype(jnp.bfloat16)
     scale = _search(x, _any_bits(config), float(config.largest_inlier), found, search)
     calibration = Calibration(jnp.broadcast_to(scale, x.shape[1:2]), **found)
-    plain = config.detection == "none" or config.largest_outlier == config.largest_inlier
     if plain or _too_few(config, x.shape[2]):
         return calibration
     raised, shift, needs_byte = _reach(x, calibration, config)

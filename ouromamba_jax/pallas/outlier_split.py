@@ -29,8 +29,8 @@ def supports(x: Float[Array, "B L C"], config: "OutlierConfig", **_: Any) -> str
 
 def unsuitable(x: Float[Array, "B L C"], config: "OutlierConfig", **_: Any) -> str | None:
     """Why the kernel cannot split this, whatever the device; None if it can."""
-    if config.detection != "dynamic":
-        return 'it is Algorithm 2 itself: detection="dynamic"'
+    if config.detection == "static":
+        return 'a fixed list of channels, detection="static"'
     return "there is nothing to split" if x.size == 0 else None
 
 

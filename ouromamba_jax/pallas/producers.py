@@ -31,8 +31,8 @@ def unsuitable(
     name = getattr(producer, "__name__", "")
     if name not in NAMES:
         return f"there is no kernel for {name}"
-    if config.detection != "dynamic":
-        return 'it is Algorithm 2 itself: detection="dynamic"'
+    if config.detection == "static":
+        return 'a fixed list of channels, detection="static"'
     made = jax.eval_shape(lambda *x: producer(*x, **options), *arrays)
     if made.size == 0:
         return "there is nothing to split"

@@ -85,6 +85,16 @@ def test_a_second_byte(act_bits, channels):
 
 
 @pytest.mark.kernels
+def test_nothing_listed():
+    config = OutlierConfig(8, 8, detection="none")
+    for kind in KINDS:
+        x, scale, _ = inputs(kind, 20)
+        expected = split_outliers(x, scale, config, implementation="xla")
+        assert_equal(compiled(config, False)(x, scale, None), expected)
+        assert not expected.listed().any()
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize(("window", "dtype"), [(13, "bfloat16"), (200, "float32"), (1, "float32")])
 def test_other_windows(window, dtype):
     config = OutlierConfig(n_refresh=window)
@@ -106,7 +116,7 @@ def test_no_access_races_another(capfd):
 def test_reasons_against_a_call():
     x = normal(0, (1, 4, 3))
     assert "NVIDIA" in kernel.supports(x, OutlierConfig(), theta=None)
-    assert "dynamic" in kernel.supports(x, OutlierConfig(detection="none"))
+    assert "static" in kernel.supports(x, OutlierConfig(detection="static"))
     assert "nothing" in kernel.supports(x[:0], OutlierConfig())
     with pytest.raises(ValueError, match="NVIDIA"):
         split_outliers(x, jnp.ones(4), OutlierConfig(), implementation="mosaic_gpu")

@@ -110,9 +110,10 @@ def test_few_channels_have_one_step(channels, sigma, steps):
         np.testing.assert_allclose(found.scale[0], loop_step(x, 7), rtol=tolerances.SCALE_ROUNDING)
 
 
-def test_without_detection_there_are_steps_alone():
+@pytest.mark.parametrize("config", [OutlierConfig(detection="none"), OutlierConfig(4, 4), OutlierConfig(4, 4, 5, 2.0)])
+def test_where_nothing_is_set_apart_steps_fit_every_entry(config):
     x = activations(7, 2, 12, 40)
-    found = calibrate(jnp.asarray(x), OutlierConfig(detection="none"))
+    found = calibrate(jnp.asarray(x), config)
     assert (found.theta, found.shift, found.channels) == (None, None, None)
     expected = [loop_step(x[:, t], 7) for t in range(12)]
     np.testing.assert_allclose(found.scale, expected, rtol=tolerances.SCALE_ROUNDING)

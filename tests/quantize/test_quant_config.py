@@ -39,6 +39,7 @@ def test_weights_alone_have_no_operands_and_no_outliers_no_wider_levels():
     weights, none = QuantConfig(act_bits=None), QuantConfig(detection="none")
     assert (weights.activation_operands, none.activation_operands) == ((), QuantConfig().operands)
     assert (none.splitting.act_bits, none.splitting.outlier_bits) == (4, 4)
+    assert QuantConfig.preset("w8a8", outlier_bits=8).splitting.detection == "none"
 
 
 def test_the_first_rule_that_matches_decides():
