@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int8
 
-from ouromamba_jax.ops.qtensor import FULL_RANGE_FRACTIONS, SEARCH_NORM, search_scale
+from ouromamba_jax.ops.qtensor import FULL_RANGE_FRACTIONS, MIN_SCALE, SEARCH_NORM, search_scale
 from ouromamba_jax.ops.split import (
     LARGEST_SHIFT,
     OutlierConfig,
@@ -22,6 +22,9 @@ from ouromamba_jax.ops.split import (
 
 WORTH_A_BYTE = 2.0
 """By how much the loss of a token must shrink for a second product: a huge outlier would take all levels of inliers."""
+
+QUIETEST = 1 / 8
+"""The smallest step of a token, in medians of its activation's: below what tokens that are excited differ by."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["scale", "theta", "shift", "channels"], meta_fields=[])
@@ -59,6 +62,9 @@ def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool =
     Where an outlier exceeds Q * S, S is raised until it fits, if that loses less than saturating it. If at some token
     either loses more than twice as much as outliers in multiples of 2^j would, this activation gets a second byte.
 
+    No step is below an eighth of the median of those of tokens that are not all zeros: a token that calibration hardly
+    excites, such as one in the black bars of a film, would else have no levels for what it meets later.
+
     Activations of so few channels that none can lie sigma deviations above their mean have one step for all tokens: a
     step per token from so few values would not cover samples that calibration has not seen.
 
@@ -73,13 +79,19 @@ def calibrate(x: Float[Array, "B L C"], config: OutlierConfig, *, search: bool =
     elif not plain:
         found["theta"] = calibrate_theta(x, config).astype(jnp.bfloat16)
     scale = _search(x, _any_bits(config), float(config.largest_inlier), found, search)
-    calibration = Calibration(jnp.broadcast_to(scale, x.shape[1:2]), **found)
+    calibration = Calibration(_floored(jnp.broadcast_to(scale, x.shape[1:2])), **found)
     if plain or _too_few(config, x.shape[2]):
         return calibration
     raised, shift, needs_byte = _reach(x, calibration, config)
     if bool(needs_byte):
         return replace(calibration, shift=shift)
     return replace(calibration, scale=raised)
+
+
+def _floored(scale: Float32[Array, " L"]) -> Float32[Array, " L"]:
+    """Steps raised to `QUIETEST` of their median, silent tokens left out of it; all as they are if all are silent."""
+    heard = jnp.nanmedian(jnp.where(scale > MIN_SCALE, scale, jnp.nan))
+    return jnp.maximum(scale, jnp.where(jnp.isnan(heard), 0.0, QUIETEST * heard))
 
 
 def _too_few(config: OutlierConfig, channels: int) -> bool:

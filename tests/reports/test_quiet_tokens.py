@@ -1,0 +1,39 @@
+"""Calibration images that never excite some tokens, such as those with bars: steps that serve other images, too."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ouromamba_jax import OutlierConfig
+from ouromamba_jax.ops.split_calibration import calibrate
+
+
+@pytest.mark.parametrize("faint", [0.0, 1e-6])
+@pytest.mark.parametrize("bits", [(4, 8), (8, 16), (8, 8)])
+def test_tokens_that_calibration_does_not_excite(bits, faint):
+    rng = np.random.default_rng(0)
+    seen, new = rng.normal(size=(2, 6, 40, 64)).astype(np.float32)
+    seen[:, :20] *= faint  # two windows
+    config = OutlierConfig(*bits)
+    found = calibrate(jnp.asarray(seen), config)
+    error = np.asarray(found.fake(jnp.asarray(new), config)) - new
+    parts = slice(20), slice(20, 40)
+    quiet, heard = (float((new[:, part] ** 2).sum() / (error[:, part] ** 2).sum()) for part in parts)
+    assert 10 * np.log10(quiet) > (1 if bits == (8, 8) else 10)
+    assert heard > 30
+    excited = np.asarray(calibrate(jnp.asarray(seen[:, 20:]), config).scale)
+    np.testing.assert_array_equal(np.asarray(found.scale)[20:], excited)
+
+
+def test_tokens_that_differ_keep_their_steps():
+    x = np.random.default_rng(1).normal(size=(6, 20, 64)).astype(np.float32)
+    louder = x * np.geomspace(1, 6, 20, dtype=np.float32)[:, None]
+    config = OutlierConfig()
+    ratio = calibrate(jnp.asarray(louder), config).scale / calibrate(jnp.asarray(x), config).scale
+    np.testing.assert_allclose(ratio, np.geomspace(1, 6, 20), rtol=0.3)
+
+
+def test_an_activation_of_zeros():
+    found = calibrate(jnp.zeros((2, 5, 64)), OutlierConfig())
+    assert np.isfinite(found.scale).all()
+    assert (np.asarray(found.scale) > 0).all()
