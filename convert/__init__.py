@@ -10,7 +10,14 @@ from flax import nnx
 from ouromamba_jax.convert.facts import check_facts
 from ouromamba_jax.convert.keymap import ConversionError
 from ouromamba_jax.convert.mambavision import fill_mambavision
-from ouromamba_jax.convert.recognise import HEAD, check_family, check_release, main_difference, without_prefix
+from ouromamba_jax.convert.recognise import (
+    HEAD,
+    check_family,
+    check_release,
+    main_difference,
+    matching_models,
+    without_prefix,
+)
 from ouromamba_jax.convert.source import CheckpointNote, load_tensors, read_source, tell
 from ouromamba_jax.convert.torch_file import TorchFileError, read_torch
 from ouromamba_jax.convert.vim import fill_vim
@@ -18,7 +25,15 @@ from ouromamba_jax.convert.vmamba import fill_vmamba
 from ouromamba_jax.models import VisionModel, create_model
 from ouromamba_jax.models.layers import classifier
 
-__all__ = ["CheckpointNote", "ConversionError", "TorchFileError", "from_torch", "load_tensors", "read_torch"]
+__all__ = [
+    "CheckpointNote",
+    "ConversionError",
+    "TorchFileError",
+    "from_torch",
+    "load_tensors",
+    "matching_models",
+    "read_torch",
+]
 
 _FILL: dict[str, Callable[..., VisionModel]] = {
     "vim": fill_vim,

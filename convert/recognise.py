@@ -1,5 +1,6 @@
 """What the names and shapes of a checkpoint's tensors tell: its prefix, its family, its sizes, and what it is not."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -153,6 +154,19 @@ def main_difference(name: str, config: Any, family: str, tensors: Tensors) -> st
     return f"the checkpoint has {theirs} where {name} has {ours}: {way_out}"
 
 
+def matching_models(tensors: Tensors) -> list[tuple[str, dict[str, Any]]]:
+    """Every model of the checkpoint's family, with the config fields in which the checkpoint differs; nearest first."""
+    tensors, _ = without_prefix(tensors, None)
+    families = [family for family, sign in _SIGNATURES.items() if any(map(sign.fullmatch, tensors))]
+    found = []
+    for name in (name for family in families for name in list_models(f"{family}_*")):
+        config, family = model_config(name), name.split("_")[0]
+        fields = _fields(family, config, tensors)
+        fields |= _img_size(config, fields, tensors)
+        found.append((name, {field: value for field, value in fields.items() if _value(config, field) != value}))
+    return sorted(found, key=lambda model: (sum(field != "num_classes" for field in model[1]), len(model[1])))
+
+
 def _has(config: Any, fields: dict[str, Any]) -> bool:
     return all(_value(config, field) == value for field, value in fields.items() if field != "num_classes")
 
@@ -190,6 +204,22 @@ def _fields(family: str, config: Any, tensors: Tensors) -> dict[str, Any]:
         found["dim"], found["in_dim"] = size("levels.0.blocks.0.norm1.weight"), size("patch_embed.conv_down.0.weight")
     found["num_classes"] = _first(size, "", ("head.weight", "classifier.head.weight"))
     return {field: value for field, value in found.items() if value or value is False}
+
+
+def _img_size(config: Any, fields: dict[str, Any], tensors: Tensors) -> dict[str, int]:
+    """The side of the square images that a Vim's positions are for, and the stride of its patches.
+
+    Patches of another size than the config's are taken not to overlap.
+    """
+    positions = tensors.get("pos_embed")
+    if positions is None or positions.ndim != 3:
+        return {}
+    patch = fields.get("patch_size", config.patch_size)
+    stride = config.stride if patch == config.patch_size else patch
+    if (stride, positions.shape[1]) == (config.stride, config.num_tokens):
+        return {}
+    side = math.isqrt(positions.shape[1])
+    return {"stride": stride, "img_size": (side - 1) * stride + patch}
 
 
 def _class_token(config: Any, tensors: Tensors) -> str:

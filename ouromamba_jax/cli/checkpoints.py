@@ -1,6 +1,7 @@
 """The verbs of checkpoints: convert, inspect."""
 
 import argparse
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from flax import nnx
 from ouromamba_jax import from_torch, list_models, memory_report, save
 from ouromamba_jax.checkpoint import load, read_description, resolve
 from ouromamba_jax.cli.common import Verb, check_output
-from ouromamba_jax.convert import CheckpointNote, load_tensors
+from ouromamba_jax.convert import CheckpointNote, load_tensors, matching_models
 from ouromamba_jax.files import local_path
 from ouromamba_jax.models import VisionModel, model_config
 from ouromamba_jax.report.tables import print_table
@@ -104,6 +105,7 @@ def inspect(arguments: argparse.Namespace) -> None:
         _print_notes(caught)
         rows = [[key, str(tuple(t.shape)), str(t.dtype)] for key, t in tensors.items()]
         print_table(rows, ["key", "shape", "type"], title=f"{path}: {len(rows)} tensors")
+        print(_how_to_convert(path, tensors))
         return
     description = read_description(resolve(path))
     model = load(path)
@@ -112,6 +114,32 @@ def inspect(arguments: argparse.Namespace) -> None:
     ]
     print_table(rows, ["parameter", "shape", "type"], title=f"{path}: {description['family']}")
     print(f"{model.config}\n{len(description['quantization'])} quantised sites; {memory_report(model)}")
+
+
+def _how_to_convert(path: Path, tensors: dict[str, Any]) -> str:
+    """The models whose names and shapes a checkpoint's tensors have, and the line that converts it."""
+    found = matching_models(tensors)
+    if not found:
+        return "These are no tensors of a model that this library knows."
+    name, fields = found[0]
+    equal = [other for other, differ in found if differ == fields]
+    line = " ".join(
+        [
+            "ouromamba convert",
+            name,
+            shlex.quote(str(path)),
+            f"{name}/",
+            *(f"--set {_field(*f)}" for f in fields.items()),
+        ]
+    )
+    return (
+        f"These are tensors of {' or '.join(equal)}{' with other fields' if fields else ''}. To convert them:\n  {line}"
+    )
+
+
+def _field(name: str, value: Any) -> str:
+    """A config field as `parse_field` reads it."""
+    return f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def parse_field(text: str) -> tuple[str, Any]:

@@ -130,6 +130,9 @@ def test_inspect_lists_a_pytorch_file(capsys):
     assert status == 0
     assert "cls_token" in text
     assert "(1, 17, 48)" in text
+    line = text.splitlines()[-1].split()
+    assert line[:3] == ["ouromamba", "convert", "vim_micro"]
+    assert "embed_dim=48" in line
 
 
 @pytest.mark.parametrize(

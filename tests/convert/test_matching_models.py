@@ -1,0 +1,46 @@
+"""Which models a checkpoint's names and shapes belong to, and the fields that fit it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ouromamba_jax.convert import from_torch, load_tensors, matching_models
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NEAREST = {
+    "mamba_vision_B": "mambavision_b",
+    "mamba_vision_L2": "mambavision_l2",
+    "mamba_vision_S": "mambavision_s",
+    "mamba_vision_T": "mambavision_t",
+    "mamba_vision_T2": "mambavision_t2",
+    "vim_base_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2": "vim_base",
+    "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2": "vim_tiny",
+    "vim_tiny_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2": "vim_tiny_stride8",
+    "vssm1_base_0229s": "vmamba_base_s1l20",
+    "vssm1_tiny_0230s": "vmamba_tiny_s1l8",
+    "vssm_small_0229": "vmamba_small_s2l15",
+}
+
+
+@pytest.mark.parametrize("variant", NEAREST)
+def test_published_checkpoints(variant):
+    manifest = json.loads((GOLDEN / "manifests" / f"{variant}.json").read_text())["state_dict"]
+    tensors = {f"module.{key}": np.broadcast_to(np.float32(0), shape) for key, (shape, _) in manifest.items()}
+    found = matching_models(tensors)
+    assert (NEAREST[variant], {}) in [model for model in found if not model[1]]
+    assert found[0][1] == {}
+
+
+@pytest.mark.parametrize("name", ["vim_a", "vmamba_a"])
+def test_the_fields_of_the_nearest_model_convert_an_unknown_one(name):
+    file = GOLDEN / "models" / name / "checkpoint.pth"
+    nearest, fields = matching_models(load_tensors(file))[0]
+    assert nearest.startswith(name[:-1])
+    assert {"depth", "depths"} & set(fields)
+    from_torch(nearest, file, **fields)
+
+
+def test_tensors_of_no_known_family():
+    assert matching_models({"conv1.weight": np.zeros((4, 3, 3, 3))}) == []
