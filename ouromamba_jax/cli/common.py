@@ -2,14 +2,23 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ouromamba_jax.files import check_writable, local_path
+from ouromamba_jax.report.tables import FORMATS, Cell, print_table
 
 Verb = Callable[..., argparse.ArgumentParser]
 """Adds a verb: called with its name, function, help and example."""
@@ -32,9 +41,43 @@ def check_output(path: str, *, suffix: str | None = None) -> None:
     check_writable(path)
 
 
+@dataclasses.dataclass(frozen=True)
+class ShownTable:
+    """What `print_table` takes."""
+
+    rows: Sequence[Sequence[Cell]]
+    headers: Sequence[str]
+    title: str
+
+
+def add_formats(sub: argparse.ArgumentParser) -> None:
+    """Adds --format, and --json as its short form."""
+    sub.add_argument("--format", choices=("terminal", *FORMATS), default="terminal", help="of what is printed")
+    sub.add_argument("--json", action="store_const", dest="format", const="json", help="the same as --format json")
+
+
+def print_tables(tables: Iterable[ShownTable], format: str) -> None:
+    """Prints tables as they come; as JSON, all at the end as {title: rows}."""
+    if format == "json":
+        print(json.dumps({t.title: json.loads(FORMATS["json"](t.rows, t.headers)) for t in tables}, indent=1))
+        return
+    for table in tables:
+        if format == "terminal":
+            print_table(table.rows, table.headers, title=table.title)
+        else:
+            print(FORMATS[format](table.rows, table.headers))
+
+
 @contextmanager
 def bar(label: str):
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("of about"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total, name: progress.update(

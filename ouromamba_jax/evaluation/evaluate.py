@@ -1,7 +1,7 @@
 """Running a model over a set of images, and scoring a quantised model against the float one."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ouromamba_jax.evaluation.metrics import agreement, hits, sqnr_db, top1
+from ouromamba_jax.evaluation.metrics import agreement, decibels, hits, sqnr_db, top1
 from ouromamba_jax.models.base import VisionModel, apply_stage
 from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
@@ -80,9 +80,11 @@ def score(
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Result of `evaluate`: fractions, numbers of images, and images per second without batches that compile.
+    """What a model makes of labelled images, beside a reference: fractions, images, dB, and images per second.
 
-    `non_finite` images have logits that are not finite, and count as wrong.
+    `non_finite` images have logits that are not finite, and count as wrong. `agreement` is the share of images that
+    the reference puts into the same class, `sqnr_db` the signal to noise of the logits against its own. No batch counts
+    for the speed in which something is compiled.
     """
 
     top1: float
@@ -90,35 +92,81 @@ class Accuracy:
     images: int
     images_per_second: float
     non_finite: int
+    agreement: float
+    sqnr_db: float
+
+
+class _Tally:
+    """Sums over the batches that one model has seen."""
+
+    def __init__(self, model: VisionModel):
+        self.model = model
+        self.run: StageRunner | None = None
+        self.first = self.fifth = self.agree = self.non_finite = self.count = self.timed = 0
+        self.signal = self.noise = self.seconds = 0.0
+
+    def logits(self, images: np.ndarray) -> Float[np.ndarray, "N classes"]:
+        """Logits of a batch; one that is larger than all before it compiles anew."""
+        if self.run is None or len(images) > self.run.size:
+            self.run = StageRunner(self.model, len(images))
+            return self.run(images)
+        return self.timed_logits(images)
+
+    def timed_logits(self, images: np.ndarray) -> Float[np.ndarray, "N classes"]:
+        start = time.perf_counter()
+        logits = self.run(images)  # type: ignore[misc]  # there is one by now
+        self.seconds += time.perf_counter() - start
+        self.timed += len(images)
+        return logits
+
+    def add(self, logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> None:
+        self.count += len(labels)
+        self.first += int(hits(logits, labels, 1).sum())
+        self.fifth += int(hits(logits, labels, 5).sum())
+        self.non_finite += int((~np.isfinite(logits).all(axis=-1)).sum())
+        self.agree += int(hits(logits, np.argmax(reference, -1), 1).sum())
+        with np.errstate(invalid="ignore"):  # logits may be infinite
+            self.signal += float(np.sum(np.square(reference, dtype=np.float64)))
+            self.noise += float(np.sum(np.square(reference - logits, dtype=np.float64)))
+
+    def accuracy(self) -> Accuracy:
+        first, fifth, agree = (n / self.count for n in (self.first, self.fifth, self.agree))
+        ratio = decibels(self.signal, self.noise)
+        return Accuracy(first, fifth, self.count, self.timed / self.seconds, self.non_finite, agree, ratio)
+
+
+def compare(models: Mapping[str, VisionModel], batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Accuracy]:
+    """Accuracy of models, by name, over the same (images, labels) batches of any sizes; the first is the reference.
+
+    Raises:
+      ValueError: if there are no images, the models' inputs or classes differ, the first batch is not normalised
+        (`Preprocessing.check_normalised`), or a label is no class of the models.
+    """
+    tallies = {name: _Tally(model) for name, model in models.items()}
+    configs = [(m.config.img_size, m.config.preprocessing, m.config.num_classes) for m in models.values()]
+    for name, config in zip(models, configs, strict=True):
+        if config != configs[0]:
+            raise ValueError(
+                f"{name} and {next(iter(models))} differ in image size, preprocessing or classes; compare models that "
+                "see the same images."
+            )
+    images = None
+    for images, labels in ((images, labels) for images, labels in batches if len(images)):
+        if not any(tally.count for tally in tallies.values()):
+            configs[0][1].check_normalised(images, finite=False)
+        reference = None
+        for tally in tallies.values():
+            logits = tally.logits(images)
+            reference = logits if reference is None else reference
+            tally.add(logits, labels, reference)
+    if images is None:
+        raise ValueError(_NO_IMAGES)
+    for tally in tallies.values():
+        if not tally.timed:
+            tally.timed_logits(images)
+    return {name: tally.accuracy() for name, tally in tallies.items()}
 
 
 def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Accuracy:
-    """Accuracy over (images, labels) batches of any sizes; one that is larger than all before it compiles anew.
-
-    Raises:
-      ValueError: if there are no images, the first batch is not normalised (`Preprocessing.check_normalised`), or a
-        label is no class of the model.
-    """
-    run = None
-    first, fifth, count, non_finite, timed, seconds = 0, 0, 0, 0, 0, 0.0
-    for images, labels in batches:
-        if not len(images):
-            continue
-        if not count:
-            model.config.preprocessing.check_normalised(images, finite=False)
-        start = time.perf_counter()
-        is_new = run is None or len(images) > run.size
-        if is_new:
-            run = StageRunner(model, len(images))
-        logits = run(images)
-        if not is_new:
-            seconds += time.perf_counter() - start
-            timed += len(images)
-        count += len(images)
-        first += int(hits(logits, labels, 1).sum())
-        fifth += int(hits(logits, labels, 5).sum())
-        non_finite += int((~np.isfinite(logits).all(axis=-1)).sum())
-    if not count:
-        raise ValueError(_NO_IMAGES)
-    speed = timed / seconds if seconds else float("nan")
-    return Accuracy(first / count, fifth / count, count, speed, non_finite)
+    """Accuracy over (images, labels) batches, the model being its own reference. Raises as `compare` does."""
+    return compare({"model": model}, batches)["model"]

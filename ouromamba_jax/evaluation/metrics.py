@@ -48,7 +48,12 @@ def sqnr_db(reference: Float[Array | np.ndarray, "..."], value: Float[Array | np
     reference, value = np.asarray(reference, np.float64), np.asarray(value, np.float64)
     if reference.shape != value.shape:
         raise ValueError(f"the reference has shape {reference.shape}, but the value has {value.shape}.")
-    signal, noise = float(np.sum(reference**2)), float(np.sum((reference - value) ** 2))
+    return decibels(float(np.sum(reference**2)), float(np.sum((reference - value) ** 2)))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); inf without noise, NaN where a sum is."""
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(10 * np.log10(np.divide(signal, noise)))

@@ -1,5 +1,10 @@
-"""Rows of numbers and names as a table: on the terminal, and as Markdown."""
+"""Rows of numbers and names as a table: on the terminal, as Markdown, CSV, LaTeX and JSON."""
 
+import csv
+import io
+import json
+import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +41,46 @@ def markdown_table(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> st
     rule = ["---:" if numeric else "---" for numeric in _numeric_columns(rows, headers)]
     lines = [list(headers), rule, *([_text(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def csv_table(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> str:
+    """The same table as CSV, its numbers in full."""
+    _check_rows(rows, headers)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([headers, *rows])
+    return text.getvalue()
+
+
+def latex_table(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> str:
+    """The same table as a LaTeX tabular with the rules of booktabs."""
+    _check_rows(rows, headers)
+    columns = "".join("r" if numeric else "l" for numeric in _numeric_columns(rows, headers))
+    first, *others = (" & ".join(map(_latex, map(_text, line))) + " \\\\" for line in (headers, *rows))
+    lines = [
+        f"\\begin{{tabular}}{{{columns}}}",
+        "\\toprule",
+        first,
+        "\\midrule",
+        *others,
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _latex(text: str) -> str:
+    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+
+
+def json_table(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> str:
+    """The same table as a JSON list of {header: cell}; what is not finite becomes null."""
+    _check_rows(rows, headers)
+    cells = [[None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in rows]
+    return json.dumps([dict(zip(headers, row, strict=True)) for row in cells], indent=1) + "\n"
+
+
+FORMATS = {"markdown": markdown_table, "csv": csv_table, "latex": latex_table, "json": json_table}
+"""Tables as text, beside `print_table` for the terminal."""
 
 
 def _check_rows(rows: Sequence[Sequence[Cell]], headers: Sequence[str]) -> None:

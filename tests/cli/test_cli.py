@@ -1,6 +1,7 @@
 """The command line: every verb on a tiny model, and errors as one sentence."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ouromamba_jax.cli.demo import middle_scan, received_attention
 from ouromamba_jax.cli.main import main
 from ouromamba_jax.ops.cpu_miscompile import MENDING_FLAG
 
-VERBS = ("convert", "generate", "quantize", "evaluate", "inspect", "bench", "demo")
+VERBS = ("convert", "generate", "quantize", "evaluate", "compare", "inspect", "bench", "demo")
 QUANTIZE = ("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out")
 GOLDEN = Path(__file__).parents[1] / "golden" / "models" / "vim_a"
 FIELDS = ("patch_size=8", "stride=8", "embed_dim=48", "depth=3", "num_classes=10")
@@ -86,6 +87,18 @@ def test_the_pipeline_from_images_to_scores(folder, capsys):
     status, text, _ = run(capsys, "evaluate", low, "--data", folder / "images.npz", "--batch-size", 3)
     assert status == 0
     assert "top-5" in text
+    compare = "compare", folder / "tiny", low, "--data", folder / "images.npz", "--batch-size", 3
+    status, text, _ = run(capsys, *compare)
+    assert status == 0
+    assert "SQNR" in text
+    status, text, _ = run(capsys, *compare, "--json")
+    ((title, rows),) = json.loads(text).items()
+    assert "agreement" in title
+    assert [row["model"] for row in rows] == [str(folder / "tiny"), str(low)]
+    assert (rows[0]["agreement %"], rows[0]["SQNR dB"]) == (100, None)
+    assert 0 < rows[1]["MB"] < rows[0]["MB"]
+    assert rows[1]["SQNR dB"] > 5
+    assert "toprule" in run(capsys, *compare, "--format", "latex")[1]
     status, text, _ = run(capsys, "inspect", low)
     assert status == 0
     assert "quantised sites" in text

@@ -1,12 +1,13 @@
 """Tables cell by cell."""
 
 import io
+import json
 import math
 
 import pytest
 from rich.console import Console
 
-from ouromamba_jax.report.tables import markdown_table, print_table
+from ouromamba_jax.report.tables import csv_table, json_table, latex_table, markdown_table, print_table
 
 ROWS = [["real", 98.256, 3], ["noise [x]", math.pi, None]]
 
@@ -19,6 +20,26 @@ def test_markdown_table():
         "| noise [x] | 3.14 | - |",
     ]
     assert "a\\|b" in markdown_table([["a|b"]], ["name"])
+
+
+def test_csv_latex_and_json():
+    headers = ["images", "top-1 %", "n"]
+    assert csv_table(ROWS, headers).splitlines() == [
+        "images,top-1 %,n",
+        "real,98.256,3",
+        f"noise [x],{math.pi},",
+    ]
+    assert latex_table([["a_b & 5 %", 1.0]], ["name", "n"]).splitlines() == [
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r"name & n \\",
+        r"\midrule",
+        r"a\_b \& 5 \% & 1.00 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    rows = json.loads(json_table([*ROWS, ["none", math.nan, 0]], headers))
+    assert rows == [dict(zip(headers, row, strict=True)) for row in [*ROWS, ["none", None, 0]]]
 
 
 def test_terminal_table():
