@@ -47,6 +47,8 @@ def from_torch(
     source: str | PathLike[str] | Mapping[str, Any],
     *,
     entry: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
     prefix: str | None = None,
     head: Literal["checkpoint", "fresh"] = "checkpoint",
     interpolate_positions: bool = False,
@@ -61,8 +63,11 @@ def from_torch(
     Args:
       name: one of `list_models()`.
       source: path of a `.pth`, `.pth.tar` or `.safetensors` file or of a hub folder (config.json, model.safetensors),
-        or {key: array} with the original names.
+        "owner/name" or "owner/name/file" on the Hugging Face hub (which takes the extra `hub`), or {key: array} with
+        the original names.
       entry: entry of a training file that holds the model, e.g. "model_ema"; by default "model", then "state_dict".
+      revision: branch, tag or commit of what is fetched from the hub.
+      token: for a repository that asks for one; by default that of `HF_TOKEN` or of a login.
       prefix: what stands before the model's names in the checkpoint, e.g. "teacher.backbone."; the tensors that lack
         it are left out. By default what wrappers such as `module.` or `backbone.` put before all of them.
       head: "fresh" for a new last layer of `num_classes`, whatever the checkpoint's; with `num_classes=0` there is
@@ -82,7 +87,7 @@ def from_torch(
     config, family = model.config, model.family
     if head not in ("checkpoint", "fresh") or (head == "fresh" and not config.num_classes):
         raise ValueError(f'head is {head!r}, but it must be "checkpoint", or "fresh" with num_classes from 1.')
-    read = read_source(source, entry=entry)
+    read = read_source(source, entry=entry, revision=revision, token=token)
     tensors, notes = without_prefix(read.tensors, prefix)
     check_family(name, family, tensors)
     check_release(family, tensors)

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 from jaxtyping import Shaped
 
+from ouromamba_jax.convert import hub
 from ouromamba_jax.convert.torch_file import TorchFileError, read_torch
 from ouromamba_jax.convert.unpickle import RESAVE, Inert, TorchTensor, shown
 from ouromamba_jax.files import local_path
@@ -36,6 +37,7 @@ _OTHER_ENTRIES = (
 )
 _SETTINGS = ("args", "config", "cfg", "hyper_parameters", "model_args", "model_kwargs")
 _NAMES = ("arch", "model_name")
+_PICKLED = (".pth", ".pth.tar", ".bin", ".pt", ".ckpt")
 _INDEX = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 16 * 2**20
 
@@ -61,21 +63,29 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def load_tensors(source: str | PathLike[str] | Mapping[str, Any], *, entry: str | None = None) -> Tensors:
+def load_tensors(
+    source: str | PathLike[str] | Mapping[str, Any],
+    *,
+    entry: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Tensors:
     """The tensors of a checkpoint by their names, without the `module.` that data-parallel training puts in front.
 
     Warns with a `CheckpointNote` if a training file has several entries that hold weights.
 
     Args:
-      source: path of a `.pth`, `.pth.tar` or `.safetensors` file or of a hub folder, or {name: array}.
+      source: path of a `.pth`, `.pth.tar` or `.safetensors` file or of a hub folder, "owner/name" on the Hugging Face
+        hub, or {name: array}.
       entry: which entry of a training file holds the model, e.g. "model_ema"; by default "model", else "state_dict",
         else the only one there is, else the file itself.
+      revision, token: of what is fetched from the hub; see `hub.fetch`.
 
     Raises:
       TorchFileError: the file cannot be read, has no such entry, or its entry holds anything else than named tensors.
       OSError: if the file cannot be opened.
     """
-    read = read_source(source, entry=entry)
+    read = read_source(source, entry=entry, revision=revision, token=token)
     tell(read.name, read.notes)
     return read.tensors
 
@@ -86,7 +96,13 @@ def tell(name: str, notes: tuple[str, ...] | list[str]) -> None:
         warnings.warn(f"{name}: {'; '.join(notes)}.", CheckpointNote, stacklevel=3)
 
 
-def read_source(source: str | PathLike[str] | Mapping[str, Any], *, entry: str | None = None) -> Source:
+def read_source(
+    source: str | PathLike[str] | Mapping[str, Any],
+    *,
+    entry: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Source:
     """Reads a checkpoint; arguments and errors as of `load_tensors`."""
     if isinstance(source, Mapping):
         if entry is not None:
@@ -94,6 +110,10 @@ def read_source(source: str | PathLike[str] | Mapping[str, Any], *, entry: str |
         name = "the given mapping"
         return Source(name, _strip_module({str(key): np.asarray(value) for key, value in source.items()}, name))
     path = local_path(source)
+    if isinstance(source, str) and not path.exists() and hub.is_repository(source):
+        path = hub.fetch(source, revision=revision, token=token)
+    elif revision is not None:
+        raise TorchFileError(f"{path} is here already, so it has no revision={revision!r}; leave that out.")
     if path.is_dir():
         return _read_folder(path, entry)
     if path.suffix == ".safetensors":
@@ -123,13 +143,15 @@ def _read_folder(folder: Path, entry: str | None) -> Source:
         if not named or not all(beside):
             raise TorchFileError(f"{folder / _INDEX} names no files beside it; download the folder again.")
         files = [folder / name for name in sorted(set(named))]
-    elif (folder / "pytorch_model.bin").is_file():
-        read = read_source(folder / "pytorch_model.bin", entry=entry)
-        return Source(str(folder), read.tensors, says + read.says, read.notes)
     else:
-        raise TorchFileError(
-            f"{folder} has neither model.safetensors nor {_INDEX} nor pytorch_model.bin; give the file itself."
-        )
+        pickled = sorted(path for path in folder.iterdir() if path.name.endswith(_PICKLED) and path.is_file())
+        if len(pickled) != 1:
+            names = (
+                f"several of these: {', '.join(shown(path.name) for path in pickled[:20])}" if pickled else "no .pth"
+            )
+            raise TorchFileError(f"{folder} has no model.safetensors, no {_INDEX}, and {names}; give the file itself.")
+        read = read_source(pickled[0], entry=entry)
+        return Source(str(folder), read.tensors, says + read.says, read.notes)
     if entry is not None:
         raise TorchFileError(f"{folder} holds tensors only, no entry {entry!r}; leave `entry` out.")
     tensors: Tensors = {}

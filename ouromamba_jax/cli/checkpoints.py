@@ -25,10 +25,12 @@ def add_verbs(verb: Verb) -> None:
     sub.add_argument("name", help=f"one of {', '.join(list_models())}")
     sub.add_argument(
         "checkpoint",
-        help=".pth, .pth.tar or .safetensors, a hub folder, or a folder of a converted float model to change",
+        help=".pth, .pth.tar or .safetensors, a hub folder, owner/name on the Hugging Face hub, or a folder of a "
+        "converted float model to change",
     )
     sub.add_argument("out", help="folder to write")
     sub.add_argument("--entry", help="entry of a training file, e.g. model_ema; by default model or state_dict")
+    sub.add_argument("--revision", help="branch, tag or commit of what is fetched from the hub")
     sub.add_argument("--prefix", help="what stands before the model's names, e.g. teacher.backbone.")
     sub.add_argument("--fresh-head", action="store_true", help="a new last layer of num_classes, not the checkpoint's")
     sub.add_argument(
@@ -62,6 +64,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 arguments.name,
                 arguments.checkpoint,
                 entry=arguments.entry,
+                revision=arguments.revision,
                 prefix=arguments.prefix,
                 head="fresh" if arguments.fresh_head else "checkpoint",
                 interpolate_positions=arguments.interpolate_positions,
@@ -80,8 +83,8 @@ def _is_native(path: Path) -> bool:
 def _changed(arguments: argparse.Namespace, fields: dict[str, Any]) -> VisionModel:
     """A converted model with other config fields."""
     path = arguments.checkpoint
-    if arguments.entry or arguments.prefix or arguments.fresh_head:
-        raise ValueError(f"{path} is converted already, so leave out --entry, --prefix and --fresh-head.")
+    if arguments.entry or arguments.revision or arguments.prefix or arguments.fresh_head:
+        raise ValueError(f"{path} is converted already, so leave out --entry, --revision, --prefix and --fresh-head.")
     model = load(path, **fields)
     if type(model.config) is not type(model_config(arguments.name)):
         raise ValueError(f"{path} holds a {model.family} model, so {arguments.name} is the wrong name.")

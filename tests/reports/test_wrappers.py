@@ -226,7 +226,9 @@ def test_hub_folders_load_whole_and_in_shards(tmp_path, tensors):
     for model in (sharded, whole):
         np.testing.assert_array_equal(model.head.proj.bias[...], tensors["head.bias"])
     (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
-    with pytest.raises(TorchFileError, match=r"neither model\.safetensors nor"):
+    with pytest.raises(
+        TorchFileError, match=r"no model\.safetensors, no model\.safetensors\.index\.json, and no \.pth"
+    ):
         load_tensors(tmp_path)
 
 
