@@ -31,7 +31,7 @@ class BaselineConfig:
       act_bits: 2 to 8.
       batch_size: images per step of calibration.
       float_dtype: type in which parameters that stay float are kept.
-      rules: exceptions by path, first match wins.
+      rules: exceptions by path, the general ones first: see `QuantRule`.
     """
 
     weight_bits: int = 4

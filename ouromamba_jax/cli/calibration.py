@@ -52,7 +52,7 @@ def add_verbs(verb: Verb) -> None:
         action="append",
         metavar="PATTERN:FIELD=VALUE,...",
         help="exception for the layers whose path matches, e.g. in_proj:act_bits=8,outlier_bits=16 or "
-        "'blocks.0:skip'; may be given several times",
+        "'blocks.0:skip'; of several, a later one overrides an earlier one field by field",
     )
     sub.add_argument(
         "--detection",

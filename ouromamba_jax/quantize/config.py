@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ouromamba_jax.ops.split import OutlierConfig
+from ouromamba_jax.ops.split import Detection, OutlierConfig
 
 OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z", "q", "k", "v", "probs")
 """Tensors in and around a selective scan, and of dot-product attention, that can be quantised."""
@@ -21,9 +21,10 @@ class QuantRule:
     """Settings for the sites whose path matches.
 
     Matches: `pattern`, a regular expression searched in the dotted path, e.g. r"blocks\\.0\\..*out_proj".
-    Sets: any of the other fields; None keeps the config's value. `weight_group=0` gives all inputs one scale, whatever
-      the config says; `skip=True` leaves the site in float.
-    The first rule that matches a site decides.
+    Sets: the other fields, as `QuantConfig` has them; what is None stays as it was. `weight_group=0` gives all inputs
+      one scale and `act_bits=0` quantises the weights alone, whatever the config says. `skip=True` leaves a site in
+      float, `skip=False` takes that back.
+    Of several rules that match a site, each field is set by the last rule that sets it: general rules come first.
     """
 
     pattern: str
@@ -32,7 +33,10 @@ class QuantRule:
     outlier_bits: int | None = None
     weight_group: int | None = None
     operands: tuple[str, ...] | None = None
-    skip: bool = False
+    sigma: float | None = None
+    n_refresh: int | None = None
+    detection: Detection | None = None
+    skip: bool | None = None
 
     def __post_init__(self):
         try:
@@ -41,14 +45,15 @@ class QuantRule:
             raise ValueError(f"the rule pattern {self.pattern!r} is not a regular expression: {error}.") from error
         if self.operands is not None:
             object.__setattr__(self, "operands", _operand_names(self.operands))
-        if self.skip and self.settings():
-            raise ValueError(f"the rule {self.pattern!r} both skips its sites and sets {', '.join(self.settings())}.")
-        if not self.skip and not self.settings():
+        others = [name for name in self.settings() if name != "skip"]
+        if self.skip and others:
+            raise ValueError(f"the rule {self.pattern!r} both skips its sites and sets {', '.join(others)}.")
+        if not self.settings():
             raise ValueError(f"the rule {self.pattern!r} sets nothing; give it bits, operands or skip=True.")
 
     def settings(self) -> dict[str, Any]:
-        """The config fields that this rule sets."""
-        names = ("weight_bits", "act_bits", "outlier_bits", "weight_group", "operands")
+        """The fields that this rule sets."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "pattern"]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def matches(self, path: str) -> bool:
@@ -69,7 +74,7 @@ class QuantConfig(OutlierConfig):
       tune_learning_rate: AdamW's, for the logarithm of every scale. The paper takes 5e-4, on the scales themselves.
       float_dtype: type in which parameters that stay float are kept.
       batch_size: images per step of calibration and tuning.
-      rules: exceptions by path, first match wins.
+      rules: exceptions by path, the general ones first: see `QuantRule`.
     """
 
     act_bits: Any = 4  # an int or None; the rivals, whose settings these are too, always have one
@@ -104,7 +109,7 @@ class QuantConfig(OutlierConfig):
     def preset(cls, name: str, **overrides: Any) -> "QuantConfig":
         """ "w4a4", "w4a8", "w6a6" or "w8a8" as in the paper: 8-bit outliers with 4- and 6-bit inliers, else 16-bit.
 
-        The first and the last layer (stem and head) stay at 8 bits: a rule that comes after those in `overrides`.
+        The first and the last layer (stem and head) stay at 8 bits, by a rule that comes before those in `overrides`.
 
         Raises:
           ValueError: for another name.
@@ -112,7 +117,7 @@ class QuantConfig(OutlierConfig):
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}; choose among {', '.join(PRESETS)}.")
         edges = _FLOAT_EDGES if overrides.get("act_bits", 0) is None else _EDGES
-        rules = (*overrides.pop("rules", ()), *edges)
+        rules = (*edges, *overrides.pop("rules", ()))
         return cls(**{**PRESETS[name], **overrides}, rules=rules)
 
     @property
@@ -132,17 +137,26 @@ class QuantConfig(OutlierConfig):
         """The operands that are quantised: none if the weights alone are."""
         return () if self.act_bits is None else self.operands
 
+    def deciding(self, path: str) -> dict[str, QuantRule]:
+        """For every field that rules set at `path`, the rule that decides: the last one that sets it."""
+        return {name: rule for rule in self.rules if rule.matches(path) for name in rule.settings()}
+
     def resolve(self, path: str) -> "QuantConfig | None":
-        """The settings of the site at `path`, rules applied; None if a rule leaves it in float."""
-        for rule in self.rules:
-            if rule.matches(path):
-                if rule.skip:
-                    return None
-                settings = rule.settings()
-                if settings.get("weight_group") == 0:
-                    settings["weight_group"] = None
-                return dataclasses.replace(self, rules=(), **settings)
-        return dataclasses.replace(self, rules=())
+        """The settings of the site at `path`, rules applied; None if a rule leaves it in float.
+
+        Raises:
+          ValueError: naming the site, for a value that does not exist or does not go with the others there.
+        """
+        settings = {name: getattr(rule, name) for name, rule in self.deciding(path).items()}
+        if settings.pop("skip", False):
+            return None
+        for name in ("weight_group", "act_bits"):
+            if settings.get(name) == 0:
+                settings[name] = None
+        try:
+            return dataclasses.replace(self, rules=(), **settings)
+        except ValueError as error:
+            raise ValueError(f"as its rules say, {path} cannot be quantised: {error}") from error
 
 
 def _operand_names(operands: Any) -> tuple[str, ...]:
@@ -161,6 +175,8 @@ def _operand_names(operands: Any) -> tuple[str, ...]:
 
 _FLOAT_EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8),)
 _EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8, outlier_bits=16),)
+PRESET_RULES = _FLOAT_EDGES + _EDGES
+"""What `QuantConfig.preset` puts before other rules, which may override all of it."""
 PRESETS = {
     "w4a4": dict(weight_bits=4, act_bits=4, outlier_bits=8),
     "w4a8": dict(weight_bits=4, act_bits=8, outlier_bits=16),

@@ -1,7 +1,7 @@
 """What a quantisation did, site by site, and what a model weighs."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +40,7 @@ class SiteReport:
       outlier_rate: share of entries treated as outliers on the calibration images.
       second_byte: whether outliers are shifted into a second byte, since they exceed what one holds.
       sqnr_db: signal to quantisation noise of a matmul's output, or of the operand itself, on float inputs.
+      rules: (field, value, pattern of the rule that set it) of every setting that is not the config's.
     """
 
     path: str
@@ -51,6 +52,7 @@ class SiteReport:
     outlier_rate: float
     sqnr_db: float
     second_byte: bool = False
+    rules: tuple[tuple[str, Any, str], ...] = ()
 
     @property
     def mean_bits(self) -> float | None:
@@ -105,6 +107,7 @@ class QuantReport:
                 f"{100 * s.outlier_rate:.2f} %",
                 "yes" if s.second_byte else "",
                 f"{s.sqnr_db:.1f} dB",
+                "; ".join(f"{name}={value} by {pattern}" for name, value, pattern in s.rules),
             ]
             for s in self.sites
         ]
@@ -119,7 +122,7 @@ class QuantReport:
         return "\n".join(lines)
 
 
-HEADERS = ("site", "kind", "bits", "scales", "outliers", "2nd byte", "SQNR")
+HEADERS = ("site", "kind", "bits", "scales", "outliers", "2nd byte", "SQNR", "set by rules")
 LEGEND = (
     "bits: of weights (W), activations (A) and their outliers (O); outliers: share of the entries;",
     "2nd byte: outliers shifted beyond what one byte holds; SQNR: of a matmul's output, of an operand itself",

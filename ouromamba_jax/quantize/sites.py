@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from ouromamba_jax.models.layers import Operand, SelectiveScan
-from ouromamba_jax.quantize.config import QuantConfig
+from ouromamba_jax.quantize.config import PRESET_RULES, QuantConfig, QuantRule
 
 Site = nnx.Linear | SelectiveScan | Operand
 
@@ -33,6 +33,15 @@ def set_module(model: Any, path: str, new: Any) -> None:
         setattr(model, last, new)
 
 
+_OF_ACTIVATIONS = ("act_bits", "outlier_bits", "sigma", "n_refresh", "detection")
+_FIELDS: dict[type, tuple[str, ...]] = {
+    nnx.Linear: ("skip", "weight_bits", "weight_group", *_OF_ACTIVATIONS),
+    SelectiveScan: ("skip", "operands", *_OF_ACTIVATIONS),
+    Operand: ("skip", "operands", *_OF_ACTIVATIONS),
+}
+"""What a rule can set at each kind of site."""
+
+
 def _is_asked_for(site: Site, path: str, config: QuantConfig) -> bool:
     """Whether a site is to be quantised: a marked tensor by its name, scans unless only weights are."""
     if isinstance(site, Operand):
@@ -40,21 +49,36 @@ def _is_asked_for(site: Site, path: str, config: QuantConfig) -> bool:
     return config.act_bits is not None or isinstance(site, nnx.Linear)
 
 
+def _mattering(site: Site, path: str, config: QuantConfig | None) -> tuple[str, ...]:
+    """The fields of rules that have a say at a site with these settings."""
+    if config is None:
+        return ("skip",)
+    fields = next(fields for kind, fields in _FIELDS.items() if isinstance(site, kind))
+    if config.act_bits is None:
+        return tuple(name for name in fields if name in ("skip", "act_bits", "weight_bits", "weight_group"))
+    return fields if _is_asked_for(site, path, config) else ("skip", "operands")
+
+
+def rules_at(site: Site, path: str, config: QuantConfig) -> dict[str, QuantRule]:
+    """For every field that a rule sets at a site, and that matters there, the rule that decides."""
+    mattering = _mattering(site, path, config.resolve(path))
+    return {name: rule for name, rule in config.deciding(path).items() if name in mattering}
+
+
 def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConfig]:
     """Settings by site. A marked tensor is a site only if the config names it among its operands.
 
     Raises:
-      ValueError: if a rule matches nothing, or a weight group does not divide the inputs of a layer.
+      ValueError: if a rule decides nothing anywhere, settings contradict each other, or a weight group does not divide
+        the inputs of a layer.
     """
-    resolved = {path: (site, config.resolve(path)) for path, site in iter_sites(model)}
-    active = {path: c for path, (site, c) in resolved.items() if c is None or _is_asked_for(site, path, c)}
-    unused = [rule.pattern for rule in config.rules if not any(rule.matches(path) for path in active)]
-    if unused:
-        known = ", ".join(list(active)[:4])
-        raise ValueError(f"the rule {unused[0]!r} matches no site of the model; paths look like {known}.")
+    sites = dict(iter_sites(model))
+    resolved = {path: c for path in sites if (c := config.resolve(path)) is not None}
+    active = {path: c for path, c in resolved.items() if _is_asked_for(sites[path], path, c)}
+    _check_rules(sites, config)
     for path, c in active.items():
-        site = resolved[path][0]
-        if c is not None and c.weight_group is not None and isinstance(site, nnx.Linear):
+        site = sites[path]
+        if c.weight_group is not None and isinstance(site, nnx.Linear):
             inputs = site.kernel.shape[0]
             if inputs % c.weight_group:
                 layers = rf"\.{path.rsplit('.', 1)[-1]}$"  # of this name, in all blocks
@@ -62,4 +86,36 @@ def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConf
                     f"weight_group {c.weight_group} does not divide the {inputs} inputs of {path}; choose a divisor or "
                     f'except such layers, QuantRule(r"{layers}", weight_group=0).'
                 )
-    return {path: c for path, c in active.items() if c is not None}
+    return active
+
+
+def _check_rules(sites: dict[str, Site], config: QuantConfig) -> None:
+    """Holds every rule, but those of presets, to decide something somewhere.
+
+    Raises:
+      ValueError: naming the first that does not, and what overrides it.
+    """
+    deciding = {id(rule) for path, site in sites.items() for rule in rules_at(site, path, config).values()}
+    for rule in config.rules:
+        if id(rule) in deciding or rule in PRESET_RULES:
+            continue
+        matched = [path for path in sites if rule.matches(path)]
+        if not matched:
+            raise ValueError(
+                f"the rule {rule.pattern!r} matches no site of the model; paths look like {', '.join([*sites][:4])}."
+            )
+        others = {
+            id(other): other.pattern
+            for path in matched
+            for name, other in config.deciding(path).items()
+            if other is not rule and (name in rule.settings() or (name == "skip" and other.skip))
+        }
+        if others:
+            raise ValueError(
+                f"the rule {rule.pattern!r} decides nothing: {', '.join(map(repr, others.values()))} overrides it at "
+                "every site; a later rule wins, so put the general ones first."
+            )
+        raise ValueError(
+            f"the rule {rule.pattern!r} decides nothing: no quantised site that it matches, such as {matched[0]}, has "
+            f"{', '.join(rule.settings())}; change its pattern or the operands."
+        )

@@ -20,7 +20,7 @@ from ouromamba_jax.quantize.coverage import check_coverage
 from ouromamba_jax.quantize.kinds import prepare_weights
 from ouromamba_jax.quantize.report import QuantReport, SiteReport
 from ouromamba_jax.quantize.scan import QuantSelectiveScan
-from ouromamba_jax.quantize.sites import named_modules, resolve_sites, set_module
+from ouromamba_jax.quantize.sites import iter_sites, named_modules, resolve_sites, rules_at, set_module
 
 _BY_RULE = "a rule leaves it out"
 _BY_LIST = "the operand list leaves it out"
@@ -77,6 +77,7 @@ def quantize_stages(
         raise ValueError(f"images must be of shape (N, H, W, 3) with N > 0, not {images.shape}.")
     model.config.preprocessing.check_normalised(images)
     configs = resolve_sites(model, config)
+    rules = {path: _rules_of(site, path, config) for path, site in iter_sites(model)}
     shape = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     for name, stage in model.stages:
         shape = check_coverage(stage, shape, name)
@@ -95,7 +96,10 @@ def quantize_stages(
         exact_out, captured = capture(stage, exact, local, config.batch_size)
         fitted = fit(stage, StageInputs(name, exact, exact_out, x, captured, local))
         low = replace_sites(stage, fitted.modules)
-        reports += [dataclasses.replace(report, path=prefix + report.path) for report in fitted.reports]
+        for report in fitted.reports:
+            path = prefix + report.path
+            site = path if path in configs else path.rpartition(".")[0]  # of an operand of a scan
+            reports.append(dataclasses.replace(report, path=path, rules=rules[site]))
         if fitted.losses:
             tuning[name] = fitted.losses
         kept += store_floats(low, jnp.dtype(config.float_dtype), configs, prefix)
@@ -106,6 +110,11 @@ def quantize_stages(
         progress(len(stages), len(stages), "done")
     prepare_weights(quantised)
     return quantised, QuantReport(tuple(reports), tuple(kept), tuning, tuple(operands))
+
+
+def _rules_of(site: Any, path: str, config: QuantConfig) -> tuple[tuple[str, Any, str], ...]:
+    """`SiteReport.rules` of a site."""
+    return tuple((name, getattr(rule, name), rule.pattern) for name, rule in rules_at(site, path, config).items())
 
 
 def replace_sites(stage: nnx.Module, modules: dict[str, nnx.Module]) -> nnx.Module:

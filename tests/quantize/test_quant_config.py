@@ -1,4 +1,4 @@
-"""The settings of a quantisation: what contradicts itself is refused, and the first rule that matches decides."""
+"""The settings of a quantisation: what contradicts itself is refused, and rules combine field by field."""
 
 import pytest
 
@@ -27,6 +27,9 @@ from ouromamba_jax.quantize import QuantConfig, QuantRule
         (lambda: QuantConfig(scale_search="fast"), "scale_search"),
         (lambda: QuantConfig(tune_epochs=-1), "tune_epochs"),
         (lambda: QuantConfig(detection="sometimes"), "detection"),
+        (lambda: QuantConfig(rules=(QuantRule("x", act_bits=9),)).resolve("x.y"), "rules say, x.y cannot .* not 9"),
+        (lambda: QuantConfig(rules=(QuantRule("x", detection="no"),)).resolve("x"), "detection must be one of dynamic"),
+        (lambda: QuantConfig(outlier_bits=6, rules=(QuantRule("x", act_bits=8),)).resolve("x"), "not 6"),
         (lambda: QuantConfig.preset("w2a2"), "no preset 'w2a2'; choose among w4a4"),
     ],
 )
@@ -42,22 +45,38 @@ def test_weights_alone_have_no_operands_and_no_outliers_no_wider_levels():
     assert QuantConfig.preset("w8a8", outlier_bits=8).splitting.detection == "none"
 
 
-def test_the_first_rule_that_matches_decides():
-    config = QuantConfig(
-        rules=(QuantRule("a.b", act_bits=6), QuantRule("a", skip=True), QuantRule("c", weight_bits=8, operands=()))
+def test_the_last_rule_that_sets_a_field_decides_it():
+    rules = (
+        QuantRule("a", act_bits=6, sigma=2.0),
+        QuantRule("a.c", skip=True),
+        QuantRule("a.b", weight_bits=8, sigma=3.0, operands=()),
+        QuantRule("a.c.d", skip=False),
     )
-    assert config.resolve("a.b.z").act_bits == 6
+    config = QuantConfig(rules=rules)
+    assert config.resolve("a.z") == QuantConfig(act_bits=6, sigma=2.0)
+    assert config.resolve("a.b") == QuantConfig(act_bits=6, weight_bits=8, sigma=3.0, operands=())
+    assert config.deciding("a.b") == {
+        "act_bits": rules[0],
+        **dict.fromkeys(("weight_bits", "sigma", "operands"), rules[2]),
+    }
     assert config.resolve("a.c") is None
-    assert (config.resolve("c").weight_bits, config.resolve("c").operands) == (8, ())
-    assert config.resolve("d") == QuantConfig()
-    assert all(config.resolve(path).rules == () for path in ("a.b", "c", "d"))
+    assert config.resolve("a.c.d") == config.resolve("a.z")
+    assert config.resolve("e") == QuantConfig()
 
 
-def test_rules_come_before_those_of_a_preset():
+def test_every_setting_of_a_site_has_a_rule():
+    fields = dict(weight_bits=3, act_bits=5, outlier_bits=16, weight_group=4, operands=("B",), sigma=2.5, n_refresh=7)
+    rule = QuantRule("x", **fields, detection="static")
+    assert QuantConfig(rules=(rule,)).resolve("x") == QuantConfig(**fields, detection="static")
+    nothing = QuantRule("x", weight_group=0, act_bits=0)
+    assert QuantConfig(weight_group=4, rules=(nothing,)).resolve("x") == QuantConfig(act_bits=None)
+
+
+def test_a_rule_for_part_of_the_first_or_last_layer_keeps_the_rest():
     config = QuantConfig.preset("w4a4", rules=(QuantRule(r"^head", weight_bits=6), QuantRule("in_proj", act_bits=8)))
-    assert (config.resolve("head.proj").weight_bits, config.resolve("head.proj").act_bits) == (6, 4)
-    assert config.resolve("stem.proj").weight_bits == 8
-    assert config.resolve("blocks.0.mixer.in_proj").act_bits == 8
+    for path, bits in (("head.proj", (6, 8, 16)), ("stem.proj", (8, 8, 16)), ("blocks.0.mixer.in_proj", (4, 8, 8))):
+        found = config.resolve(path)
+        assert (found.weight_bits, found.act_bits, found.outlier_bits) == bits
 
 
 def test_lists_count_as_tuples():

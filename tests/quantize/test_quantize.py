@@ -233,8 +233,8 @@ def test_activations_that_are_not_finite_name_their_site():
 
 
 def test_a_rule_for_an_operand_that_is_not_quantised():
-    with pytest.raises(ValueError, match="matches no site"):
-        quantize(float_model(), images(), QuantConfig.preset("w4a4", rules=(QuantRule(r"mixer\.z$", act_bits=8),)))
+    with pytest.raises(ValueError, match=r"no quantised site .*, such as blocks\.0\.mixer\.z, has act_bits; change"):
+        resolve_sites(float_model(), QuantConfig.preset("w4a4", rules=(QuantRule(r"mixer\.z$", act_bits=8),)))
 
 
 @pytest.mark.parametrize(
@@ -258,11 +258,12 @@ def test_weight_groups_by_layer():
     message = r'weight_group 5 does not divide the 2 inputs of blocks\.0\.\S+dt_proj; .* QuantRule\(r"\\\.dt_proj\$", '
     with pytest.raises(ValueError, match=message):
         resolve_sites(model, QuantConfig(weight_group=5))
-    rules = (QuantRule("in_proj", weight_group=4), QuantRule("out_proj", weight_bits=3), QuantRule(".", weight_group=0))
+    others = QuantRule("stem|head|x_proj|dt_proj", weight_group=0)
+    rules = (others, QuantRule("in_proj", weight_group=4), QuantRule("out_proj", weight_bits=3))
     found = resolve_sites(model, QuantConfig(weight_group=5, rules=rules))
     assert found["blocks.0.mixer.in_proj"].weight_group == 4
     assert found["blocks.0.mixer.out_proj"].weight_group == 5
-    assert {c.weight_group for path, c in found.items() if not re.search("in_proj|out", path)} == {None}
+    assert {c.weight_group for path, c in found.items() if not re.search("in_proj|out|scan", path)} == {None}
     excepted = QuantRule(r"\.dt_proj$", weight_group=0)  # what the message says
     found = resolve_sites(model, QuantConfig(weight_group=2, rules=(excepted,)))
     assert {path for path, c in found.items() if c.weight_group is None} == {p for p in found if p.endswith(".dt_proj")}

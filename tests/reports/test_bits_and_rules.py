@@ -46,16 +46,16 @@ def test_any_bits_keep_the_edges_at_eight(options, bits, monkeypatch):
     assert (head.weight_bits, head.act_bits, head.outlier_bits) == (8, 8, 16)
 
 
-def test_rules_come_before_the_presets(monkeypatch):
+def test_rules_come_after_those_of_the_presets(monkeypatch):
     rules = ("in_proj:act_bits=8,outlier_bits=16", r"blocks\.(?:0|3)\.:skip", "scan:operands=delta+B", r"^head\.:skip")
     config = config_of(monkeypatch, "--bits", "w4a4", *(f"--rule={rule}" for rule in rules))
-    assert config.rules[:4] == (
+    assert config.rules[-4:] == (
         QuantRule("in_proj", act_bits=8, outlier_bits=16),
         QuantRule(r"blocks\.(?:0|3)\.", skip=True),
         QuantRule("scan", operands=("delta", "B")),
         QuantRule(r"^head\.", skip=True),
     )
-    assert config.rules[4:] == QuantConfig.preset("w4a4").rules
+    assert config.rules[:-4] == QuantConfig.preset("w4a4").rules
     assert config.resolve("blocks.1.mixer.in_proj").act_bits == 8
     assert config.resolve("blocks.3.mixer.out_proj") is None
     assert config.resolve("head.proj") is None
@@ -85,5 +85,9 @@ def test_what_means_nothing_is_one_sentence(options, says, capsys, tmp_path, mon
     assert len(error.splitlines()) == 1
 
 
-def test_a_flag_may_be_off():
-    assert calibration.parse_rule("a:skip=false,weight_bits=3") == QuantRule("a", weight_bits=3)
+def test_a_rule_sets_every_field():
+    text = (
+        "a:b:weight_bits=3,act_bits=0,outlier_bits=16,weight_group=0,operands=u+B,sigma=2.5,n_refresh=7,detection=none"
+    )
+    assert calibration.parse_rule(text) == QuantRule("a:b", 3, 0, 16, 0, ("u", "B"), 2.5, 7, "none")
+    assert calibration.parse_rule("a:skip=false,weight_bits=3") == QuantRule("a", weight_bits=3, skip=False)
