@@ -20,9 +20,9 @@ from tiny_models import TINY, TOKENS, quantised, random_model
 from ouromamba_jax.checkpoint import CheckpointError, load, read_description, resolve, save
 from ouromamba_jax.quantize import OPERANDS, QuantConfig, memory_report
 from ouromamba_jax.quantize.activation import Levels
+from ouromamba_jax.quantize.floats import FloatSites, store_floats
 from ouromamba_jax.quantize.kinds import apply_specs, kind_of
 from ouromamba_jax.quantize.sites import iter_sites, named_modules
-from ouromamba_jax.quantize.stages import store_floats
 
 CONFIGS = {
     "w4a4": QuantConfig.preset("w4a4"),
@@ -460,7 +460,7 @@ def test_floats_are_never_stored_as_infinities(name):
         variable = dict(nnx.to_flat_state(nnx.state(model)))[leaf]
         variable.set_value(variable[...].at[0].set(-value))
         nnx.update(model, nnx.from_flat_state([(leaf, variable)]))
-        store_floats(model, jnp.dtype(dtype), {}, "")
+        store_floats(model, jnp.dtype(dtype), FloatSites({}, {}, QuantConfig()), "")
         return np.asarray(dict(nnx.to_flat_state(nnx.state(model)))[leaf][...]), model
 
     message = f"^{re.escape(name)} has values beyond the range of float16; quantise with float_dtype='float32' or"

@@ -19,14 +19,21 @@ Captured = dict[str, dict[str, Array]]
 
 
 class _Recorder:
-    """Calls the site it stands for and keeps what went in."""
+    """Calls the site it stands for and keeps what went in, of several calls as more samples."""
 
-    def __init__(self, site: Any, config: QuantConfig, seen: dict[str, Array]):
-        self.site, self.config, self.seen = site, config, seen
+    def __init__(self, path: str, site: Any, config: QuantConfig, seen: dict[str, Array]):
+        self.path, self.site, self.config, self.seen = path, site, config, seen
 
     def __call__(self, *args: Array) -> Any:
-        out, seen = kind_of(self.site).record(self.site, self.config, *args)
-        self.seen.update(seen)
+        out, entered = kind_of(self.site).record(self.site, self.config, *args)
+        for name, x in entered.items():
+            before = self.seen.get(name)
+            if before is not None and before.shape[1] != x.shape[1]:
+                raise ValueError(
+                    f"{self.path} is used at {before.shape[1]} and at {x.shape[1]} tokens per sample, and a token has "
+                    "one scale: give each use a copy of its own (nnx.clone), or leave it in float by a rule."
+                )
+            self.seen[name] = x if before is None else jnp.concatenate([before, x])
         return out
 
 
@@ -36,8 +43,11 @@ def _capture_batch(graphdef: Any, configs: tuple[tuple[str, QuantConfig], ...], 
     modules = dict(iter_sites(stage))
     captured: Captured = {path: {} for path, _ in configs}
     for path, config in configs:
-        set_module(stage, path, _Recorder(modules[path], config, captured[path]))
-    return stage(x), captured
+        set_module(stage, path, _Recorder(path, modules[path], config, captured[path]))
+    out = stage(x)
+    if unused := [path for path, seen in captured.items() if not seen]:
+        raise ValueError(f"no forward pass uses {unused[0]}: remove it, or leave it in float by a rule.")
+    return out, captured
 
 
 def capture(stage: nnx.Module, x: Array, configs: dict[str, QuantConfig], batch_size: int) -> tuple[Array, Captured]:

@@ -28,7 +28,7 @@ def check_coverage(stage: nnx.Module, x: jax.ShapeDtypeStruct, name: str) -> jax
     def without_sites(state: nnx.State, x: Array) -> Array:
         stripped = nnx.merge(graphdef, state)
         # The two products of attention take marked tensors only: `operands` says whether those are quantised.
-        attention = [(path, m) for path, m in named_modules(stripped) if isinstance(m, DotProductAttention)]
+        attention = [(path, m) for path, m in named_modules(stripped) if type(m) is DotProductAttention]
         for path, module in attention:
             set_module(stripped, path, partial(_zeros_like_output, module))
         for name, site in list(iter_sites(stripped)):

@@ -13,7 +13,7 @@ from ouromamba_jax.quantize.operand import QuantOperand
 from ouromamba_jax.quantize.scan import QuantSelectiveScan
 from ouromamba_jax.quantize.sites import iter_sites, named_modules, set_module
 
-_KINDS: tuple[tuple[type, ModuleType], ...] = ((nnx.Linear, linear), (SelectiveScan, scan), (Operand, operand))
+_KINDS: dict[type, ModuleType] = {nnx.Linear: linear, SelectiveScan: scan, Operand: operand}
 _QUANTIZED = (QuantLinear, QuantSelectiveScan, QuantOperand)
 
 Calibrated = dict[str, dict[str, Any]]
@@ -22,7 +22,7 @@ Calibrated = dict[str, dict[str, Any]]
 
 def kind_of(site: Any) -> Any:
     """The module with `record`, `calibrate`, `fake`, `make`, `empty`, `measure` and `describe` for a float site."""
-    return next(kind for base, kind in _KINDS if isinstance(site, base))
+    return _KINDS[type(site)]
 
 
 def install_fakes(stage: nnx.Module, specs: dict[str, SiteSpec], calibrated: Calibrated) -> nnx.Module:

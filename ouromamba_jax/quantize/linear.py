@@ -103,7 +103,12 @@ class FakeLinear:
         if "input" in self.calibrated:
             x = self.calibrated["input"].fake(as_tokens(x), config.splitting).reshape(x.shape)
         kernel = fake_weight(linear.kernel[...].astype(jnp.float32), self.calibrated["weight"], config)
-        return _float_product(x, kernel, None if linear.bias is None else linear.bias[...], linear.dtype)
+        return _float_product(x, kernel, None if linear.bias is None else linear.bias[...], _dtype(linear))
+
+
+def _dtype(linear: nnx.Linear) -> Any:
+    """What the layer returns; a Flax layer that leaves it open follows its operands, of which scales are float32."""
+    return jnp.float32 if linear.dtype is None else linear.dtype
 
 
 def _float_product(x: Array, kernel: Array, bias: Array | None, dtype: Any) -> Array:
@@ -140,7 +145,7 @@ def make(linear: nnx.Linear, spec: SiteSpec, calibrated: dict[str, Any]) -> Quan
     kernel = linear.kernel[...].astype(jnp.float32)
     weight = quantize_with_scale(kernel, calibrated["weight"], config.weight_bits, group=config.weight_group)
     act = ActQuantizer(calibrated["input"], config) if "input" in calibrated else None
-    return QuantLinear(weight, None if linear.bias is None else linear.bias[...], act, spec, linear.dtype)
+    return QuantLinear(weight, None if linear.bias is None else linear.bias[...], act, spec, _dtype(linear))
 
 
 def empty(linear: nnx.Linear, spec: SiteSpec) -> dict[str, Any]:

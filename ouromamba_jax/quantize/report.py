@@ -67,7 +67,7 @@ class QuantReport:
     """Every quantised site, every parameter and operand that stayed float, and how the tuning went.
 
     Attributes:
-      sites: one entry per matmul and scan operand.
+      sites: one entry per matmul and scan operand; a layer that stands at several paths is listed at the first.
       kept_float: (path, number of entries, reason) of every parameter that stayed float.
       tuning: mean loss of every epoch, by stage; empty without tuning.
       float_operands: (path, reason) of the activations of scans and attention that are not rounded.

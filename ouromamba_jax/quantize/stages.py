@@ -11,19 +11,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.base import VisionModel, apply_stage
-from ouromamba_jax.models.layers import Operand, SelectiveScan
 from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
 from ouromamba_jax.quantize.activation import Calibrated, Levels
 from ouromamba_jax.quantize.capture import Captured, capture, in_batches
-from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, QuantConfig
+from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.coverage import check_coverage
+from ouromamba_jax.quantize.floats import FloatSites, store_floats
 from ouromamba_jax.quantize.kinds import prepare_weights
 from ouromamba_jax.quantize.report import QuantReport, SiteReport
-from ouromamba_jax.quantize.scan import QuantSelectiveScan
-from ouromamba_jax.quantize.sites import iter_sites, named_modules, resolve_sites, rules_at, set_module
-
-_BY_RULE = "a rule leaves it out"
-_BY_LIST = "the operand list leaves it out"
+from ouromamba_jax.quantize.sites import iter_sites, resolve_sites, rules_at, set_module
 
 Progress = Callable[[int, int, str], None]
 """Called with (stages done, stages in all, name of the next)."""
@@ -78,6 +74,7 @@ def quantize_stages(
     model.config.preprocessing.check_normalised(images)
     configs = resolve_sites(model, config)
     rules = {path: _rules_of(site, path, config) for path, site in iter_sites(model)}
+    places = {id(site): path for path, site in iter_sites(model)}
     shape = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     for name, stage in model.stages:
         shape = check_coverage(stage, shape, name)
@@ -102,8 +99,10 @@ def quantize_stages(
             reports.append(dataclasses.replace(report, path=path, rules=rules[site]))
         if fitted.losses:
             tuning[name] = fitted.losses
-        kept += store_floats(low, jnp.dtype(config.float_dtype), configs, prefix)
-        operands += float_operands(low, config, prefix)
+        sites = {path: (places[id(site)], site) for path, site in iter_sites(stage)}
+        why = FloatSites(sites, fitted.modules, config)
+        kept += store_floats(low, jnp.dtype(config.float_dtype), why, prefix)
+        operands += ((prefix + path, reason) for path, reason in why.activations())
         set_module(quantised, name, low)
         exact, x = exact_out, apply_in_batches(low, x, config.batch_size)
     if progress is not None:
@@ -130,54 +129,3 @@ def apply_in_batches(stage: nnx.Module, x: Array, batch_size: int) -> Array:
     """The stage's output on x (N, ...), batches spread over all devices."""
     graphdef, state = nnx.split(stage)
     return in_batches(partial(apply_stage, graphdef), state, x, batch_size)
-
-
-def store_floats(
-    stage: nnx.Module, dtype: Any, configs: dict[str, QuantConfig], prefix: str
-) -> list[tuple[str, int, str]]:
-    """Keeps what stayed float in `dtype`; returns (path, entries, reason) of each.
-
-    Raises:
-      ValueError: if a value is beyond the range of `dtype`.
-    """
-    kept = []
-    for path, module in named_modules(stage):
-        site = prefix + path
-        for name, leaf in vars(module).items():
-            if isinstance(leaf, nnx.Param):
-                exact, rounded = leaf[...], leaf[...].astype(dtype)
-                dotted = f"{site.removesuffix('.')}.{name}"
-                if bool((jnp.isfinite(exact) & ~jnp.isfinite(rounded)).any()):
-                    raise ValueError(
-                        f"{dotted} has values beyond the range of {dtype}; quantise with float_dtype='float32' or "
-                        "'bfloat16'."
-                    )
-                leaf.set_value(rounded)
-                kept.append((dotted, leaf.size, _reason(module, name, site in configs)))
-    return kept
-
-
-def _reason(module: nnx.Module, name: str, is_quantised: bool) -> str:
-    """Why the parameter `name` of a module stayed float."""
-    if isinstance(module, nnx.Linear | SelectiveScan) and not is_quantised:
-        return _BY_RULE
-    # A rival's scan keeps A_log and D to round them in its own way.
-    if type(module) in (SelectiveScan, QuantSelectiveScan) and name in ("A_log", "D"):
-        return _BY_LIST
-    return "not a matmul"
-
-
-def float_operands(stage: nnx.Module, config: QuantConfig, prefix: str) -> list[tuple[str, str]]:
-    """(path, reason) of the activations of a stage's scans and attention that it does not round.
-
-    A rival's own scan is not listed: its method says what it rounds.
-    """
-    found = []
-    for path, module in named_modules(stage):
-        settings = config.resolve(prefix + path)
-        reason, rounded = (_BY_RULE, ()) if settings is None else (_BY_LIST, settings.activation_operands)
-        if type(module) is Operand:
-            found.append((prefix + path, reason))
-        elif type(module) in (SelectiveScan, QuantSelectiveScan):
-            found += [(f"{prefix}{path}.{name}", reason) for name in (*ACTIVATION_OPERANDS, "h") if name not in rounded]
-    return found

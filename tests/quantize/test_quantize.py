@@ -19,10 +19,11 @@ from ouromamba_jax.evaluation.metrics import sqnr_db
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize import OPERANDS, QuantLinear
 from ouromamba_jax.quantize.activation import calibrate_activation
+from ouromamba_jax.quantize.floats import FloatSites, store_floats
 from ouromamba_jax.quantize.kinds import kind_of
 from ouromamba_jax.quantize.measure import measure
 from ouromamba_jax.quantize.sites import iter_sites, named_modules, resolve_sites
-from ouromamba_jax.quantize.stages import float_operands, replace_sites, store_floats
+from ouromamba_jax.quantize.stages import replace_sites
 
 
 def test_the_report_accounts_for_everything():
@@ -133,9 +134,9 @@ def test_weights_alone():
         expected = x @ module.weight.dequantize() + (0 if linear.bias is None else linear.bias[...][None, None])
         np.testing.assert_allclose(module(x), expected, rtol=1e-5, atol=1e-5)
     assert type(low.blocks[0].mixer.scan) is SelectiveScan
-    scan = "blocks.0.mixer.scan"
-    assert {f"{scan}.A_log", f"{scan}.D"} <= {path for path, _, _ in report.kept_float}
-    assert {f"{scan}.{name}" for name in ("u", "delta", "B", "C")} <= {path for path, _ in report.float_operands}
+    reasons = {path: reason for path, _, reason in report.kept_float} | dict(report.float_operands)
+    names = ("scan.A_log", "scan.D", "scan.dt_bias", "scan.u", "scan.delta", "scan.B", "scan.C", "scan.h", "z")
+    assert {reasons[f"blocks.0.mixer.{name}"] for name in names} == {"only the weights of linear layers are quantised"}
     assert 15 < report.mean_sqnr_db < 40
 
 
@@ -149,8 +150,10 @@ def test_skipped_sites_stay_float_and_are_listed():
     np.testing.assert_array_equal(mixer.out_proj.kernel[...], exact.out_proj.kernel[...].astype(jnp.float16))
     kept = {path: reason for path, _, reason in report.kept_float}
     for name in ("out_proj.kernel", "scan.A_log", "scan.D"):
-        assert kept[f"blocks.0.mixer.{name}"] == "a rule leaves it out"
-    assert set(report.float_operands) >= {(f"blocks.0.mixer.scan.{k}", "a rule leaves it out") for k in ("u", "delta")}
+        assert kept[f"blocks.0.mixer.{name}"] == f"the rule {rules[0].pattern!r} leaves it out"
+    assert kept["blocks.0.norm.scale"] == "not a matmul"
+    reasons = dict(report.float_operands)
+    assert {reasons[f"blocks.0.mixer.scan.{k}"] for k in ("u", "delta")} == {kept["blocks.0.mixer.scan.D"]}
     paths = {site.path: site for site in report.sites}
     assert not [p for p in paths if "out_proj" in p or ".scan." in p]
     site = paths["blocks.0.mixer.directions.1.x_proj"]
@@ -163,16 +166,20 @@ def test_operands_that_the_list_leaves_out_stay_float_and_are_listed():
     model = nnx.clone(float_model())
     config = QuantConfig(operands=("delta", "A"), scale_search="max", float_dtype="float32")
     specs, found, _ = calibrated(model, images(1), config)
-    low = replace_sites(model, made(model, specs, found))
-    configs = {path: spec.config for path, spec in specs.items()}
+    modules = made(model, specs, found)
+    low = replace_sites(model, modules)
+    sites = {path: (path, site) for path, site in iter_sites(model)}
     left_out = "the operand list leaves it out"
-    kept = {path: reason for path, _, reason in store_floats(low, jnp.dtype("float32"), configs, "")}
+    why = FloatSites(sites, modules, config)
+    kept = {path: reason for path, _, reason in store_floats(low, jnp.dtype("float32"), why, "")}
     assert {path for path, reason in kept.items() if reason == left_out} == {"blocks.0.mixer.scan.D"}
     assert kept["blocks.0.mixer.scan.dt_bias"] == "not a matmul"
     names = [(f"blocks.0.mixer.{name}", left_out) for name in ("scan.u", "scan.B", "scan.C", "scan.y", "scan.h", "z")]
-    assert float_operands(low, config, "") == names
+    assert sorted(why.activations()) == sorted(names)
     skipping = dataclasses.replace(config, operands=OPERANDS, rules=(QuantRule(r"\.z$", skip=True),))
-    assert float_operands(low, skipping, "") == [("blocks.0.mixer.z", "a rule leaves it out")]
+    assert list(FloatSites(sites, modules, skipping).activations()) == [
+        ("blocks.0.mixer.z", r"the rule '\\.z$' leaves it out")
+    ]
 
 
 def made(model, specs, found):
@@ -255,7 +262,7 @@ def test_a_rule_that_matches_nothing(rules, message):
 def test_weight_groups_by_layer():
     """A group must divide a layer's inputs; a rule gives a layer other groups, or none."""
     model = float_model()
-    message = r'weight_group 5 does not divide the 2 inputs of blocks\.0\.\S+dt_proj; .* QuantRule\(r"\\\.dt_proj\$", '
+    message = r'weight_group 5 does not divide the 48 inputs of stem\.proj; .* QuantRule\(r"\\\.proj\$", '
     with pytest.raises(ValueError, match=message):
         resolve_sites(model, QuantConfig(weight_group=5))
     others = QuantRule("stem|head|x_proj|dt_proj", weight_group=0)
