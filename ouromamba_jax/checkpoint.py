@@ -4,8 +4,8 @@
 a kilobyte beside every array; a small model has a thousand leaves of a few hundred bytes.) `config.json` has the
 index of the leaves, the settings of the quantised sites, each distinct one once, and the SHA-256 of every file.
 
-4-bit weights are packed two to a byte on disk and unpacked to int8 once, here, when loaded: XLA's CPU integer products
-take int8 operands. Where the GPU kernels run, weights are then laid out for those.
+Levels of fewer than 8 bits are packed without gaps on disk and unpacked to int8 once, here, when loaded: XLA's CPU
+integer products take int8 operands. Where the GPU kernels run, weights are then laid out for those.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.positions import resize_positions
 from ouromamba_jax.models.registry import override_config
 from ouromamba_jax.models.vim import VimConfig
-from ouromamba_jax.ops.qtensor import pack_int4, unpack_int4
+from ouromamba_jax.ops.qtensor import pack_levels, packed_rows, unpack_levels
 from ouromamba_jax.quantize.activation import KernelLayout, Levels, SiteSpec
 from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
 
@@ -58,7 +58,7 @@ def save(path: str | Path, model: VisionModel) -> None:
         raise FileExistsError(f"{path} already exists; choose another path or remove it first.")
     check_writable(path)
     leaves = _leaves(nnx.state(model))
-    arrays = {name: np.asarray(_stored(leaf)) for name, leaf in sorted(leaves.items())}
+    arrays = {name: _stored(leaf) for name, leaf in sorted(leaves.items())}
     index: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, value in arrays.items():
         index.setdefault(value.dtype.name, {})[name] = value.shape
@@ -317,16 +317,15 @@ def _restore(path: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> dict[str, n
     return arrays
 
 
-def _stored(leaf: nnx.Variable) -> jax.Array:
+def _stored(leaf: nnx.Variable) -> np.ndarray:
     """A leaf as it is written."""
-    value = leaf[...]
-    return pack_int4(value) if _is_packed(leaf) else value
+    value = np.asarray(leaf[...])
+    return pack_levels(value, leaf.bits) if _is_packed(leaf) else value
 
 
 def _value(stored: np.ndarray, leaf: nnx.Variable) -> jax.Array:
     """A leaf as the model holds it; a copy, so that no leaf keeps the whole flat array alive."""
-    value = jnp.array(stored)
-    return unpack_int4(value, leaf.shape[0]) if _is_packed(leaf) else value
+    return jnp.array(unpack_levels(stored, leaf.bits, leaf.shape[0]) if _is_packed(leaf) else stored)
 
 
 def _leaves(state: nnx.State) -> dict[str, nnx.Variable]:
@@ -338,10 +337,10 @@ def _name(key: tuple) -> str:
 
 
 def _is_packed(leaf: nnx.Variable) -> bool:
-    return isinstance(leaf, Levels) and leaf.bits <= 4
+    return isinstance(leaf, Levels) and leaf.bits < 8
 
 
 def _stored_shape(leaf: nnx.Variable) -> jax.ShapeDtypeStruct:
     if _is_packed(leaf):
-        return jax.ShapeDtypeStruct(((leaf.shape[0] + 1) // 2, leaf.shape[1]), jnp.uint8)
+        return jax.ShapeDtypeStruct((packed_rows(leaf.shape[0], leaf.bits), leaf.shape[1]), jnp.uint8)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -1,4 +1,4 @@
-"""Quantised weights: `QTensor`, the 2.4-norm scale search that makes one, and int4 packing for storage.
+"""Quantised weights: `QTensor`, the 2.4-norm scale search that makes one, and packing for storage.
 
 Everything here is symmetric: a level is an integer in [-q, q] with q = 2^(bits-1) - 1, so zero is exact and the
 lowest two's-complement code stays unused.
@@ -55,7 +55,7 @@ class QTensor:
     Invariants, which `check` enforces:
       values  int8 (K, O), levels in [-q, q] with q = 2^(bits-1) - 1; K inputs, O outputs (the layout of a Flax kernel)
       scale   float32 (K // group, O), or (1, O) without groups; finite and positive
-      bits    2..8; levels always occupy int8 in memory (`pack_int4` halves them on disk)
+      bits    2..8; levels always occupy int8 in memory (`pack_levels` gives them their bits on disk)
       group   None, or a divisor of K: rows [g*group, (g+1)*group) share scale[g]
     """
 
@@ -188,17 +188,26 @@ def quantize_array(w: Float[Array, "K O"], bits: int, *, group: int | None = Non
     return quantize_with_scale(w, search_weight_scale(w, bits, group=group), bits, group=group)
 
 
-def pack_int4(values: Int8[Array, "K O"]) -> UInt8[Array, "half O"]:
-    """Two 4-bit levels per byte along K: row 2i in the low nibble, row 2i+1 in the high one (0 past an odd K)."""
-    padded = jnp.pad(values, ((0, values.shape[0] % 2), (0, 0)))
-    nibbles = lax.bitcast_convert_type(padded, jnp.uint8) & jnp.uint8(0xF)
-    return nibbles[0::2] | (nibbles[1::2] << jnp.uint8(4))
+def packed_rows(rows: int, bits: int) -> int:
+    """Bytes of a column of `rows` levels of `bits` bits without gaps."""
+    return -(-rows * bits // 8)
 
 
-def unpack_int4(packed: UInt8[Array, "half O"], rows: int) -> Int8[Array, "K O"]:
-    """Inverse of `pack_int4`; `rows` is K, which an odd count makes one less than twice the packed rows."""
-    if (rows + 1) // 2 != packed.shape[0]:
-        raise ValueError(f"{packed.shape[0]} packed rows cannot hold {rows} rows: pass the K they were packed from")
-    low, high = packed << jnp.uint8(4), packed & jnp.uint8(0xF0)
-    both = jnp.stack([low, high], axis=1).reshape(-1, packed.shape[1])
-    return (lax.bitcast_convert_type(both, jnp.int8) >> jnp.int8(4))[:rows]
+def pack_levels(values: Int8[np.ndarray, "K O"], bits: int) -> UInt8[np.ndarray, "bytes O"]:
+    """Levels as they are stored: down each column one after the other, lowest bit first, 0 past the last."""
+    spread = np.unpackbits(values.view(np.uint8)[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(spread.reshape(values.shape[0] * bits, values.shape[1]), axis=0, bitorder="little")
+
+
+def unpack_levels(packed: UInt8[np.ndarray, "bytes O"], bits: int, rows: int) -> Int8[np.ndarray, "K O"]:
+    """Inverse of `pack_levels`; `rows` is K.
+
+    Raises:
+      ValueError: if K levels take another number of bytes.
+    """
+    if packed.shape[0] != packed_rows(rows, bits):
+        raise ValueError(f"{packed.shape[0]} bytes do not hold {rows} levels of {bits} bits: pass the K of the packed.")
+    spread = np.unpackbits(packed, axis=0, count=rows * bits, bitorder="little").reshape(rows, bits, packed.shape[1])
+    levels = np.packbits(spread, axis=1, bitorder="little")[:, 0]
+    unused = np.uint8(8 - bits)
+    return (levels << unused).view(np.int8) >> unused.view(np.int8)  # which repeats the sign

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from ouromamba_jax.ops.qtensor import packed_rows
 from ouromamba_jax.quantize.activation import Calibrated, KernelLayout, Levels
 
 
@@ -131,7 +132,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes a model's tensors need, weights of up to four bits packed two to a byte.
+    """Bytes a model's tensors need, as a checkpoint stores them: levels without gaps.
 
     Attributes:
       levels: integer weights and scan parameters.
@@ -170,7 +171,7 @@ def memory_report(model: nnx.Module) -> MemoryReport:
         array = leaf.get_value()
         if isinstance(leaf, Levels):
             rows, columns = leaf.shape
-            levels += ((rows + 1) // 2 if leaf.bits <= 4 else rows) * columns
+            levels += packed_rows(rows, leaf.bits) * columns
             parameters += rows * columns
         elif isinstance(leaf, Calibrated):
             scales += array.size * array.dtype.itemsize
