@@ -1,10 +1,11 @@
-"""Files that are written whole or not at all, and read whole or refused."""
+"""Files that are written whole or not at all, and read whole or refused; checksums of arrays."""
 
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -89,3 +90,11 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path} cannot be read as an .npz of plain arrays ({reason}); replace or delete it."
         ) from error
+
+
+def checksum(arrays: Iterable[Any]) -> int:
+    """CRC-32 of the bytes of arrays, one after the other."""
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, found)
+    return found

@@ -57,9 +57,9 @@ def quantize_rtn(
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
         specs, calibrated = calibrate_sites(stage, inputs)
         if config.granularity == "token":
-            return fitted(stage, inputs, specs, calibrated, config.batch_size)
+            return fitted(stage, inputs, specs, calibrated)
         calibrated = jax.tree.map(_one_for_the_tensor, calibrated, is_leaf=_is_calibration)
-        found = fitted(stage, inputs, specs, calibrated, config.batch_size)
+        found = fitted(stage, inputs, specs, calibrated)
         return found._replace(
             reports=tuple(
                 dataclasses.replace(report, granularity=report.granularity.replace("token", "tensor"))

@@ -75,6 +75,7 @@ def add_verbs(verb: Verb) -> None:
         help="passes over the images to tune the scales; 0: none",
     )
     sub.add_argument("--batch-size", type=int, default=QuantConfig.batch_size, help="images per step of calibration")
+    sub.add_argument("--resume", metavar="DIR", help="keep finished stages here, and continue behind them")
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -104,7 +105,7 @@ def quantize_verb(arguments: argparse.Namespace) -> None:
         arguments.images, arguments.split, model.config.img_size, model.config.preprocessing, limit=arguments.limit
     ).images
     with bar("quantising") as advance:
-        quantised, report = quantize(model, jnp.asarray(images), config, progress=advance)
+        quantised, report = quantize(model, jnp.asarray(images), config, progress=advance, resume=arguments.resume)
     save(arguments.out, quantised)
     print(report)
     print(f"\n{arguments.out}: {memory_report(quantised)}")

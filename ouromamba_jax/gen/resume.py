@@ -1,7 +1,6 @@
 """Checkpoints of a generation: one .npz that is replaced whole and names the run that it belongs to."""
 
 import dataclasses
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ouromamba_jax.files import read_npz, whole_file
+from ouromamba_jax.files import checksum, read_npz, whole_file
 from ouromamba_jax.gen.config import GenConfig
 from ouromamba_jax.models.base import VisionModel
 
@@ -88,8 +87,6 @@ def run_identity(model: VisionModel, weights: Any, config: GenConfig, key: Array
     Without what may differ between a run and the one that continues it, or has a message of its own.
     """
     config = dataclasses.replace(config, num_images=1, iterations=1, checkpoint_every=1)
-    checksum = 0
-    for leaf in jax.tree.leaves(weights):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, checksum)
+    digest = checksum(jax.tree.leaves(weights))
     precision = f"{jnp.dtype(model.dtype).name} jax {jax.__version__}"
-    return f"{config} {np.asarray(jax.random.key_data(key)).tolist()} {model.config} {checksum:08x} {precision}"
+    return f"{config} {np.asarray(jax.random.key_data(key)).tolist()} {model.config} {digest:08x} {precision}"

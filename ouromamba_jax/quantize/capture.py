@@ -1,6 +1,6 @@
 """What every site of a stage sees on the calibration images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -50,25 +50,44 @@ def _capture_batch(graphdef: Any, configs: tuple[tuple[str, QuantConfig], ...], 
     return out, captured
 
 
-def capture(stage: nnx.Module, x: Array, configs: dict[str, QuantConfig], batch_size: int) -> tuple[Array, Captured]:
-    """The stage's output on x (N, ...), and what entered every site of `configs`, in batches."""
+def captured_batches(
+    stage: nnx.Module, x: Array, configs: dict[str, QuantConfig], batch_size: int
+) -> Iterator[tuple[Array, Captured]]:
+    """(the stage's output, what entered every site of `configs`) of one batch of x (N, ...) after the other."""
     graphdef, state = nnx.split(stage)
     sites = tuple((path, _what_to_record(config)) for path, config in configs.items())
-    return in_batches(partial(_capture_batch, graphdef, sites), state, x, batch_size)
+    return each_batch(partial(_capture_batch, graphdef, sites), state, x, batch_size)
 
 
-def in_batches(function: Callable[[nnx.State, Array], Any], state: nnx.State, x: Array, batch_size: int) -> Any:
-    """function(state, x) of x (N, ...) by batches, each spread over all devices; its arrays (N, ...) on one."""
+def capture(stage: nnx.Module, x: Array, configs: dict[str, QuantConfig], batch_size: int) -> tuple[Array, Captured]:
+    """The stage's output on x (N, ...), and what entered every site of `configs`, of all batches."""
+    return _joined(captured_batches(stage, x, configs, batch_size))
+
+
+def each_batch(
+    function: Callable[[nnx.State, Array], Any], state: nnx.State, x: Array, batch_size: int
+) -> Iterator[Any]:
+    """function(state, x) of one batch of x (N, ...) after the other, each spread over all devices; its arrays on one.
+
+    A batch is finished before the next begins, so that no more than one takes memory.
+    """
     mesh = data_mesh(min(batch_size, len(x)))
     state = replicate(mesh, state) if mesh.size > 1 else state
-    parts = []
     for i in range(0, len(x), batch_size):
         part = x[i : i + batch_size]
         if mesh.size > 1:
             part = split_samples(mesh, part) if len(part) % mesh.size == 0 else replicate(mesh, part)
-        parts.append(function(state, part))
-    whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-    return jax.device_put(whole, jax.devices()[0]) if mesh.size > 1 else whole
+        made = function(state, part)
+        yield jax.block_until_ready(jax.device_put(made, jax.devices()[0]) if mesh.size > 1 else made)
+
+
+def in_batches(function: Callable[[nnx.State, Array], Any], state: nnx.State, x: Array, batch_size: int) -> Any:
+    """function(state, x) of x (N, ...), as `each_batch` makes it."""
+    return _joined(each_batch(function, state, x, batch_size))
+
+
+def _joined(parts: Iterable[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def _what_to_record(config: QuantConfig) -> QuantConfig:

@@ -1,6 +1,7 @@
 """What rounding costs at every site, measured on the float model's activations."""
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -17,33 +18,30 @@ from ouromamba_jax.quantize.sites import iter_sites, named_modules
 
 
 def measure(
-    stage: nnx.Module, low: nnx.Module, specs: dict[str, SiteSpec], captured: Captured, images: int, batch_size: int
-) -> Iterator[SiteReport]:
+    stage: nnx.Module, low: nnx.Module, specs: dict[str, SiteSpec], batches: Iterable[Captured]
+) -> list[SiteReport]:
     """One report per matmul and operand of a stage, its path relative to the stage.
 
     Args:
       stage: the float stage.
       low: the same stage quantised.
-      captured: what entered every site on the calibration images; a site may see several samples (windows) of each.
-      images: number of calibration images.
+      batches: what entered every site on the calibration images, batch by batch.
     """
     floats = dict(iter_sites(stage))
     modules = dict(named_modules(low))
-
-    def part(start: int, x: Array) -> Array:
-        samples = len(x) // images
-        return x[start * samples : (start + batch_size) * samples]
-
-    for path, spec in specs.items():
-        graphdefs, states = zip(*map(nnx.split, (floats[path], modules[path])), strict=True)
-        batches = [
-            _measure_site(graphdefs, states, jax.tree.map(partial(part, start), captured[path]))
-            for start in range(0, images, batch_size)
-        ]
-        for name in batches[0]:
-            total = jax.tree.map(lambda *parts: float(sum(map(float, parts))), *(batch[name] for batch in batches))
-            facts = kind_of(floats[path]).describe(name, spec)
-            yield _site_report(f"{path}.{name}" if name else path, facts, total)
+    splits = {path: zip(*map(nnx.split, (floats[path], modules[path])), strict=True) for path in specs}
+    sites = {path: tuple(split) for path, split in splits.items()}
+    totals: dict[str, dict[str, Measured]] = {}
+    for captured in batches:
+        for path, (graphdefs, states) in sites.items():
+            found = jax.tree.map(float, _measure_site(graphdefs, states, captured[path]))
+            before = totals.get(path)
+            totals[path] = found if before is None else jax.tree.map(operator.add, before, found)
+    return [
+        _site_report(f"{path}.{name}" if name else path, kind_of(floats[path]).describe(name, specs[path]), total)
+        for path, named in totals.items()
+        for name, total in named.items()
+    ]
 
 
 # Site by site, not the stage at once: equal sites, such as the directions of a block, share one compiled program.

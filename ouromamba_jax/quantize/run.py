@@ -1,14 +1,18 @@
 """`quantize`: OuroMamba-Quant, its scales searched and tuned, fitted to one stage after the other."""
 
+import os
+
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ouromamba_jax.files import local_path
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.kinds import Calibrated, kind_of
 from ouromamba_jax.quantize.measure import measure
 from ouromamba_jax.quantize.report import QuantReport
+from ouromamba_jax.quantize.resume import keep_stage, kept_stage, run_identity
 from ouromamba_jax.quantize.sites import iter_sites
 from ouromamba_jax.quantize.stages import Fitted, Progress, StageInputs, quantize_stages, replace_sites
 from ouromamba_jax.quantize.tune import tune_scales, update_of
@@ -20,6 +24,7 @@ def quantize(
     config: QuantConfig,
     *,
     progress: Progress | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> tuple[VisionModel, QuantReport]:
     """A low-bit copy of `model`, and the account of what was done; `model` itself is left as it is.
 
@@ -32,20 +37,34 @@ def quantize(
       images: normalised calibration images, synthetic or real.
       config: see `QuantConfig`.
       progress: called as progress(done, total, stage name).
+      resume: folder in which to keep every stage that is finished. If it holds some, the run goes on behind them, to
+        the bits of one that was not interrupted.
 
     Raises:
-      ValueError: if the model is already quantised, the images are no normalised ones, a rule matches nothing, a weight
-        group does not divide a layer's inputs, the activations of a site are not finite, or the model multiplies
-        matrices where no rule and no site covers them.
+      ValueError: if the model is already quantised, the images are no normalised ones, a rule decides nothing, a weight
+        group does not divide a layer's inputs, the activations of a site are not finite, a layer computes what is not
+        known here, the model multiplies matrices where no rule and no site covers them, or `resume` holds stages of
+        another model, other images, or another config.
     """
+    folder = None if resume is None else local_path(resume)
+    identity = {} if folder is None else run_identity(model, images, config)
 
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
+        if folder is None:
+            return fit_anew(stage, inputs)
+        found = kept_stage(folder, inputs.name, stage, identity)
+        if found is None:
+            found = fit_anew(stage, inputs)
+            keep_stage(folder, inputs.name, found, identity)
+        return found
+
+    def fit_anew(stage: nnx.Module, inputs: StageInputs) -> Fitted:
         specs, calibrated = calibrate_sites(stage, inputs)
         losses: list[float] = []
         if config.tune_epochs and calibrated:
             target = update_of(inputs.exact_out, inputs.exact)
             calibrated, losses = tune_scales(stage, specs, calibrated, inputs.quantised, target, config)
-        return fitted(stage, inputs, specs, calibrated, config.batch_size, losses)
+        return fitted(stage, inputs, specs, calibrated, losses)
 
     return quantize_stages(model, images, config, fit, progress=progress)
 
@@ -72,12 +91,10 @@ def fitted(
     inputs: StageInputs,
     specs: dict[str, SiteSpec],
     calibrated: Calibrated,
-    batch_size: int,
     losses: list[float] | None = None,
 ) -> Fitted:
     """The quantised modules of a stage, and what each costs."""
     sites = dict(iter_sites(stage))
     modules = {path: kind_of(sites[path]).make(sites[path], spec, calibrated[path]) for path, spec in specs.items()}
     low = replace_sites(stage, modules)
-    reports = measure(stage, low, specs, inputs.captured, len(inputs.exact), batch_size)
-    return Fitted(modules, tuple(reports), tuple(losses or ()))
+    return Fitted(modules, tuple(measure(stage, low, specs, inputs.batches())), tuple(losses or ()))

@@ -1,8 +1,9 @@
 """One walk over a model's stages, which every method shares: calibrate, fit, replace, and go on."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 from ouromamba_jax.models.base import VisionModel, apply_stage
 from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
 from ouromamba_jax.quantize.activation import Calibrated, Levels
-from ouromamba_jax.quantize.capture import Captured, capture, in_batches
+from ouromamba_jax.quantize.capture import Captured, capture, captured_batches, in_batches
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.coverage import check_coverage
 from ouromamba_jax.quantize.floats import FloatSites, store_floats
@@ -25,17 +26,41 @@ Progress = Callable[[int, int, str], None]
 """Called with (stages done, stages in all, name of the next)."""
 
 
-class StageInputs(NamedTuple):
-    """What a method sees of one stage: its path in the model; its float input and output on the calibration images;
-    what the quantised stages before it give instead of that input; what entered every site, by the site's path within
-    the stage; and the settings of those sites."""
+@dataclass(frozen=True)
+class StageInputs:
+    """What a method sees of one stage.
+
+    Attributes:
+      name: its path in the model.
+      stage: itself, in float.
+      exact: its input in the float model on the calibration images.
+      quantised: what the quantised stages before it give instead.
+      configs: the settings of its sites, by their paths within it.
+      batch_size: images per batch.
+    """
 
     name: str
+    stage: nnx.Module
     exact: Array
-    exact_out: Array
     quantised: Array
-    captured: Captured
     configs: dict[str, QuantConfig]
+    batch_size: int
+
+    def batches(self) -> Iterator[Captured]:
+        """What entered every site in the float model, by batches that are computed as they are asked for."""
+        made = captured_batches(self.stage, self.exact, self.configs, self.batch_size)
+        return (captured for _, captured in made)
+
+    @cached_property
+    def captured(self) -> Captured:
+        """What entered every site in the float model, of all images at once."""
+        return capture(self.stage, self.exact, self.configs, self.batch_size)[1]
+
+    @cached_property
+    def exact_out(self) -> Array:
+        """The float stage's output on `exact`."""
+        made = captured_batches(self.stage, self.exact, self.configs, self.batch_size)
+        return jnp.concatenate([out for out, _ in made])
 
 
 class Fitted(NamedTuple):
@@ -90,8 +115,8 @@ def quantize_stages(
             progress(done, len(stages), name)
         prefix = name + "."
         local = {path.removeprefix(prefix): c for path, c in configs.items() if path.startswith(prefix)}
-        exact_out, captured = capture(stage, exact, local, config.batch_size)
-        fitted = fit(stage, StageInputs(name, exact, exact_out, x, captured, local))
+        inputs = StageInputs(name, stage, exact, x, local, config.batch_size)
+        fitted = fit(stage, inputs)
         low = replace_sites(stage, fitted.modules)
         for report in fitted.reports:
             path = prefix + report.path
@@ -104,7 +129,7 @@ def quantize_stages(
         kept += store_floats(low, jnp.dtype(config.float_dtype), why, prefix)
         operands += ((prefix + path, reason) for path, reason in why.activations())
         set_module(quantised, name, low)
-        exact, x = exact_out, apply_in_batches(low, x, config.batch_size)
+        exact, x = inputs.exact_out, apply_in_batches(low, x, config.batch_size)
     if progress is not None:
         progress(len(stages), len(stages), "done")
     prepare_weights(quantised)

@@ -12,7 +12,6 @@ from tiny_models import TINY, natural_model
 
 from ouromamba_jax import QuantConfig, quantize
 from ouromamba_jax.ops.split_calibration import Calibration
-from ouromamba_jax.quantize.capture import capture
 from ouromamba_jax.quantize.run import calibrate_sites
 from ouromamba_jax.quantize.sites import iter_sites, resolve_sites
 from ouromamba_jax.quantize.stages import StageInputs
@@ -43,8 +42,9 @@ def calibrated(module: nnx.Module, x: jax.Array, config: QuantConfig, *, shifted
     `shifted`: outliers get a second byte at every site, by shifts at random.
     """
     configs = resolve_sites(module, config)
-    out, seen = capture(module, x, configs, len(x))
-    specs, found = calibrate_sites(module, StageInputs("", x, out, x, seen, configs))
+    inputs = StageInputs("", module, x, x, configs, len(x))
+    specs, found = calibrate_sites(module, inputs)
+    seen = inputs.captured
     rng = np.random.default_rng(0)
 
     def spoil(leaf):
