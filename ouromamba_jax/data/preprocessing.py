@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
+CROP_MODES = ("center", "squash")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Preprocessing:
     Args:
       mean, std: per RGB channel, in units of [0, 1] pixels.
       crop_pct: side of the centre crop over the side that the image is resized to.
-      interpolation: one of `INTERPOLATIONS`; inputs that are not square are resized bilinearly.
+      interpolation: one of `INTERPOLATIONS`; crop_mode "center" resizes to inputs that are not square bilinearly.
+      crop_mode: "center" resizes with the picture's proportions kept, "squash" each side to its own target.
 
     Raises:
       ValueError: for values that no picture can be prepared with.
@@ -30,6 +32,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -48,6 +51,8 @@ class Preprocessing:
             raise ValueError(
                 f"there is no interpolation {self.interpolation!r}; use one of {', '.join(INTERPOLATIONS)}."
             )
+        if self.crop_mode not in CROP_MODES:
+            raise ValueError(f"there is no crop_mode {self.crop_mode!r}; use one of {', '.join(CROP_MODES)}.")
 
     def mean_and_std(self) -> tuple[Float32[np.ndarray, "1 1 1 3"], Float32[np.ndarray, "1 1 1 3"]]:
         """Both as arrays, for images (N, H, W, 3)."""

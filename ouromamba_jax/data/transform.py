@@ -19,10 +19,10 @@ def preprocess(
 ) -> Float[np.ndarray, "H W 3"]:
     """One picture to model input: timm's evaluation transform.
 
-    The picture is resized, keeping its proportions, so that it just covers floor(img_size / crop_pct); the centre
-    is cropped, scaled to [0, 1] and normalised per channel. As in timm, a target that is not square is resized
-    bilinearly, whatever `preprocessing.interpolation` (timm.data.transforms_imagenet_eval, crop_mode "center"). Unlike
-    there, a picture is turned first if its EXIF orientation says so.
+    The picture is resized, keeping its proportions, so that it just covers floor(img_size / crop_pct), or exactly to
+    that with crop_mode "squash"; the centre is cropped, scaled to [0, 1] and normalised per channel. As in timm,
+    crop_mode "center" resizes to a target that is not square bilinearly, whatever `preprocessing.interpolation`
+    (timm.data.transforms_imagenet_eval). Unlike there, a picture is turned first if its EXIF orientation says so.
     """
     from PIL import Image  # only who reads pictures waits for it
 
@@ -31,8 +31,9 @@ def preprocess(
     image = to_rgb(image)
     height, width = height_width(img_size)
     target = math.floor(height / preprocessing.crop_pct), math.floor(width / preprocessing.crop_pct)
-    scaled = _cover((image.height, image.width), target)
-    interpolation = preprocessing.interpolation if target[0] == target[1] else "bilinear"
+    squashed = preprocessing.crop_mode == "squash"
+    scaled = target if squashed else _cover((image.height, image.width), target)
+    interpolation = preprocessing.interpolation if squashed or target[0] == target[1] else "bilinear"
     image = image.resize(scaled[::-1], Image.Resampling[interpolation.upper()])
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / np.float32(255)

@@ -115,7 +115,7 @@ class MambaVisionConfig:
 _BASE = MambaVisionConfig(dim=128, in_dim=64, depths=(3, 3, 10, 5), layer_scale=1e-5)
 _LARGE = dataclasses.replace(_BASE, dim=196, num_heads=(4, 8, 16, 32))
 _LARGE3 = dataclasses.replace(_LARGE, dim=256, depths=(3, 3, 20, 10))
-_SQUASHED = Preprocessing(crop_pct=0.93)
+_SQUASHED = Preprocessing(crop_pct=0.93, crop_mode="squash")
 MAMBAVISION_PRESETS = {
     "mambavision_t": MambaVisionConfig(),
     "mambavision_t2": MambaVisionConfig(depths=(1, 3, 11, 4), preprocessing=Preprocessing(crop_pct=0.98)),

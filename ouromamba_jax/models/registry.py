@@ -40,7 +40,7 @@ def model_config(name: str, **overrides: Any) -> Any:
 
 
 def override_config(config: Any, overrides: Mapping[str, Any], name: str = "the model") -> Any:
-    """A config with some fields replaced, those of its preprocessing among them (mean, std, crop_pct, interpolation).
+    """A config with some fields replaced, those of its preprocessing among them (mean, std, crop_pct, ...).
 
     Raises:
       ValueError: for an unknown field, or for an input size that leaves another field open.

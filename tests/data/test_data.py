@@ -54,6 +54,20 @@ def test_preprocess_is_the_published_transform(rng, shape, size, crop_pct, inter
     np.testing.assert_allclose(result, expected_input(pixels, size, config), atol=PIXEL, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (60, 97), (131, 50)])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_squashed_pictures_lose_their_proportions(rng, shape, size):
+    """timm's crop_mode "squash": torchvision's Resize((height, width)), then the same centre crop."""
+    config = replace(IMAGENET, crop_pct=0.93, crop_mode="squash")
+    pixels = smooth_picture(rng, *shape)
+    target = [math.floor(side / config.crop_pct) for side in size]
+    resized = np.asarray(Image.fromarray(pixels).resize((target[1], target[0]), Image.Resampling.BICUBIC))
+    top, left = (round((t - s) / 2) for t, s in zip(target, size, strict=True))
+    cropped = resized[top : top + size[0], left : left + size[1]].astype(np.float64) / 255
+    expected = (cropped - np.array(config.mean)) / np.array(config.std)
+    np.testing.assert_allclose(preprocess(pixels, size, config), expected, atol=PIXEL, rtol=0)
+
+
 def test_preprocess_takes_height_and_width_in_that_order(rng):
     pixels = smooth_picture(rng, 90, 60)
     assert preprocess(pixels, (24, 40), HALF).shape == (24, 40, 3)
@@ -118,6 +132,7 @@ def test_to_pixels_inverts_the_normalisation(rng):
         (dict(crop_pct=0), "crop_pct is 0, but it is a share of the side; use one in (0, 1]."),
         (dict(crop_pct=1.1), "crop_pct is 1.1, but it is a share of the side; use one in (0, 1]."),
         (dict(crop_pct="all"), "crop_pct is all, but it is a share of the side; use one in (0, 1]."),
+        (dict(crop_mode="border"), "there is no crop_mode 'border'; use one of center, squash."),
         (dict(std=(0, 0, 0)), "std is (0.0, 0.0, 0.0), but pixels are divided by it; use positive numbers."),
         (dict(std=0.5), "std is 0.5, but it must be three numbers, one per channel; change it."),
         (dict(mean=(0.5, 0.5)), "mean is (0.5, 0.5), but it must be three numbers, one per channel; change it."),

@@ -158,7 +158,8 @@ def test_every_published_mambavision_has_its_manifest():
         assert kwargs.get("layer_scale_conv") is None
         if source in PUBLISHED.values():
             evaluation, used = published["default_cfg"], config.preprocessing
-            assert (used.crop_pct, used.interpolation) == (evaluation["crop_pct"], evaluation["interpolation"])
+            for field in ("crop_pct", "interpolation", "crop_mode"):
+                assert getattr(used, field) == evaluation[field]
             assert (list(used.mean), list(used.std)) == (evaluation["mean"], evaluation["std"])
         else:
             assert published["state_dict"] == manifest(PUBLISHED[name])["state_dict"]
