@@ -2,6 +2,7 @@
 
 from ouromamba_jax.checkpoint import load, save
 from ouromamba_jax.convert import from_torch
+from ouromamba_jax.export import export
 from ouromamba_jax.gen import GenConfig, Generated, generate_images
 from ouromamba_jax.models import Trace, create_model, list_models, pure
 from ouromamba_jax.ops.attention import implicit_attention
@@ -25,6 +26,7 @@ __all__ = [
     "Split",
     "Trace",
     "create_model",
+    "export",
     "from_torch",
     "generate_images",
     "implicit_attention",

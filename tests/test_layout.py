@@ -26,6 +26,7 @@ FORBIDDEN = {
     "data": ("flax", "models"),
     "report": ("models",),
     "checkpoint": ("gen", "convert", "cli"),
+    "export": ("gen", "convert", "cli", "checkpoint"),
     "convert": ("torch", "gen", "quantize", "checkpoint", "cli"),
     "evaluation": ("cli", "gen", "convert"),
 }
@@ -161,8 +162,8 @@ def test_the_top_level_exports_names_and_nothing_else():
         is_all = isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["__all__"]
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         assert is_all or is_docstring or isinstance(node, ast.ImportFrom), ast.unparse(node)
-    designed = """create_model list_models from_torch save load pure selective_scan ScanOutput Trace generate_images
-        GenConfig Generated quantize QuantConfig QuantRule QuantReport QTensor split_outliers Split
+    designed = """create_model list_models from_torch save load export pure selective_scan ScanOutput Trace
+        generate_images GenConfig Generated quantize QuantConfig QuantRule QuantReport QTensor split_outliers Split
         outlier_matmul implicit_attention memory_report MemoryReport"""
     assert set(designed.split()) <= set(ouromamba_jax.__all__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from ouromamba_jax.cli import calibration, checkpoints, demo, measurement
+from ouromamba_jax.cli import calibration, checkpoints, demo, exporting, measurement
 from ouromamba_jax.ops.cpu_miscompile import mend_miscompile
 from ouromamba_jax.sharding import keep_freed_memory, use_all_cores
 
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback")
         return sub
 
-    for add in (checkpoints.add_verbs, calibration.add_verbs, measurement.add_verbs, demo.add_verb):
+    for add in (checkpoints.add_verbs, calibration.add_verbs, measurement.add_verbs, exporting.add_verb, demo.add_verb):
         add(verb)
     return parser
 
