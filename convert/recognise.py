@@ -142,7 +142,7 @@ def main_difference(name: str, config: Any, family: str, tensors: Tensors) -> st
     if not any(HEAD.fullmatch(key) for key in tensors) and config.num_classes:
         return 'the checkpoint has no head: pass head="fresh" for a new one or num_classes=0 for features'
     if not differ:
-        return None
+        return _positions_of_another(name, config, family, tensors, found)
     theirs = " and ".join(f"{field}={value}" for field, value in differ.items())
     ours = " and ".join(f"{field}={_value(config, field)}" for field in differ)
     same = [other for other in list_models(f"{family}_*") if _has(model_config(other), found)]
@@ -165,6 +165,21 @@ def matching_models(tensors: Tensors) -> list[tuple[str, dict[str, Any]]]:
         fields |= _img_size(config, fields, tensors)
         found.append((name, {field: value for field, value in fields.items() if _value(config, field) != value}))
     return sorted(found, key=lambda model: (sum(field != "num_classes" for field in model[1]), len(model[1])))
+
+
+def _positions_of_another(name: str, config: Any, family: str, tensors: Tensors, found: dict[str, Any]) -> str | None:
+    """A stride shows in the number of positions alone, which another input size changes, too."""
+    positions = tensors.get("pos_embed")
+    if family != "vim" or positions is None or positions.ndim != 3 or positions.shape[1] == config.num_tokens:
+        return None
+    same = [other for other in list_models(f"{family}_*") if _has(model_config(other), found)]
+    same = [other for other in same if model_config(other).num_tokens == positions.shape[1]]
+    if not same:
+        return None
+    return (
+        f"the checkpoint has {positions.shape[1]} positions, as {same[0]}, where {name} has {config.num_tokens}: take "
+        f"{same[0]}, unless it was trained at another img_size"
+    )
 
 
 def _has(config: Any, fields: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ import safetensors
 from jaxtyping import Shaped
 
 from ouromamba_jax.convert import hub
-from ouromamba_jax.convert.torch_file import TorchFileError, read_torch
+from ouromamba_jax.convert.torch_file import TorchFileError, not_the_file, read_torch
 from ouromamba_jax.convert.unpickle import RESAVE, Inert, TorchTensor, shown
 from ouromamba_jax.files import local_path
 
@@ -176,8 +176,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Tensors:
-    with path.open("rb"):  # a missing file is an OSError here, as for every other format
-        pass
+    with path.open("rb") as opened:  # a missing file is an OSError here, as for every other format
+        head = opened.read(64)
+    if reason := not_the_file(head):
+        raise TorchFileError(f"{path} cannot be read as a safetensors file: {reason}.")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)

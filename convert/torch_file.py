@@ -96,11 +96,22 @@ class _Archive:
         return self._zip.read(entry)
 
 
+def not_the_file(head: bytes) -> str | None:
+    """What its first bytes say a failed download left, and the way out; None if it may be a checkpoint."""
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file; fetch the file with `git lfs pull`"
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page, not the file; download the file that the page links to"
+    return None
+
+
 def _check_is_zip(head: bytes) -> None:
     if not head:
         raise ValueError("the file is empty; download it again")
     if head[257:262] == b"ustar" or _LEGACY_MAGIC in head[:16]:
         raise ValueError(f"it has the legacy format from before PyTorch 1.6; {RESAVE}")
+    if reason := not_the_file(head):
+        raise ValueError(reason)
     if not head.startswith(b"PK\x03\x04"):
         raise ValueError("it is not a zip archive, which is what torch.save writes; download it again")
 

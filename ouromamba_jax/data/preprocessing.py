@@ -104,6 +104,27 @@ def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return (int(size), int(size)) if isinstance(size, int | np.integer) else (int(size[0]), int(size[1]))
 
 
+def check_image_shape(images: Any, size: tuple[int, int] | None) -> None:
+    """Refuses images that are not (batch, height, width, 3), of `size` if there is one.
+
+    Raises:
+      ValueError: with the way out for channels that come first, a missing batch, and gray pictures.
+    """
+    shape = tuple(images.shape)
+    if len(shape) == 4 and shape[3] == 3 and 0 not in shape[1:3] and size in (None, shape[1:3]):
+        return
+    if len(shape) == 3 and shape[2] == 3:
+        way_out = "one image is a batch of its own, images[None]"
+    elif len(shape) == 4 and shape[1] == 3 != shape[3]:
+        way_out = "channels come last, jnp.moveaxis(images, 1, -1)"
+    elif len(shape) == 4 and shape[3] == 1:
+        way_out = "a gray picture is one of three equal channels, jnp.repeat(images, 3, axis=-1)"
+    else:
+        way_out = "resize them or build the model with another img_size"
+    takes = ", ".join(map(str, size)) if size else "height, width"
+    raise ValueError(f"images have shape {shape}, but this model takes (batch, {takes}, 3); {way_out}.")
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.data.preprocessing import Preprocessing, height_width
+from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d, convolved
 from ouromamba_jax.models.layers import (
@@ -157,11 +157,7 @@ class MambaVisionStem(nnx.Module):
         self.second = Conv3x3(config.in_dim, config.dim, **types)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        if images.ndim != 4 or images.shape[1:] != (*self.size, 3):
-            raise ValueError(
-                f"images have shape {images.shape}, but this model takes (batch, {self.size[0]}, {self.size[1]}, 3); "
-                "resize them or build the model with another img_size."
-            )
+        check_image_shape(images, self.size)
         x = jax.nn.relu(self.second(jax.nn.relu(self.first(images)))).astype(jnp.float32)
         return nan_unless_finite(x, images)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.data.preprocessing import Preprocessing, height_width
+from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv1d, convolved, extract_patches
 from ouromamba_jax.models.layers import (
@@ -127,11 +127,7 @@ class VimStem(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B L C"]:
         config = self.config
-        if images.ndim != 4 or images.shape[1:] != (*height_width(config.img_size), 3):
-            raise ValueError(
-                f"images have shape {images.shape}, but this model takes (batch, {height_width(config.img_size)[0]}, "
-                f"{height_width(config.img_size)[1]}, 3); resize them or build the model with another img_size."
-            )
+        check_image_shape(images, height_width(config.img_size))
         patches, _ = extract_patches(images.astype(self.dtype), config.patch_size, config.stride)
         x = self.proj(patches).astype(jnp.float32)
         if self.class_token is not None:

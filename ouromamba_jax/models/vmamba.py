@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.data.preprocessing import Preprocessing, height_width
+from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv2d, HalvingConv
 from ouromamba_jax.models.layers import (
@@ -115,8 +115,7 @@ class VMambaStem(nnx.Module):
         self.second = HalvingConv(width // 2, width, **types)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-            raise ValueError(f"images have shape {images.shape}, but this model takes (batch, height, width, 3).")
+        check_image_shape(images, None)
         x = self.second(jax.nn.gelu(self.first(images), approximate=False)).astype(jnp.float32)
         return nan_unless_finite(x, images)
 
