@@ -306,7 +306,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
         legacy: "legacy format",
         tar: "legacy format",
         pickle.dumps({"a": 1}): "not a zip archive",
-        b"<html>404</html>": "not a zip archive",
+        b"<html>404</html>": "it is a web page",
         b"PK\x03\x04" + bytes(100): "cannot be read",
     }
     for number, (content, words) in enumerate(cases.items()):
