@@ -2,6 +2,7 @@
 
 from ouromamba_jax.checkpoint import load, save
 from ouromamba_jax.convert import from_torch
+from ouromamba_jax.data_free import quantize
 from ouromamba_jax.export import export
 from ouromamba_jax.gen import GenConfig, Generated, generate_images
 from ouromamba_jax.models import Trace, create_model, list_models, pure
@@ -11,7 +12,7 @@ from ouromamba_jax.ops.qtensor import QTensor, quantize_array
 from ouromamba_jax.ops.scan import selective_scan
 from ouromamba_jax.ops.scan_types import ScanOutput
 from ouromamba_jax.ops.split import OutlierConfig, Split, split_outliers
-from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantReport, QuantRule, memory_report, quantize
+from ouromamba_jax.quantize import MemoryReport, QuantConfig, QuantReport, QuantRule, memory_report
 
 __all__ = [
     "GenConfig",

@@ -130,6 +130,11 @@ def load(path: str | Path, **overrides: Any) -> VisionModel:
     return restored
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder looks like one that `save` wrote."""
+    return (path / "config.json").is_file() and (path / "arrays").is_dir()
+
+
 def resolve(path: str | Path) -> Path:
     """`path` itself, or the folder of the embedded checkpoint of that name.
 

@@ -9,12 +9,11 @@ from typing import Any
 from flax import nnx
 
 from ouromamba_jax import from_torch, list_models, memory_report, save
-from ouromamba_jax.checkpoint import load, read_description, resolve
-from ouromamba_jax.cli.common import Verb, check_output
+from ouromamba_jax.checkpoint import is_checkpoint, load, read_description, resolve
+from ouromamba_jax.cli.common import ShownTable, Verb, add_formats, check_output, print_tables
 from ouromamba_jax.convert import CheckpointNote, load_tensors, matching_models
 from ouromamba_jax.files import local_path
 from ouromamba_jax.models import VisionModel, model_config
-from ouromamba_jax.report.tables import print_table
 
 
 def add_verbs(verb: Verb) -> None:
@@ -24,11 +23,21 @@ def add_verbs(verb: Verb) -> None:
     )
     sub.add_argument("name", help=f"one of {', '.join(list_models())}")
     sub.add_argument(
-        "checkpoint",
+        "source",
         help=".pth, .pth.tar or .safetensors, a hub folder, owner/name on the Hugging Face hub, or a folder of a "
         "converted float model to change",
     )
     sub.add_argument("out", help="folder to write")
+    add_source_options(sub)
+
+    sub = verb("inspect", inspect, "what a checkpoint holds", "vim_t_midclstok_76p1acc.pth")
+    sub.add_argument("path", help="native checkpoint folder, .pth, .safetensors or a hub folder")
+    sub.add_argument("--entry", help="entry of a training file")
+    add_formats(sub)
+
+
+def add_source_options(sub: argparse.ArgumentParser) -> None:
+    """Adds the options that say how a PyTorch checkpoint is read; `converted` reads it."""
     sub.add_argument("--entry", help="entry of a training file, e.g. model_ema; by default model or state_dict")
     sub.add_argument("--revision", help="branch, tag or commit of what is fetched from the hub")
     sub.add_argument("--prefix", help="what stands before the model's names, e.g. teacher.backbone.")
@@ -47,45 +56,40 @@ def add_verbs(verb: Verb) -> None:
         help="resize the positional embeddings to another img_size than the checkpoint's",
     )
 
-    sub = verb("inspect", inspect, "what a checkpoint holds", "vim_t_midclstok_76p1acc.pth")
-    sub.add_argument("path", help="native checkpoint folder, .pth, .safetensors or a hub folder")
-    sub.add_argument("--entry", help="entry of a training file")
-
 
 def convert(arguments: argparse.Namespace) -> None:
     check_output(arguments.out)
-    fields = dict(arguments.set or ())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", CheckpointNote)
-        if _is_native(local_path(arguments.checkpoint)):
-            model = _changed(arguments, fields)
-        else:
-            model = from_torch(
-                arguments.name,
-                arguments.checkpoint,
-                entry=arguments.entry,
-                revision=arguments.revision,
-                prefix=arguments.prefix,
-                head="fresh" if arguments.fresh_head else "checkpoint",
-                interpolate_positions=arguments.interpolate_positions,
-                **fields,
-            )
-    _print_notes(caught)
+    is_native = is_checkpoint(local_path(arguments.source))
+    model = _changed(arguments) if is_native else converted(arguments.name, arguments)
     save(arguments.out, model)
     count = sum(leaf.size for _, leaf in nnx.to_flat_state(nnx.state(model)))
     print(f"{arguments.out}: {arguments.name} with {count:,} parameters")
 
 
-def _is_native(path: Path) -> bool:
-    return (path / "config.json").is_file() and (path / "arrays").is_dir()
+def converted(name: str, arguments: argparse.Namespace) -> VisionModel:
+    """The PyTorch checkpoint `arguments.source` as the model `name`; says what was chosen in it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CheckpointNote)
+        model = from_torch(
+            name,
+            arguments.source,
+            entry=arguments.entry,
+            revision=arguments.revision,
+            prefix=arguments.prefix,
+            head="fresh" if arguments.fresh_head else "checkpoint",
+            interpolate_positions=arguments.interpolate_positions,
+            **dict(arguments.set or ()),
+        )
+    _print_notes(caught)
+    return model
 
 
-def _changed(arguments: argparse.Namespace, fields: dict[str, Any]) -> VisionModel:
+def _changed(arguments: argparse.Namespace) -> VisionModel:
     """A converted model with other config fields."""
-    path = arguments.checkpoint
+    path = arguments.source
     if arguments.entry or arguments.revision or arguments.prefix or arguments.fresh_head:
         raise ValueError(f"{path} is converted already, so leave out --entry, --revision, --prefix and --fresh-head.")
-    model = load(path, **fields)
+    model = load(path, **dict(arguments.set or ()))
     if type(model.config) is not type(model_config(arguments.name)):
         raise ValueError(f"{path} holds a {model.family} model, so {arguments.name} is the wrong name.")
     return model
@@ -101,22 +105,27 @@ def _print_notes(caught: list[warnings.WarningMessage]) -> None:
 
 def inspect(arguments: argparse.Namespace) -> None:
     path = local_path(arguments.path)
-    if path.is_file() or (any(path.glob("*.safetensors*")) and not _is_native(path)):
+    if path.is_file() or (any(path.glob("*.safetensors*")) and not is_checkpoint(path)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CheckpointNote)
             tensors = load_tensors(path, entry=arguments.entry)
         _print_notes(caught)
         rows = [[key, str(tuple(t.shape)), str(t.dtype)] for key, t in tensors.items()]
-        print_table(rows, ["key", "shape", "type"], title=f"{path}: {len(rows)} tensors")
-        print(_how_to_convert(path, tensors))
+        print_tables([ShownTable(rows, ("key", "shape", "type"), f"{path}: {len(rows)} tensors")], arguments.format)
+        if arguments.format == "terminal":
+            print(_how_to_convert(path, tensors))
         return
     description = read_description(resolve(path))
     model = load(path)
     rows = [
         [".".join(map(str, key)), str(leaf.shape), str(leaf.dtype)] for key, leaf in nnx.to_flat_state(nnx.state(model))
     ]
-    print_table(rows, ["parameter", "shape", "type"], title=f"{path}: {description['family']}")
-    print(f"{model.config}\n{len(description['quantization'])} quantised sites; {memory_report(model)}")
+    table = ShownTable(rows, ("parameter", "shape", "type"), f"{path}: {description['family']}")
+    print_tables([table], arguments.format)
+    if arguments.format == "terminal":
+        if (path / "report.md").is_file():
+            print((path / "report.md").read_text())
+        print(f"{model.config}\n{len(description['quantization'])} quantised modules; {memory_report(model)}")
 
 
 def _how_to_convert(path: Path, tensors: dict[str, Any]) -> str:

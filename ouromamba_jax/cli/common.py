@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -39,6 +41,18 @@ def check_output(path: str, *, suffix: str | None = None) -> None:
     if local_path(path).exists():
         raise ValueError(f"{path} already exists; choose another name or remove it first.")
     check_writable(path)
+
+
+@contextmanager
+def unfinished(arguments: argparse.Namespace) -> Iterator[Path]:
+    """The folder of a run's state: that of --resume, else one beside OUT, which goes when the block ends well."""
+    kept = getattr(arguments, "resume", None)
+    out = local_path(arguments.out)
+    folder = local_path(kept) if kept else out.with_name(f"{out.name}.unfinished")
+    arguments.resume = folder  # what an interruption names
+    yield folder
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)

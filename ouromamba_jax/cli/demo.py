@@ -61,7 +61,7 @@ class Run:
         ]
 
 
-def add_verb(verb: Verb) -> None:
+def add_verbs(verb: Verb) -> None:
     """Adds demo to the command."""
     sub = verb("demo", demo, "the whole pipeline on an embedded model, offline", "--out ouromamba-demo")
     sub.add_argument("--model", default="vim_micro", help="vim_micro, vmamba_micro, mambavision_micro, or a checkpoint")

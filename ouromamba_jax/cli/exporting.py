@@ -10,7 +10,7 @@ from ouromamba_jax.export import PLATFORMS, SUFFIX, ExportNote
 from ouromamba_jax.files import local_path
 
 
-def add_verb(verb: Verb) -> None:
+def add_verbs(verb: Verb) -> None:
     """Adds export to the command."""
     sub = verb("export", export_verb, "a program that JAX alone can run", "vim_micro vim_micro.stablehlo")
     sub.add_argument("model", help="checkpoint folder, float or quantised, or the name of a shipped one")

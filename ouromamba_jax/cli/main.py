@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from ouromamba_jax.cli import calibration, checkpoints, demo, exporting, measurement
+from ouromamba_jax.cli import checkpoints, demo, exporting, generate, measurement, quantize
 from ouromamba_jax.ops.cpu_miscompile import mend_miscompile
 from ouromamba_jax.sharding import keep_freed_memory, use_all_cores
 
@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         kept = getattr(arguments, "resume", None)
-        print(f"ouromamba: interrupted{f'; the same command goes on from {kept}' if kept else ''}.", file=sys.stderr)
+        goes_on = f"; the same command goes on from {kept}" if kept and Path(kept).exists() else ""
+        print(f"ouromamba: interrupted{goes_on}.", file=sys.stderr)
         return 130
     return 0
 
@@ -77,8 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback")
         return sub
 
-    for add in (checkpoints.add_verbs, calibration.add_verbs, measurement.add_verbs, exporting.add_verb, demo.add_verb):
-        add(verb)
+    modules = (checkpoints, generate, quantize, measurement, exporting, demo)
+    for module in modules:
+        module.add_verbs(verb)
     return parser
 
 

@@ -1,8 +1,9 @@
 """What a quantisation did, site by site, and what a model weighs."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -10,6 +11,7 @@ from jaxtyping import Array
 
 from ouromamba_jax.ops.qtensor import packed_rows
 from ouromamba_jax.quantize.activation import Calibrated, KernelLayout, Levels
+from ouromamba_jax.report.tables import markdown_table
 
 
 class Measured(NamedTuple):
@@ -113,6 +115,32 @@ class QuantReport:
             for s in self.sites
         ]
 
+    def summary(self) -> str:
+        """Two lines: what the activations got, and the three matmuls that lost most."""
+        matmuls = sorted((s for s in self.sites if s.kind == "matmul"), key=lambda s: s.sqnr_db)
+        worst = ", ".join(f"{s.path} {s.sqnr_db:.1f} dB" for s in matmuls[:3])
+        activations = (
+            "activations in float"
+            if np.isnan(self.mean_bits)
+            else (
+                f"activations of {self.mean_bits:.2f} bits on average, {100 * self.outlier_rate:.1f} % of them outliers"
+            )
+        )
+        return f"{len(matmuls)} matmuls, {activations}\nlowest SQNR: {worst or 'none'}"
+
+    def markdown(self) -> str:
+        """The whole report as a Markdown page."""
+        lines = [f"- `{path}` ({count} entries): {reason}" for path, count, reason in self.kept_float]
+        lines += [f"- `{path}` (activation): {reason}" for path, reason in self.float_operands]
+        floats = "\n".join(lines) or "nothing"
+        legend = " ".join(LEGEND)
+        return f"{self.summary()}\n\n{markdown_table(self.rows(), HEADERS)}\n{legend}\n\nKept in float:\n\n{floats}\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values; what is not finite becomes None."""
+        data = asdict(self) | {name: getattr(self, name) for name in ("mean_bits", "outlier_rate", "mean_sqnr_db")}
+        return jax.tree.map(lambda x: None if isinstance(x, float) and not np.isfinite(x) else x, data)
+
     def __str__(self) -> str:
         rows = [list(HEADERS), *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADERS))]
@@ -155,10 +183,15 @@ class MemoryReport:
         """fp16 / total."""
         return self.fp16 / self.total
 
+    def _beside_fp16(self) -> str:
+        if self.total <= self.fp16:
+            return f"{self.compression:.2f}x smaller than FP16"
+        return f"{1 / self.compression:.2f}x larger than FP16"
+
     def __str__(self) -> str:
         return (
             f"{self.total / 1e6:.2f} MB ({self.levels / 1e6:.2f} levels, {self.scales / 1e6:.2f} scales, "
-            f"{self.float_parameters / 1e6:.2f} float), {self.compression:.2f}x smaller than FP16"
+            f"{self.float_parameters / 1e6:.2f} float), {self._beside_fp16()}"
         )
 
 

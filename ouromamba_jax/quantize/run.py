@@ -26,26 +26,7 @@ def quantize(
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> tuple[VisionModel, QuantReport]:
-    """A low-bit copy of `model`, and the account of what was done; `model` itself is left as it is.
-
-    Every linear layer becomes an integer product and every selective scan runs on rounded operands (OuroMamba,
-    Algorithm 2). Static scales are searched on the float model's activations; then, stage by stage, they are tuned so
-    that the quantised stage, fed by the quantised stages before it, gives the float stage's output.
-
-    Args:
-      model: a float model with `stages`: (name, module) in the order of the forward pass.
-      images: normalised calibration images, synthetic or real.
-      config: see `QuantConfig`.
-      progress: called as progress(done, total, stage name).
-      resume: folder in which to keep every stage that is finished. If it holds some, the run goes on behind them, to
-        the bits of one that was not interrupted.
-
-    Raises:
-      ValueError: if the model is already quantised, the images are no normalised ones, a rule decides nothing, a weight
-        group does not divide a layer's inputs, the activations of a site are not finite, a layer computes what is not
-        known here, the model multiplies matrices where no rule and no site covers them, or `resume` holds stages of
-        another model, other images, or another config.
-    """
+    """`data_free.quantize` of a model and images, which says what the arguments are and what is raised."""
     folder = None if resume is None else local_path(resume)
     identity = {} if folder is None else run_identity(model, images, config)
 

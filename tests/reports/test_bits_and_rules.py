@@ -3,7 +3,7 @@
 import pytest
 
 from ouromamba_jax import QuantConfig, QuantRule
-from ouromamba_jax.cli import calibration
+from ouromamba_jax.cli import quantize
 from ouromamba_jax.cli.main import main
 from ouromamba_jax.quantize import PRESETS
 
@@ -15,9 +15,9 @@ def config_of(monkeypatch, *options):
     seen = []
 
     def stop(arguments):
-        seen.append(calibration.quant_config(arguments))
+        seen.append(quantize.quant_config(arguments))
 
-    monkeypatch.setattr(calibration, "quantize_verb", stop)
+    monkeypatch.setattr(quantize, "quantize_verb", stop)
     assert main([*CALL, *options]) == 0
     return seen[0]
 
@@ -89,5 +89,5 @@ def test_a_rule_sets_every_field():
     text = (
         "a:b:weight_bits=3,act_bits=0,outlier_bits=16,weight_group=0,operands=u+B,sigma=2.5,n_refresh=7,detection=none"
     )
-    assert calibration.parse_rule(text) == QuantRule("a:b", 3, 0, 16, 0, ("u", "B"), 2.5, 7, "none")
-    assert calibration.parse_rule("a:skip=false,weight_bits=3") == QuantRule("a", weight_bits=3, skip=False)
+    assert quantize.parse_rule(text) == QuantRule("a:b", 3, 0, 16, 0, ("u", "B"), 2.5, 7, "none")
+    assert quantize.parse_rule("a:skip=false,weight_bits=3") == QuantRule("a", weight_bits=3, skip=False)

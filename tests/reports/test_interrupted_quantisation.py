@@ -7,8 +7,6 @@ from flax import nnx
 from quantising import bits_of, float_model, images
 
 from ouromamba_jax import QuantConfig, quantize
-from ouromamba_jax.cli import calibration
-from ouromamba_jax.cli.main import main
 from ouromamba_jax.quantize import run
 
 # At 5 bits some outliers take a second byte: arrays of every type are kept.
@@ -84,16 +82,3 @@ def test_losses_of_tuning_are_kept(tmp_path):
     fitted = run.Fitted({}, (), (0.5, 0.25))
     run.keep_stage(tmp_path, "blocks.0", fitted, {})
     assert run.kept_stage(tmp_path, "blocks.0", float_model().stem, {}) == fitted
-
-
-def test_the_command_resumes(monkeypatch, tmp_path):
-    seen = []
-
-    def stop(model, images, config, *, progress, resume):
-        seen.append(resume)
-        raise ValueError("seen")
-
-    monkeypatch.setattr(calibration, "quantize", stop)
-    options = ("--images", "digits", "--limit", "2", "--bits", "w4a4", "--resume", "run")
-    assert main(["quantize", "vim_micro", *options, str(tmp_path / "out")]) == 1
-    assert seen == ["run"]
