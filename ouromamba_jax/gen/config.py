@@ -1,11 +1,9 @@
 """What OuroMamba-Gen optimises, and how."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
-
+from ouromamba_jax.fields import plain_numbers
 from ouromamba_jax.ops.attention import Weighting, neighbourhood_mask
 
 Features = Literal["readout", "attention"]
@@ -60,10 +58,7 @@ class GenConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.generic):
-                object.__setattr__(self, field.name, value.item())
+        plain_numbers(self)
         choices = {"weighting": Weighting, "features": Features, "negatives": Negatives}
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):

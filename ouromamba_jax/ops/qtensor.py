@@ -21,7 +21,7 @@ MIN_SCALE = 1e-8
 
 def max_level(bits: int) -> int:
     """Largest level of a symmetric `bits`-wide integer: 7 for 4 bits, 127 for 8."""
-    return 2 ** (bits - 1) - 1
+    return 2 ** (int(bits) - 1) - 1
 
 
 def divide(a: Float32[Array, "..."], b: Float32[Array, "..."] | float) -> Float32[Array, "..."]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
+from ouromamba_jax.fields import plain_numbers
 from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 from ouromamba_jax.ops.dispatch import Backend, choose
 from ouromamba_jax.ops.qtensor import divide, max_level
@@ -54,6 +55,7 @@ class OutlierConfig:
     static_list: StaticList = "mean"
 
     def __post_init__(self):
+        plain_numbers(self)
         if not 2 <= self.act_bits <= 8:
             raise ValueError(f"act_bits must lie in 2..8, not {self.act_bits} (bits, not a number of levels)")
         if self.outlier_bits != 16 and not self.act_bits <= self.outlier_bits <= 8:

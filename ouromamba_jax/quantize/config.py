@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ouromamba_jax.fields import plain_numbers
 from ouromamba_jax.ops.split import Detection, OutlierConfig
 
 OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z", "q", "k", "v", "probs")
@@ -39,6 +40,7 @@ class QuantRule:
     skip: bool | None = None
 
     def __post_init__(self):
+        plain_numbers(self)
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -89,6 +91,7 @@ class QuantConfig(OutlierConfig):
     rules: tuple[QuantRule, ...] = ()
 
     def __post_init__(self):
+        plain_numbers(self)
         _ = self.splitting  # which checks its fields
         if not 2 <= self.weight_bits <= 8:
             raise ValueError(f"weight_bits must be 2 to 8, not {self.weight_bits}.")
