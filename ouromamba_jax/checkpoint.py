@@ -31,7 +31,7 @@ from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.positions import resize_positions
 from ouromamba_jax.models.registry import override_config
 from ouromamba_jax.models.vim import VimConfig
-from ouromamba_jax.ops.qtensor import pack_levels, packed_rows, unpack_levels
+from ouromamba_jax.ops.qtensor import max_level, pack_levels, packed_rows, unpack_levels
 from ouromamba_jax.quantize.activation import KernelLayout, Levels, SiteSpec
 from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
 
@@ -221,6 +221,9 @@ def _check_loadable(model: VisionModel, description: dict[str, Any]) -> None:
     problems = [f"{path or 'it'} is a {have[path].__name__}, not a {want[path].__name__}" for path in strange]
     if not problems and (found := _mismatches(_stored_index(description), _leaves(nnx.state(expected)))):
         problems = [found]
+    levels = {name: leaf for name, leaf in _leaves(nnx.state(model)).items() if isinstance(leaf, Levels)}
+    if not problems:  # packing would cut such levels off
+        problems = [f"{name} has levels beyond {leaf.bits} bits" for name, leaf in levels.items() if _overflows(leaf)]
     if problems:
         raise CheckpointError(
             f"the model is not what its config describes, so it could not be loaded: {'; '.join(problems[:10])}; set "
@@ -324,7 +327,7 @@ def _restore(path: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> dict[str, n
 
 def _stored(leaf: nnx.Variable) -> np.ndarray:
     """A leaf as it is written."""
-    value = np.asarray(leaf[...])
+    value = np.asarray(leaf.get_value())
     return pack_levels(value, leaf.bits) if _is_packed(leaf) else value
 
 
@@ -341,8 +344,12 @@ def _name(key: tuple) -> str:
     return ".".join(map(str, key))
 
 
+def _overflows(leaf: Levels) -> bool:
+    return int(np.abs(np.asarray(leaf[...], np.int32)).max(initial=0)) > max_level(leaf.bits)
+
+
 def _is_packed(leaf: nnx.Variable) -> bool:
-    return isinstance(leaf, Levels) and leaf.bits < 8
+    return isinstance(leaf, Levels) and leaf.dtype == jnp.int8 and leaf.bits < 8
 
 
 def _stored_shape(leaf: nnx.Variable) -> jax.ShapeDtypeStruct:

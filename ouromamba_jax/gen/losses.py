@@ -83,7 +83,7 @@ def patch_similarity_entropy(features: Float[Array, "B M F"], *, bandwidth: floa
     """
     similar = cosine_similarities(features).reshape(features.shape[0], -1)
     low, high = jax.lax.stop_gradient((jnp.min(similar, axis=1), jnp.max(similar, axis=1)))
-    at = low[:, None] + (high - low)[:, None] * jnp.linspace(0.0, 1.0, points)[None]
+    at = low[:, None] + (high - low)[:, None] * jnp.linspace(0.0, 1.0, points, dtype=jnp.float32)[None]
     z = (at[:, :, None] - similar[:, None]) / bandwidth
     density = jnp.mean(jnp.exp(-0.5 * z * z), axis=2) / (bandwidth * np.sqrt(2 * np.pi).item())
     step = (high - low) / (points - 1)

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.data.preprocessing import Preprocessing
 from ouromamba_jax.models.layers import Head, as_tokens
 from ouromamba_jax.models.trace import Trace
+from ouromamba_jax.ops.meshes import by_samples
 
 _RULES: dict[Any, str] = {  # what a field of this annotation must be
     int: "sizes and counts are whole numbers from {least}",
@@ -127,10 +129,19 @@ class VisionModel(nnx.Module):
         Raises:
           ValueError: if the images have another shape than the model takes.
         """
-        x: Any = images
+        return self._by_samples(VisionModel._logits, images)
+
+    def _logits(self, x: Any) -> Array:
         for _, stage in self.stages:
             x = stage(x)  # type: ignore[operator]
         return x
+
+    def _by_samples(self, function: Callable[..., Any], images: Array, **shared: tuple[str, ...]) -> Any:
+        """function(model, images); where a mesh has explicit axes, through `by_samples`."""
+        if not get_abstract_mesh().explicit_axes:
+            return function(self, images)
+        graphdef, state = nnx.split(self)
+        return by_samples(lambda x, state: function(nnx.merge(graphdef, state), x), images, state, **shared)
 
     def trace(
         self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
@@ -148,6 +159,9 @@ class VisionModel(nnx.Module):
         Raises:
           ValueError: if the images have another shape than the model takes.
         """
+        return self._by_samples(partial(VisionModel._traced, collect=collect), images, shared=("A", "D"))
+
+    def _traced(self, images: Array, collect: Callable[[Array], Any] | None) -> tuple[Array, Trace]:
         x = tokens = self.stem(images)
         layers = []
         for block in self.blocks:

@@ -112,6 +112,15 @@ def pure(model: VisionModel) -> tuple[Callable[[nnx.State, Array], Array], nnx.S
     """(fn, state) with fn(state, images) -> logits, ready for `jax.jit`, `jax.grad` and `jax.vmap`.
 
     The module graph is fixed here, once; a jitted fn dispatches as fast as any function of a plain pytree.
+
+    Gradients of a quantised model are straight-through: roundings have slope 1 where nothing is clipped, and the levels
+    of weights are held fixed. They reach the images, all steps and scales, and the parameters that stayed float. Levels
+    are integers, so `jax.grad` takes the state whole with allow_int=True alone, and their gradient is float0. To train,
+    take the floats apart, and as float32, since an optimiser divides by what is zero in float16:
+
+        floats, rest = nnx.split_state(state, nnx.Param, ...)
+        floats = jax.tree.map(lambda x: x.astype(jnp.float32), floats)
+        grads = jax.grad(lambda floats: loss(fn(nnx.merge_state(floats, rest), images)))(floats)
     """
     graphdef, state = nnx.split(model)
 

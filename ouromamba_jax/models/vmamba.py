@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
@@ -27,7 +26,7 @@ from ouromamba_jax.models.layers import (
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
-from ouromamba_jax.ops.producers import merged_routes, route, silu_once, summed_routes
+from ouromamba_jax.ops.producers import gelu, merged_routes, route, silu_once, summed_routes
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
 DIRECTIONS = ((False, False), (True, False), (False, True), (True, True))
@@ -116,7 +115,7 @@ class VMambaStem(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         check_image_shape(images, None)
-        x = self.second(jax.nn.gelu(self.first(images), approximate=False)).astype(jnp.float32)
+        x = self.second(gelu(self.first(images), approximate=False)).astype(jnp.float32)
         return nan_unless_finite(x, images)
 
 
@@ -178,7 +177,7 @@ class VMambaMixer(nnx.Module):
     ) -> Float[Array, "B H W C"]:
         norm, grid = self.norm, (shape[1], shape[2])
         if type(norm) is not LayerNorm:  # but what somebody put in its place
-            return after(self.out_proj, lambda y: norm(summed_routes(y, grid=grid)), y, residual=residual)
+            return after(self.out_proj, lambda x: x, norm(summed_routes(y, grid=grid)), residual=residual)
         options: dict[str, Any] = dict(grid=grid, eps=norm.eps, dtype=norm.dtype)
         return after(self.out_proj, merged_routes, y, norm.scale[...], norm.bias[...], residual=residual, **options)
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ouromamba_jax.ops.meshes import by_samples, vary_alike
+
 Padding = Literal["clip", "replicate"]
 Weighting = Literal["delta", "uniform"]
 
@@ -124,7 +126,9 @@ def scan_attention(
 
     # The readout is linear, so one pass over the channels sums their transitions; each is recomputed for its gradient.
     add = jax.checkpoint(lambda total, channel: (total + transition(*channel), None))
-    total, _ = jax.lax.scan(add, jnp.zeros((batch, length, length, A.shape[1]), jnp.float32), (delta, A))
+    start = jnp.zeros((batch, length, length, A.shape[1]), jnp.float32)
+    start, *each = vary_alike(start, delta, A)
+    total, _ = jax.lax.scan(add, start, tuple(each))
     return readout(total / channels)
 
 
@@ -146,11 +150,15 @@ def implicit_attention(
     Returns:
       (B, M, M), or (B, E, M, M) per channel; row t says where token t's output comes from.
     """
-    maps = []
-    for scan in _scans(trace_layer):
-        alpha = scan_attention(scan, neighbourhood=neighbourhood, weighting=weighting, per_channel=per_channel)
-        maps.append(scan.order.to_image(scan.order.to_image(alpha, axis=-1), axis=-2))
-    return jnp.mean(jnp.stack(maps), axis=0)
+
+    def mean(scans: tuple[Any, ...]) -> Array:
+        maps = []
+        for scan in scans:
+            alpha = scan_attention(scan, neighbourhood=neighbourhood, weighting=weighting, per_channel=per_channel)
+            maps.append(scan.order.to_image(scan.order.to_image(alpha, axis=-1), axis=-2))
+        return jnp.mean(jnp.stack(maps), axis=0)
+
+    return by_samples(mean, _scans(trace_layer))
 
 
 def _scans(trace_layer: Any) -> tuple[Any, ...]:

@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 from ouromamba_jax.ops.dispatch import Backend, choose
+from ouromamba_jax.ops.meshes import by_samples, vary_alike
 from ouromamba_jax.ops.qtensor import QTensor
 from ouromamba_jax.ops.split import Split
+from ouromamba_jax.ops.straight_through import straight_through
 from ouromamba_jax.pallas import int4_matmul, triton_matmul
 from ouromamba_jax.pallas import outlier_matmul as kernel
 from ouromamba_jax.pallas.kernel_weight import KernelWeight
@@ -44,7 +46,8 @@ def _product(levels: Int8[Array, "B L K"], weight: Weight) -> Float32[Array, "B 
         return total + _dot(levels, values).astype(jnp.float32) * scale[None, None], None
 
     start = jnp.zeros((*levels.shape[1:-1], O), jnp.float32)
-    return lax.scan(add, start, (levels, weight.values.reshape(groups, -1, O), weight.scale))[0]
+    start, *each = vary_alike(start, levels, weight.values.reshape(groups, -1, O), weight.scale)
+    return lax.scan(add, start, tuple(each))[0]
 
 
 def _xla(split: Split, weight: Weight, bias: Bias = None, dtype: Any = jnp.float32) -> Float[Array, "B L O"]:
@@ -87,6 +90,8 @@ def outlier_matmul(
 ) -> Float[Array, "B L O"]:
     """Multiply a split activation (B, L, C) by a quantised weight (C, O), and add a bias.
 
+    Gradients reach every float, the levels held fixed: the steps of both, the bias and the residual.
+
     Args:
       split: from `split_outliers`.
       weight: levels (C, O), with or without groups along C; as a QTensor, or as `prepare` lays it out.
@@ -107,12 +112,17 @@ def outlier_matmul(
     dtype = jnp.dtype(dtype)
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"the bias must be ({weight.shape[1]},), one number per output, not {bias.shape}")
-    call = split, weight, bias, dtype
-    backend = choose("matmul", BACKENDS, implementation, *call)
+    backend = choose("matmul", BACKENDS, implementation, split, weight, bias, dtype)
+    run, reference = (partial(_run, chosen, dtype) for chosen in (backend, BACKENDS["xla"]))
+    differentiable = run if backend is BACKENDS["xla"] else straight_through(run, reference)
+    return by_samples(differentiable, split, weight, bias, residual)
+
+
+def _run(backend: Backend, dtype: Any, split: Split, weight: Weight, bias: Bias, residual: Array | None) -> Array:
     if backend is BACKENDS["mosaic_gpu"]:
-        return backend.run(*call, residual)
-    if split.shape[-1] > inputs:
+        return backend.run(split, weight, bias, dtype, residual)
+    if split.shape[-1] > (inputs := weight.shape[0]):
         high = None if split.high is None else split.high[..., :inputs]
-        call = replace(split, low=split.low[..., :inputs], high=high), *call[1:]
-    y = backend.run(*call)
+        split = replace(split, low=split.low[..., :inputs], high=high)
+    y = backend.run(split, weight, bias, dtype)
     return y if residual is None else residual + y.astype(jnp.float32)

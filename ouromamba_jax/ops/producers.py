@@ -3,6 +3,7 @@
 A GPU kernel makes both in one pass; elsewhere it is the function, in the model's type, then `split_outliers`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,20 @@ def layer_norm(
 
 def gelu(x: Float[Array, "... C"], *, approximate: bool) -> Float[Array, "... C"]:
     """GELU, exact or by tanh."""
-    return jax.nn.gelu(x, approximate=approximate)
+    return jax.nn.gelu(x, approximate=True) if approximate else _exact_gelu(x)
+
+
+@jax.custom_jvp
+def _exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jax.nn.gelu(x, approximate=False)
+
+
+@_exact_gelu.defjvp
+def _exact_gelu_jvp(primals, tangents):
+    """Phi(x) + x phi(x): JAX 0.12.0 cannot differentiate erf inside `jax.shard_map`."""
+    (x,), (tangent,) = primals, tangents
+    slope = 0.5 * jax.lax.erfc(-x * math.sqrt(0.5)) + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return _exact_gelu(x), slope * tangent
 
 
 def conv_silu(

@@ -3,13 +3,17 @@
 h_t = exp(delta_t * A) * h_{t-1} + (delta_t * B_t) * u_t ;    y_t = (<C_t, h_t> + D * u_t) * silu(z_t)
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ouromamba_jax.ops import scan_mosaic, scan_xla
 from ouromamba_jax.ops.dispatch import Backend, choose
+from ouromamba_jax.ops.meshes import by_samples
 from ouromamba_jax.ops.scan_types import Collect, Routed, ScanOutput, StateTransform, Unsplit, Wide, floats
 from ouromamba_jax.ops.split import Split
+from ouromamba_jax.ops.straight_through import straight_through
 from ouromamba_jax.pallas import selective_scan as kernel
 
 
@@ -65,11 +69,21 @@ def selective_scan(
     _check(u, delta, A, B, C, D, z, delta_bias, h0)
     if B.ndim == 3:
         B, C = (x.reshape(*x.shape[:2], 1, -1) for x in (B, C))
-    call = dict(
-        u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, h0=h0,
-        reverse=reverse, collect=collect, state_transform=state_transform,
-    )  # fmt: skip
-    return choose("scan", BACKENDS, implementation, **call).run(**call)
+    arrays = dict(delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, h0=h0)
+    options: dict[str, Any] = dict(
+        delta_softplus=delta_softplus, reverse=reverse, collect=collect, state_transform=state_transform
+    )
+    backend = choose("scan", BACKENDS, implementation, u=u, **arrays, **options)
+
+    def run(u: Wide, arrays: dict[str, Any]) -> ScanOutput:
+        return backend.run(u=u, **arrays, **options)
+
+    def smooth(u: Wide, arrays: dict[str, Any]) -> ScanOutput:
+        u, delta = (floats(x, B.dtype) for x in (u, arrays["delta"]))
+        return selective_scan(u, **{**arrays, "delta": delta}, **options)
+
+    is_float = backend is BACKENDS["xla"]  # which takes floats alone
+    return by_samples(run if is_float else straight_through(run, smooth), u, arrays)
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, h0) -> None:

@@ -3,19 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Float32, Int, Int8, PyTree
+from jaxtyping import Array, Bool, DTypeLike, Float, Float32, Int, Int8, PyTree
 
-from ouromamba_jax.ops.split import OutlierConfig, Split, split_outliers
+from ouromamba_jax.ops.split import OutlierConfig, Split, rounded, split_outliers
 
 Collect = Callable[[Float[Array, "B D N"]], PyTree]
 StateTransform = Callable[[Float[Array, "B D N"], Int[Array, ""]], Float[Array, "B D N"]]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["x", "scale", "theta", "shift"], meta_fields=["config"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["x", "scale", "theta", "shift", "channels"],
+    meta_fields=["config"],
+)
 @dataclass(frozen=True)
 class Unsplit:
     """Floats (B, L, E), tokens in scan order, that stand for their split: a GPU's scan splits them as it reads them.
@@ -28,6 +32,7 @@ class Unsplit:
     config: OutlierConfig
     theta: Float32[Array, " L"] | None = None
     shift: Int8[Array, " L"] | None = None
+    channels: Bool[Array, " C"] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,11 +41,15 @@ class Unsplit:
 
     def split(self) -> Split:
         """The split itself."""
-        return split_outliers(self.x, self.scale, self.config, theta=self.theta, shift=self.shift)
+        return split_outliers(self.x, self.scale, self.config, **self._calibrated)
 
     def merge(self) -> Float32[Array, "B L E"]:
-        """What the scan takes."""
-        return self.split().merge()
+        """What the scan takes; differentiable as `split.rounded`."""
+        return rounded(self.x, self.scale, self.config, **self._calibrated)
+
+    @property
+    def _calibrated(self) -> dict[str, Any]:
+        return dict(theta=self.theta, shift=self.shift, channels=self.channels)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["grid", "transpose", "reverse"])

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from ouromamba_jax.ops.meshes import vary_alike
 from ouromamba_jax.ops.scan_types import ScanOutput
 
 # Steps between two saved states, one loop body. Chunks of 4 would save twice as many states and be no faster, chunks of
@@ -43,8 +44,10 @@ def run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collec
 
     xs = (to_chunks(delta, _NO_STEP if delta_softplus else 0.0), *map(to_chunks, (f32(u), f32(B), f32(C))))
     h = jnp.zeros((batch, groups, d_state, channels // groups), jnp.float32) if h0 is None else to_state(f32(h0))
+    decay_rates, h, *inputs = vary_alike(to_state(f32(A)), h, *xs)
+    xs = tuple(inputs)
     if collect is None and state_transform is None:
-        y, h = _scan(delta_softplus, to_state(f32(A)), *xs, h)
+        y, h = _scan(delta_softplus, decay_rates, *xs, h)
         states = None
     else:
         steps = jnp.arange(n_chunks * chunk, dtype=jnp.int32).reshape(n_chunks, chunk)
@@ -55,7 +58,7 @@ def run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reverse, collec
             return jnp.where(t < length, to_state(state_transform(from_state(h), t)), h)  # padding is not transformed
 
         y, states, h = _open_scan(
-            partial(_step, delta_softplus, to_state(f32(A))),
+            partial(_step, delta_softplus, decay_rates),
             xs,
             h,
             steps,

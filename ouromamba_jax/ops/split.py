@@ -10,7 +10,7 @@ For x (B, L, C), q and Q the largest levels of inliers and outliers, limit[t] = 
 Every channel decides for itself and no sample sees another. theta comes from calibration (`split_calibration`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,7 +22,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 from ouromamba_jax.fields import plain_numbers
 from ouromamba_jax.ops.cpu_barrier import cpu_barrier
 from ouromamba_jax.ops.dispatch import Backend, choose
+from ouromamba_jax.ops.meshes import by_samples
 from ouromamba_jax.ops.qtensor import divide, max_level
+from ouromamba_jax.ops.straight_through import straight_through
 from ouromamba_jax.pallas import outlier_split as kernel
 
 Detection = Literal["dynamic", "static", "none"]
@@ -139,9 +141,10 @@ def split_outliers(
     channels: Bool[Array, " C"] | None = None,
     implementation: str | None = None,
 ) -> Split:
-    """Algorithm 2 on one grid (see above): levels of an activation, each sample on its own, without gradients.
+    """Algorithm 2 on one grid (see above): levels of an activation, each sample on its own.
 
-    Levels are rounded half to even. NaN becomes level 0.
+    Levels are rounded half to even. NaN becomes level 0. Gradients reach `scale`, the levels held fixed, but not
+    x: those of a quantised model do (see `models.pure`).
 
     Args:
       x: (B, L, C) float, tokens in their own scan order.
@@ -157,10 +160,13 @@ def split_outliers(
         a named one that does not support the call.
     """
     check_split(x, scale, config, theta, shift, channels)
-    x, scale, theta = lax.stop_gradient((x, scale, theta))
     shift = None if config.outlier_bits == 16 else shift
     call = dict(theta=theta, shift=shift, channels=channels)
-    return choose("split", BACKENDS, implementation, x, config, **call).run(x, scale, config, **call)
+    run = choose("split", BACKENDS, implementation, x, config, **call).run
+    split = by_samples(
+        lambda x, scale, call: run(x, scale, config, **call), *lax.stop_gradient((x, scale, call)), shared=("scale",)
+    )
+    return replace(split, scale=scale)
 
 
 def check_split(x, scale, config: OutlierConfig, theta, shift, channels) -> None:
@@ -242,7 +248,7 @@ def _xla(x, scale, config: OutlierConfig, *, theta, shift, channels) -> Split:
     if q == Q and shift is None:  # what is listed is rounded like the rest
         return Split(round_half_even(_clip(ratio, q)).astype(jnp.int8), None, scale, first, config.n_refresh)
     listed = _listed(first, x.shape[1], config.n_refresh)
-    bound = jnp.where(listed, Q, q)
+    bound = jnp.where(listed, jnp.float32(Q), jnp.float32(q))
     if config.outlier_bits != 16 and shift is None:
         return Split(round_half_even(_clip(ratio, bound)).astype(jnp.int8), None, scale, first, config.n_refresh)
     ratio = jnp.where(jnp.isnan(ratio), 0.0, ratio)
@@ -309,5 +315,19 @@ def fake_quant(
     step = scale[None, :, None]
     if shift is not None and config.outlier_bits != 16:
         step = jnp.where(listed, step * jnp.exp2(shift.astype(jnp.float32))[None, :, None], step)
-    bound = jnp.where(listed, float(config.largest_outlier), float(config.largest_inlier))
+    bound = jnp.where(listed, jnp.float32(config.largest_outlier), jnp.float32(config.largest_inlier))
     return step * _levels(divide(x32, jnp.broadcast_to(step, x32.shape)), bound)
+
+
+def rounded(
+    x: Float[Array, "B L C"], scale: Float32[Array, " L"], config: OutlierConfig, **calibrated: Array | None
+) -> Float32[Array, "B L C"]:
+    """`split_outliers(...).merge()`, with the gradients of `fake_quant`."""
+
+    def run(x: Array, scale: Array, calibrated: Any) -> Array:
+        return split_outliers(x, scale, config, **calibrated).merge()
+
+    def smooth(x: Array, scale: Array, calibrated: Any) -> Array:
+        return fake_quant(x, scale, config, **calibrated)
+
+    return straight_through(run, smooth)(x, scale, calibrated)

@@ -1,26 +1,41 @@
 """The quantiser of one activation, and what every quantised site stores."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ouromamba_jax.ops.producers import split_after
 from ouromamba_jax.ops.scan_types import Unsplit
 from ouromamba_jax.ops.split import Split
 from ouromamba_jax.ops.split_calibration import Calibration, calibrate
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 
 
-class Levels(nnx.Variable):
+class Typed(nnx.Variable):
+    """An array that means nothing in another type: it is refused where it is read."""
+
+    def __init__(self, value: Array, **metadata: Any):
+        super().__init__(value, stored=value.dtype.name, **metadata)
+
+    def __getitem__(self, key: Any) -> Any:
+        wider = ("float32",) if self.stored == "bfloat16" else ()
+        if self.dtype.name not in (self.stored, *wider) and self.dtype != jax.dtypes.float0:  # levels' gradient
+            raise TypeError(
+                f"levels or scales of the quantised model are {self.dtype} where it has {self.stored}: a cast has lost "
+                "their values; cast leaves of type nnx.Param alone, of the model as it was saved."
+            )
+        return super().__getitem__(key)
+
+
+class Levels(Typed):
     """Integer levels (rows, columns) of a weight or scan parameter; its metadata `bits` is what each needs at rest."""
 
 
-class Calibrated(nnx.Variable):
+class Calibrated(Typed):
     """What calibration found: a scale, threshold, shift or channel list."""
 
 
@@ -82,25 +97,15 @@ class ActQuantizer(nnx.Module):
         check_tokens(x, self.scale.shape[0])
         return self.calibration.split(x, self.config)
 
-    def split_after(
-        self, producer: Callable[..., Array], arrays: tuple[Any, ...], options: dict[str, Any], *, keep: bool
-    ) -> tuple[Split, Array | None]:
-        """(levels of what a producer makes, with `keep` that itself); see `ops.producers`. Raises as `split` does."""
-        found = self.calibration
-        calibrated: Any = dict(theta=found.theta, shift=found.shift, channels=found.channels)
-        return split_after(producer, arrays, options, found.scale, self.config, keep=keep, **calibrated)
-
-    def unsplit(self, x: Float[Array, "B L C"]) -> Unsplit | Split:
+    def unsplit(self, x: Float[Array, "B L C"]) -> Unsplit:
         """x for a scan that may split it itself. Raises as `split` does."""
-        if self.channels is not None:
-            return self.split(x)
         check_tokens(x, self.scale.shape[0])
         found = self.calibration
-        return Unsplit(x, found.scale, self.config, found.theta, found.shift)
+        return Unsplit(x, found.scale, self.config, found.theta, found.shift, found.channels)
 
     def round(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        """What the levels of x stand for, in x's type. Raises as `split` does."""
-        return self.split(x).merge().astype(x.dtype)
+        """What the levels of x stand for, in x's type; straight-through gradients. Raises as `split` does."""
+        return self.unsplit(x).merge().astype(x.dtype)
 
 
 def check_tokens(x: Float[Array, "B L ..."], calibrated: int) -> None:
@@ -130,7 +135,7 @@ def calibrate_activation(x: Float[Array, "B L C"], config: QuantConfig) -> Calib
 def empty_calibration(config: QuantConfig, tokens: int, channels: int, *, two_bytes: bool) -> Calibration:
     """Zeros of the shapes that `calibrate_activation` would return."""
     return Calibration(
-        scale=jnp.zeros((tokens,)),
+        scale=jnp.zeros((tokens,), jnp.float32),
         theta=jnp.zeros((tokens,), jnp.bfloat16) if config.detection == "dynamic" else None,
         shift=jnp.zeros((tokens,), jnp.int8) if two_bytes else None,
         channels=jnp.zeros((channels,), bool) if config.detection == "static" else None,

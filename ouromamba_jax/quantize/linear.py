@@ -1,6 +1,7 @@
 """Linear layers in integers: calibrated, as a trainable stand-in, quantised, and measured."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,8 +11,11 @@ from jaxtyping import Array, Float, Float32
 
 from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.ops.matmul import KernelWeight, outlier_matmul, prepare
+from ouromamba_jax.ops.producers import split_after
 from ouromamba_jax.ops.qtensor import QTensor, quantize_with_scale, search_weight_scale
 from ouromamba_jax.ops.split import Split
+from ouromamba_jax.ops.split_calibration import Calibration
+from ouromamba_jax.ops.straight_through import straight_through
 from ouromamba_jax.quantize.activation import (
     ActQuantizer,
     Calibrated,
@@ -19,6 +23,7 @@ from ouromamba_jax.quantize.activation import (
     Levels,
     SiteSpec,
     calibrate_activation,
+    check_tokens,
     empty_calibration,
 )
 from ouromamba_jax.quantize.config import QuantConfig
@@ -66,7 +71,8 @@ class QuantLinear(nnx.Module):
         if self.act is None:
             bias = None if self.bias is None else self.bias[...]
             return _float_product(x, self.weight.dequantize(), bias, self.dtype)
-        return self._product(self.split(x)).reshape(*x.shape[:-1], -1)
+        check_tokens(as_tokens(x), self.act.scale.shape[0])
+        return self.after(lambda x: x, x)
 
     def after(
         self,
@@ -76,20 +82,36 @@ class QuantLinear(nnx.Module):
         residual: Float32[Array, "... O"] | None = None,
         **options: Any,
     ) -> Any:
-        """`models.layers.after`: what the producer makes is split where it is made, and written only with `keep`."""
+        """`models.layers.after`: what the producer makes is split where it is made, and written only with `keep`.
+
+        Gradients are those of the product of `fake_quant` with the dequantised weight: straight through to what the
+        producer takes and to the steps, and with the levels held fixed to the weight's scales.
+        """
         if self.act is None:
             x = producer(*arrays, **options)
             y = self(x) if residual is None else residual + self(x).astype(jnp.float32)
             return (y, x) if keep else y
         shape = jax.eval_shape(lambda *x: producer(*x, **options), *arrays).shape
-        split, made = self.act.split_after(producer, arrays, options, keep=keep)
-        y = self._product(split, None if residual is None else as_tokens(residual)).reshape(*shape[:-1], -1)
-        return (y, made) if keep else y
+        config, dtype = self.act.config, self.dtype
 
-    def _product(self, split: Split, residual: Float32[Array, "B L O"] | None = None) -> Float[Array, "B L O"]:
+        def run(arrays: Any, residual: Any, found: Calibration, weight: QTensor, layout: Any, bias: Any) -> Any:
+            calibrated: Any = dict(theta=found.theta, shift=found.shift, channels=found.channels)
+            split, made = split_after(producer, arrays, options, found.scale, config, keep=keep, **calibrated)
+            residual = None if residual is None else as_tokens(residual)
+            levels = weight if layout is None else replace(layout, scale=weight.scale)
+            y = outlier_matmul(split, levels, bias=bias, dtype=dtype, residual=residual).reshape(*shape[:-1], -1)
+            return (y, made) if keep else y
+
+        def smooth(arrays: Any, residual: Any, found: Calibration, weight: QTensor, layout: Any, bias: Any) -> Any:
+            made = producer(*arrays, **options)
+            x = found.fake(as_tokens(made), config).reshape(made.shape)
+            y = _float_product(x, weight.dequantize(), bias, dtype)
+            y = y if residual is None else residual + y.astype(jnp.float32)
+            return (y, made) if keep else y
+
         bias = None if self.bias is None else self.bias[...]
-        weight = self.weight if self.layout is None else self.layout.get_value()
-        return outlier_matmul(split, weight, bias=bias, dtype=self.dtype, residual=residual)
+        layout = None if self.layout is None else self.layout.get_value()
+        return straight_through(run, smooth)(arrays, residual, self.act.calibration, self.weight, layout, bias)
 
 
 class FakeLinear:
@@ -152,7 +174,7 @@ def empty(linear: nnx.Linear, spec: SiteSpec) -> dict[str, Any]:
     """What `calibrate` would return beside the spec, as zeros."""
     config, (rows, columns) = spec.config, linear.kernel.shape
     groups = 1 if config.weight_group is None else rows // config.weight_group
-    found: dict[str, Any] = {"weight": jnp.zeros((groups, columns))}
+    found: dict[str, Any] = {"weight": jnp.zeros((groups, columns), jnp.float32)}
     if config.act_bits is not None:
         two_bytes = "input" in spec.two_bytes
         found["input"] = empty_calibration(config, spec.tokens, spec.channels, two_bytes=two_bytes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ from jaxtyping import Array, Float
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.ops.qtensor import MIN_SCALE, QTensor, max_level
 from ouromamba_jax.ops.scan_types import Routed, ScanOutput, Unsplit
-from ouromamba_jax.ops.split import Split
 from ouromamba_jax.ops.split_calibration import Calibration
 from ouromamba_jax.quantize.activation import (
     ActQuantizer,
@@ -110,7 +110,7 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
         _, _, *others = self.operands(u, delta, B, C)
         return self.scan(u, self._unsplit("delta", delta), *others)
 
-    def _unsplit(self, name: str, x: Float[Array, "B L G E"]) -> Array | tuple[Unsplit | Split, ...]:
+    def _unsplit(self, name: str, x: Float[Array, "B L G E"]) -> Array | tuple[Unsplit, ...]:
         """An operand of the scan, which splits it where it reads it."""
         if name not in self.act:
             return x
@@ -226,9 +226,10 @@ def empty(scan: SelectiveScan, spec: SiteSpec) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: [activation(name, g) for g in range(directions)] for name in ACTIVATION_OPERANDS if name in operands
     }
-    found |= {name: jnp.zeros((directions, n)) for name, n in (("A", states), ("D", 1)) if name in operands}
+    zeros = partial(jnp.zeros, dtype=jnp.float32)
+    found |= {name: zeros((directions, n)) for name, n in (("A", states), ("D", 1)) if name in operands}
     if "h" in operands:
-        found["h"] = jnp.zeros((directions, spec.tokens))
+        found["h"] = zeros((directions, spec.tokens))
     return found
 
 
