@@ -82,6 +82,15 @@ def from_torch(
       ConversionError: the tensors do not fit the model, or the checkpoint says that it is another; the message names
         each of them, first the difference that explains most.
       ValueError: for an unknown name or config field.
+
+    Examples:
+      >>> import numpy as np
+      >>> import ouromamba_jax as om
+      >>> model = om.from_torch("vim_tiny", "vim_t_midclstok_76p1acc.pth")  # doctest: +SKIP
+      >>> om.from_torch("vmamba_tiny_s1l8", {"cls_token": np.zeros((1, 1, 192))})
+      Traceback (most recent call last):
+        ...
+      ouromamba_jax.convert.keymap.ConversionError: ...
     """
     model: Any = nnx.eval_shape(lambda: create_model(name, **overrides))
     config, family = model.config, model.family

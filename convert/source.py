@@ -84,6 +84,16 @@ def load_tensors(
     Raises:
       TorchFileError: the file cannot be read, has no such entry, or its entry holds anything else than named tensors.
       OSError: if the file cannot be opened.
+
+    Examples:
+      >>> import tempfile
+      >>> import numpy as np
+      >>> from safetensors.numpy import save_file
+      >>> from ouromamba_jax.convert import load_tensors
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_file({"head.bias": np.zeros(10, np.float32)}, f"{folder}/model.safetensors")
+      ...     {key: tensor.shape for key, tensor in load_tensors(f"{folder}/model.safetensors").items()}
+      {'head.bias': (10,)}
     """
     read = read_source(source, entry=entry, revision=revision, token=token)
     tell(read.name, read.notes)

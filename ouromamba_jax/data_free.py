@@ -44,6 +44,15 @@ def quantize(
         group does not divide a layer's inputs, the activations of a site are not finite, a layer computes what is not
         known here, the model multiplies matrices where no rule and no site covers them, `resume` is of another run, or
         a generation is described though there are images.
+
+    Examples:
+      >>> import jax
+      >>> import ouromamba_jax as om
+      >>> images = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3), minval=-1, maxval=1)
+      >>> config = om.QuantConfig.preset("w4a4", tune_epochs=0)
+      >>> low, report = om.quantize(om.load("vim_micro"), images, config)
+      >>> low(images).shape, report.mean_bits < 8
+      ((4, 10), True)
     """
     if images is None:
         images = generate_images(

@@ -20,6 +20,10 @@ def use_all_cores() -> None:
 
     JAX must not have run yet, or nothing changes; nor does it where the user chose a number: by JAX_NUM_CPU_DEVICES,
     `jax.config`, or --xla_force_host_platform_device_count in XLA_FLAGS.
+
+    Examples:
+      >>> from ouromamba_jax.sharding import use_all_cores
+      >>> use_all_cores()  # before the first computation of the process
     """
     if "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
@@ -42,13 +46,27 @@ def keep_freed_memory() -> None:
 
 
 def data_mesh(batch: int) -> Mesh:
-    """A mesh over as many devices as share `batch` samples evenly: at least one, at best all."""
+    """A mesh over as many devices as share `batch` samples evenly: at least one, at best all.
+
+    Examples:
+      >>> import jax
+      >>> from ouromamba_jax.sharding import data_mesh
+      >>> data_mesh(4 * jax.device_count()).size == jax.device_count()
+      True
+    """
     count = next(n for n in range(jax.device_count(), 0, -1) if batch % n == 0)
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
 
 
 def split_samples(mesh: Mesh, tree: Any) -> Any:
-    """Arrays cut along their first axis, a part per device; scalars everywhere."""
+    """Arrays cut along their first axis, a part per device; scalars everywhere.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from ouromamba_jax.sharding import data_mesh, split_samples
+      >>> split_samples(data_mesh(4), jnp.zeros((4, 2))).sharding.spec[0]
+      'data'
+    """
 
     def place(x: Any) -> Array:
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data") if np.ndim(x) else PartitionSpec()))

@@ -78,6 +78,16 @@ def quantize_baseline(
 
     Raises:
       ValueError: for an unknown name, widths that do not exist, or as `quantize_stages`.
+
+    Examples:
+      >>> import jax
+      >>> import ouromamba_jax as om
+      >>> from ouromamba_jax.baselines import quantize_baseline
+      >>> model = om.create_model("vim_micro", depth=1)
+      >>> images = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3), minval=-1, maxval=1)
+      >>> low, report = quantize_baseline(model, images, "rtn_token", weight_bits=8, act_bits=8)
+      >>> report.outlier_rate
+      0.0
     """
     if name not in BASELINES:
         raise ValueError(f"there is no baseline {name!r}; choose among {', '.join(BASELINES)}.")

@@ -55,6 +55,14 @@ def load_images(
 
     Raises:
       ValueError, FileNotFoundError, ImportError: one sentence that names the file and what to do.
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> from ouromamba_jax.data import load_images
+      >>> config = om.load("vim_micro").config
+      >>> data = load_images("digits", "test", config.img_size, config.preprocessing, limit=8)
+      >>> data.images.shape, data.labels.shape
+      ((8, 32, 32, 3), (8,))
     """
     opened = _open(source, split, preprocessing, classes)
     indices = _spread(opened.length, limit)
@@ -78,7 +86,16 @@ def iterate_batches(
     labelled: bool = False,
     classes: int | Sequence[str] | None = None,
 ) -> Iterator[Dataset]:
-    """As `load_images`, but `batch_size` images at a time; the last batch holds what is left."""
+    """As `load_images`, but `batch_size` images at a time; the last batch holds what is left.
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> from ouromamba_jax.data import iterate_batches
+      >>> config = om.load("vim_micro").config
+      >>> batches = iterate_batches("digits", "test", config.img_size, config.preprocessing, batch_size=4, limit=6)
+      >>> [len(batch.images) for batch in batches]
+      [4, 2]
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; use at least 1.")
     opened = _open(source, split, preprocessing, classes)

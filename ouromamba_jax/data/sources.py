@@ -64,6 +64,12 @@ def digits_split(labels: Int[np.ndarray, " N"], split: str) -> Int[np.ndarray, "
     """Which of the digits belong to "train" or "test": fixed, disjoint, 50 of each class in "test".
 
     The order is random, but the same on every machine: it comes from raw PCG64 output, whose stream NumPy keeps.
+
+    Examples:
+      >>> import numpy as np
+      >>> from ouromamba_jax.data import digits_split
+      >>> len(digits_split(np.arange(1797) % 10, "test"))
+      500
     """
     if split not in ("train", "test"):
         raise ValueError(f'the digits have no split {split!r}; use "train" or "test".')

@@ -23,6 +23,14 @@ def preprocess(
     that with crop_mode "squash"; the centre is cropped, scaled to [0, 1] and normalised per channel. As in timm,
     crop_mode "center" resizes to a target that is not square bilinearly, whatever `preprocessing.interpolation`
     (timm.data.transforms_imagenet_eval). Unlike there, a picture is turned first if its EXIF orientation says so.
+
+    Examples:
+      >>> import numpy as np
+      >>> import ouromamba_jax as om
+      >>> from ouromamba_jax.data import preprocess
+      >>> config = om.load("vim_micro").config
+      >>> preprocess(np.zeros((48, 64, 3), np.uint8), config.img_size, config.preprocessing).shape
+      (32, 32, 3)
     """
     from PIL import Image  # only who reads pictures waits for it
 
@@ -64,7 +72,16 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
 
 
 def to_pixels(images: Float[Any, "N H W 3"], preprocessing: Preprocessing) -> UInt8[np.ndarray, "N H W 3"]:
-    """Model input back to uint8 pixels, for pictures: the inverse of the normalisation."""
+    """Model input back to uint8 pixels, for pictures: the inverse of the normalisation.
+
+    Examples:
+      >>> import numpy as np
+      >>> import ouromamba_jax as om
+      >>> from ouromamba_jax.data import to_pixels
+      >>> preprocessing = om.load("vim_micro").config.preprocessing
+      >>> int(to_pixels(np.ones((1, 2, 2, 3), np.float32), preprocessing).max())
+      255
+    """
     mean, std = preprocessing.mean_and_std()
     pixels = np.asarray(images, np.float32) * std + mean
     return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)

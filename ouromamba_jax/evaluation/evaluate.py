@@ -54,6 +54,13 @@ def predict(
 
     Raises:
       ValueError: if there are no images, or they are not normalised (`Preprocessing.check_normalised`).
+
+    Examples:
+      >>> import numpy as np
+      >>> import ouromamba_jax as om
+      >>> from ouromamba_jax.evaluation.evaluate import predict
+      >>> predict(om.load("vim_micro"), np.zeros((3, 32, 32, 3), np.float32), batch_size=2).shape
+      (3, 10)
     """
     if not len(images):
         raise ValueError(_NO_IMAGES)
@@ -74,7 +81,15 @@ class Score:
 def score(
     logits: Float[np.ndarray, "N K"], reference: Float[np.ndarray, "N K"], labels: Int[np.ndarray, " N"]
 ) -> Score:
-    """Top-1 against the labels; agreement and SQNR against the float model's logits."""
+    """Top-1 against the labels; agreement and SQNR against the float model's logits.
+
+    Examples:
+      >>> import numpy as np
+      >>> from ouromamba_jax.evaluation.evaluate import score
+      >>> reference = np.asarray([[2.0, 1.0], [0.0, 3.0]])
+      >>> score(reference + 0.1, reference, labels=np.asarray([0, 0])).top1
+      0.5
+    """
     return Score(top1(logits, labels), agreement(logits, reference), sqnr_db(reference, logits))
 
 
@@ -168,5 +183,16 @@ def compare(models: Mapping[str, VisionModel], batches: Iterable[tuple[np.ndarra
 
 
 def evaluate(model: VisionModel, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Accuracy:
-    """Accuracy over (images, labels) batches, the model being its own reference. Raises as `compare` does."""
+    """Accuracy over (images, labels) batches, the model being its own reference. Raises as `compare` does.
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> from ouromamba_jax.data import load_images
+      >>> from ouromamba_jax.evaluation.evaluate import evaluate
+      >>> model = om.load("vim_micro")
+      >>> data = load_images("digits", "test", 32, model.config.preprocessing, limit=16)
+      >>> result = evaluate(model, [(data.images, data.labels)])
+      >>> result.images, result.top1 > 0.9
+      (16, True)
+    """
     return compare({"model": model}, batches)["model"]

@@ -36,6 +36,11 @@ class GenConfig:
       temperature: of the contrastive softmax.
       jitter: every iteration sees the images shifted (cyclically) by up to this share of their height and width.
       checkpoint_every: iterations between two checkpoints, where `generate_images` is given a directory.
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> om.GenConfig(num_images=8, contrastive=0).loss_names
+      ('output', 'total_variation')
     """
 
     num_images: int = 128

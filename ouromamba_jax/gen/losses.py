@@ -54,6 +54,12 @@ def contrastive_loss(
 
     Raises:
       ValueError: if no token of the grid has a negative.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from ouromamba_jax.gen import contrastive_loss
+      >>> contrastive_loss(jnp.ones((1, 64, 8)), grid=(8, 8)).round(3).tolist()
+      [1.0]
     """
     near, pool, count = contrastive_pairs(grid, neighbourhood, positives, negatives)
     candidates = near.sum(axis=1)
@@ -80,6 +86,12 @@ def patch_similarity_entropy(features: Float[Array, "B M F"], *, bandwidth: floa
     """Minus the differential entropy of the tokens' pairwise cosine similarities (B,), after PSAQ-ViT (Li et al. 2022).
 
     Their density is a Gaussian kernel estimate at equidistant points between the image's least and largest similarity.
+
+    Examples:
+      >>> import jax
+      >>> from ouromamba_jax.gen import patch_similarity_entropy
+      >>> patch_similarity_entropy(jax.random.normal(jax.random.key(0), (2, 64, 8))).shape
+      (2,)
     """
     similar = cosine_similarities(features).reshape(features.shape[0], -1)
     low, high = jax.lax.stop_gradient((jnp.min(similar, axis=1), jnp.max(similar, axis=1)))
@@ -91,11 +103,26 @@ def patch_similarity_entropy(features: Float[Array, "B M F"], *, bandwidth: floa
 
 
 def output_loss(logits: Float[Array, "B K"], targets: Int[Array, " B"]) -> Float[Array, " B"]:
-    """Cross-entropy to the target class, one value per image."""
+    """Cross-entropy to the target class, one value per image.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from ouromamba_jax.gen import output_loss
+      >>> round(float(output_loss(jnp.zeros((1, 10)), jnp.asarray([3]))[0]), 2)  # log(10)
+      2.3
+    """
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def total_variation(images: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
-    """Mean absolute difference of vertical and of horizontal neighbours, one value per image."""
+    """Mean absolute difference of vertical and of horizontal neighbours, one value per image.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from ouromamba_jax.gen import total_variation
+      >>> edge = jnp.repeat(jnp.asarray([0.0, 1.0])[None, None, :, None], 3, axis=3)  # one image of 1 x 2 pixels
+      >>> float(total_variation(jnp.repeat(edge, 2, axis=1))[0])
+      1.0
+    """
     vertical, horizontal = jnp.abs(jnp.diff(images, axis=1)), jnp.abs(jnp.diff(images, axis=2))
     return jnp.mean(vertical, axis=(1, 2, 3)) + jnp.mean(horizontal, axis=(1, 2, 3))

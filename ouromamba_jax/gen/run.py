@@ -33,6 +33,11 @@ class Generated(NamedTuple):
 
     `images` are normalised as the model takes them, `targets` the class each was optimised for. `history` maps every
     loss (unweighted, mean over the batch), "total" and "gradient" (norm) to an array (batches, iterations).
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> om.Generated._fields
+      ('images', 'targets', 'history')
     """
 
     images: Float[Array, "N H W 3"]
@@ -121,6 +126,14 @@ def generate_images(
       FloatingPointError: if a loss or gradient is not finite; the message names the iteration.
       ValueError: if the model is quantised, a target is no class of its head, or `checkpoint_dir` holds the run of
         another model, config or key, of another number of iterations, or of more images.
+
+    Examples:
+      >>> import jax
+      >>> import ouromamba_jax as om
+      >>> config = om.GenConfig(num_images=2, iterations=3, contrastive=0)
+      >>> made = om.generate_images(om.load("vim_micro"), config, jax.random.key(0), targets=[3, 8])
+      >>> made.images.shape, made.history["total"].shape
+      ((2, 32, 32, 3), (1, 3))
     """
     warn_if_miscompiled()
     network, weights = split(model)
@@ -192,6 +205,12 @@ def class_targets(config: GenConfig, num_classes: int) -> Int[Array, " N"]:
     `num_classes` images in a row have every class once, and the first ones are spread over all of them: in the order of
     the multiples of the golden section. (The first classes alone would be one kind of thing: ImageNet begins with 398
     animals.)
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> from ouromamba_jax.gen import class_targets
+      >>> class_targets(om.GenConfig(num_images=5), num_classes=1000).tolist()
+      [0, 618, 236, 854, 472]
     """
     order = np.argsort(np.argsort(np.arange(num_classes) * ((5**0.5 - 1) / 2) % 1))
     return jnp.asarray(order[np.arange(config.num_images) % num_classes], jnp.int32)

@@ -22,7 +22,13 @@ _PIXELS = tuple(field.name for field in dataclasses.fields(Preprocessing))
 
 
 def list_models(pattern: str = "*") -> tuple[str, ...]:
-    """Names that `create_model` knows, filtered by a shell-style pattern."""
+    """Names that `create_model` knows, filtered by a shell-style pattern.
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> om.list_models("vim_*stride8")
+      ('vim_small_stride8', 'vim_tiny_stride8')
+    """
     return tuple(sorted(fnmatch.filter(_PRESETS, pattern)))
 
 
@@ -31,6 +37,11 @@ def model_config(name: str, **overrides: Any) -> Any:
 
     Raises:
       ValueError: for an unknown name or field; the message lists what exists.
+
+    Examples:
+      >>> from ouromamba_jax.models import model_config
+      >>> model_config("vim_tiny", img_size=384).grid
+      (24, 24)
     """
     if name not in _PRESETS:
         close = difflib.get_close_matches(name, _PRESETS, n=3)
@@ -104,6 +115,13 @@ def create_model(
 
     Raises:
       ValueError: for an unknown name or config field.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> model = om.create_model("vim_micro", depth=1, num_classes=5)
+      >>> model(jnp.zeros((1, 32, 32, 3))).shape
+      (1, 5)
     """
     return build_model(model_config(name, **overrides), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
@@ -121,6 +139,14 @@ def pure(model: VisionModel) -> tuple[Callable[[nnx.State, Array], Array], nnx.S
         floats, rest = nnx.split_state(state, nnx.Param, ...)
         floats = jax.tree.map(lambda x: x.astype(jnp.float32), floats)
         grads = jax.grad(lambda floats: loss(fn(nnx.merge_state(floats, rest), images)))(floats)
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> fn, state = om.pure(om.load("vim_micro"))
+      >>> jax.jit(fn)(state, jnp.zeros((2, 32, 32, 3))).shape
+      (2, 10)
     """
     graphdef, state = nnx.split(model)
 

@@ -15,6 +15,13 @@ class ScanOrder:
     A row-major (height, width) grid of patches, read column by column if `transpose`, with a class token inserted
     at `class_index` if there is one (or several, each at its place among all tokens), and then read from the end if
     `reverse`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from ouromamba_jax.models import ScanOrder
+      >>> order = ScanOrder(height=2, width=2, class_index=2, reverse=True)
+      >>> order.to_image(jnp.arange(5), axis=0).tolist()  # 2, in the middle, is the class token
+      [4, 3, 1, 0]
     """
 
     height: int
@@ -86,7 +93,15 @@ class LayerTrace:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Trace:
-    """A whole forward pass: tokens entering the first block, one LayerTrace per block, and the head's input."""
+    """A whole forward pass: tokens entering the first block, one LayerTrace per block, and the head's input.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> logits, trace = om.load("vim_micro").trace(jnp.zeros((1, 32, 32, 3)))
+      >>> trace.layers[2].scans[0].delta.shape  # third block, forward direction: 64 patches and a class token
+      (1, 65, 128)
+    """
 
     tokens: Float[Array, "B L C"]
     layers: tuple[LayerTrace, ...]

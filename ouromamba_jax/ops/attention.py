@@ -75,6 +75,14 @@ def patched_readout(scan: Any, *, neighbourhood: int = 5, weighting: Weighting =
       scan: a `ScanTrace` whose `states` are the hidden states (B, L, E, N), traced with `collect=lambda h: h`.
       neighbourhood: odd side of the window.
       weighting: see `token_weights`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> from ouromamba_jax.ops.attention import patched_readout
+      >>> _, trace = om.load("vim_micro").trace(jnp.zeros((1, 32, 32, 3)), collect=lambda h: h)
+      >>> patched_readout(trace.layers[2].scans[0]).shape
+      (1, 64, 128)
     """
     if scan.states is None:
         raise ValueError("this trace has no hidden states; trace the model with collect=lambda h: h.")
@@ -149,6 +157,13 @@ def implicit_attention(
 
     Returns:
       (B, M, M), or (B, E, M, M) per channel; row t says where token t's output comes from.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> _, trace = om.load("vim_micro").trace(jnp.zeros((1, 32, 32, 3)))
+      >>> om.implicit_attention(trace.layers[2]).shape  # 64 image tokens
+      (1, 64, 64)
     """
 
     def mean(scans: tuple[Any, ...]) -> Array:

@@ -102,6 +102,15 @@ def outlier_matmul(
 
     Raises:
       ValueError: inputs that do not agree in C or O, an unknown implementation, or a named one that refuses the call.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> x = jnp.asarray([[[0.5, -1.5], [25.0, 0.5], [1.0, 1.0]]])
+      >>> split = om.split_outliers(x, jnp.full(3, 0.5), om.OutlierConfig())
+      >>> weight = om.quantize_array(jnp.eye(2) * 14, bits=4)
+      >>> om.outlier_matmul(split, weight)[0].round().tolist()
+      [[7.0, -21.0], [350.0, 7.0], [14.0, 14.0]]
     """
     inputs = weight.shape[0]
     if split.first.shape[-1] != inputs or split.shape[-1] < inputs:

@@ -57,6 +57,14 @@ class QTensor:
       scale   float32 (K // group, O), or (1, O) without groups; finite and positive
       bits    2..8; levels always occupy int8 in memory (`pack_levels` gives them their bits on disk)
       group   None, or a divisor of K: rows [g*group, (g+1)*group) share scale[g]
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> weight = om.quantize_array(jnp.asarray([[0.7, -1.4], [0.3, 0.6]]), bits=4)
+      >>> weight.values.dtype.name, weight.values.shape, weight.scale.shape
+      ('int8', (2, 2), (1, 2))
+      >>> weight.check()
     """
 
     values: Int8[Array, "K O"]
@@ -180,6 +188,12 @@ def quantize_array(w: Float[Array, "K O"], bits: int, *, group: int | None = Non
 
     Raises:
       ValueError: bits out of range, w not a matrix, or group not dividing K.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> om.quantize_array(jnp.asarray([[0.7, -1.4], [0.3, 0.6]]), bits=4).values.tolist()
+      [[7, -7], [3, 3]]
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"weights can have 2..8 bits, not {bits} (bits, not a number of levels)")

@@ -65,6 +65,16 @@ def selective_scan(
     Raises:
       ValueError: shapes that do not fit, an unknown implementation, or a named one that does not support the call.
       TypeError: an input that is not of a floating dtype.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> u, A, B = jnp.ones((1, 3, 2)), -jnp.ones((2, 4)), jnp.ones((1, 3, 4))
+      >>> out = om.selective_scan(u, u, A, B, B, collect=lambda h: h)
+      >>> [round(y, 2) for y in out.y[0, :, 0].tolist()]
+      [4.0, 5.47, 6.01]
+      >>> out.states.shape
+      (1, 3, 2, 4)
     """
     _check(u, delta, A, B, C, D, z, delta_bias, h0)
     if B.ndim == 3:

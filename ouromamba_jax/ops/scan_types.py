@@ -90,6 +90,14 @@ class ScanOutput(NamedTuple):
     """What a selective scan returns: `y (B, L, D)`, `h_last (B, D, N)` float32, and `states`.
 
     `states` is what `collect` returned for each step, stacked on axis 1 in scan order, or None without `collect`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> u, A, B = jnp.ones((1, 3, 2)), -jnp.ones((2, 4)), jnp.ones((1, 3, 4))
+      >>> y, h_last, states = om.selective_scan(u, u, A, B, B)
+      >>> y.shape, h_last.shape, states
+      ((1, 3, 2), (1, 2, 4), None)
     """
 
     y: Float[Array, "B L D"]

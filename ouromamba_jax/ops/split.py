@@ -47,6 +47,12 @@ class OutlierConfig:
       sigma: standard deviations above the mean magnitude at which calibration sets the threshold theta.
       detection: "dynamic" is Algorithm 2; "static" a fixed list of channels; "none" has inliers only.
       static_list: statistic of the magnitude by which calibration picks the channels of detection="static".
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> config = om.OutlierConfig(act_bits=4, outlier_bits=8)
+      >>> config.largest_inlier, config.largest_outlier
+      (7, 127)
     """
 
     act_bits: int = 4
@@ -93,6 +99,14 @@ class Split:
       first: (B, windows, C), the token of each window, counted from 0, from which on a channel is listed as an outlier;
         the window's length where it never is. int8, or int32 where windows have more than 127 tokens.
       n_refresh: tokens per window.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> x = jnp.asarray([[[0.5, -1.5], [25.0, 0.5], [1.0, 1.0]]])  # three tokens of two channels
+      >>> split = om.split_outliers(x, jnp.full(3, 0.5), om.OutlierConfig(), theta=jnp.full(3, 10.0))
+      >>> bool((split.merge() == x).all())
+      True
     """
 
     low: Int8[Array, "B L C"]
@@ -158,6 +172,16 @@ def split_outliers(
     Raises:
       ValueError: shapes that do not agree, channels missing where the config needs them, an unknown implementation, or
         a named one that does not support the call.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> x = jnp.asarray([[[0.5, -1.5], [25.0, 0.5], [1.0, 1.0]]])  # three tokens of two channels
+      >>> split = om.split_outliers(x, jnp.full(3, 0.5), om.OutlierConfig(), theta=jnp.full(3, 10.0))
+      >>> split.levels()[0].tolist()
+      [[1, -3], [50, 1], [2, 2]]
+      >>> split.listed()[0].tolist()  # the first channel from its outlier on
+      [[False, False], [True, False], [True, False]]
     """
     check_split(x, scale, config, theta, shift, channels)
     shift = None if config.outlier_bits == 16 else shift

@@ -26,6 +26,12 @@ class QuantRule:
       one scale and `act_bits=0` quantises the weights alone, whatever the config says. `skip=True` leaves a site in
       float, `skip=False` takes that back.
     Of several rules that match a site, each field is set by the last rule that sets it: general rules come first.
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> config = om.QuantConfig.preset("w4a4", rules=(om.QuantRule(r"out_proj$", act_bits=8, outlier_bits=16),))
+      >>> config.resolve("blocks.0.mixer.out_proj").act_bits, config.resolve("blocks.0.mixer.in_proj").act_bits
+      (8, 4)
     """
 
     pattern: str
@@ -77,6 +83,13 @@ class QuantConfig(OutlierConfig):
       float_dtype: type in which parameters that stay float are kept.
       batch_size: images per step of calibration and tuning.
       rules: exceptions by path, the general ones first: see `QuantRule`.
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> om.QuantConfig.preset("w8a8", outlier_bits=8).outlier_bits  # plain int8
+      8
+      >>> om.QuantConfig(weight_bits=3, act_bits=8, outlier_bits=16).largest_outlier
+      32639
     """
 
     act_bits: Any = 4  # an int or None; the rivals, whose settings these are too, always have one
