@@ -1,5 +1,7 @@
 """Data-free quantisation of vision Mamba models (OuroMamba) in JAX: convert, generate, quantise."""
 
+from importlib.metadata import version as _version
+
 from ouromamba_jax.checkpoint import load, save
 from ouromamba_jax.convert import from_torch
 from ouromamba_jax.data_free import quantize
@@ -42,3 +44,5 @@ __all__ = [
     "selective_scan",
     "split_outliers",
 ]
+
+__version__ = _version("ouromamba_jax")
