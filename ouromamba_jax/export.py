@@ -52,6 +52,17 @@ def export(
       FileExistsError: if one of the files exists.
       OSError: if nothing can be written there.
       ValueError: for a path, batch or weights that mean nothing, and in a process without JAX's CPU backend.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import jax
+      >>> import ouromamba_jax as om
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     om.export(f"{folder}/vim_micro.stablehlo", om.load("vim_micro"))
+      ...     program = jax.export.deserialize(bytearray(Path(folder, "vim_micro.stablehlo").read_bytes()))
+      >>> program.in_avals[0].shape
+      (b, 32, 32, 3)
     """
     target = local_path(path)
     beside = target.with_suffix(".safetensors")

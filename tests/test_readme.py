@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "docs" / "study" / "vim_micro_cifar10"
 
 
-def table(first_header: str, page: str = "README.md") -> list[list[str]]:
+def table(first_header: str, page: str = "docs/benchmarks.md") -> list[list[str]]:
     """Body rows of the table whose header line starts so, as cells without bold."""
     lines = iter((ROOT / page).read_text().splitlines())
     next(line for line in lines if line.startswith(f"| {first_header}"))
@@ -31,12 +31,13 @@ def same(written: str, value: float) -> bool:
     return written == f"{value:.{decimals}f}"
 
 
-def test_the_comparison_with_other_methods():
+@pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("docs/benchmarks.md", 8)])
+def test_the_comparison_with_other_methods(page, count):
     runs = load_script("study_runs")
     done = runs.read_runs(STUDY / "runs.jsonl")
     every = [run for name in ("methods", "calibration") for run in runs.tables(128, batch_size=64)[name]]
-    rows = table("top-1, % / SQNR")
-    assert len(rows) > 6
+    rows = table("top-1, % / SQNR", page)
+    assert len(rows) == count
     for title, source, *cells in rows:
         assert len(cells) == len(runs.BITS)
         for bits, cell in zip(runs.BITS, cells, strict=True):
@@ -86,3 +87,36 @@ def test_the_digits(model):
             row = found[source, bits, setting]
             assert same(sqnr, row["SQNR dB"]), (label, bits, setting)
             assert same(top1, row["top-1 %"]), (label, bits, setting)
+
+
+def test_the_effects_of_what_differs_from_the_paper():
+    """Every "`setting`: number dB" is the study's, at W4A4 with synthetic images."""
+    shown = re.findall(r"`([^`]+)`: ([\d.]+) dB", (ROOT / "docs" / "differences.md").read_text())
+    assert len(shown) > 10
+    runs = load_script("study_runs")
+    done = runs.read_runs(STUDY / "runs.jsonl")
+    found = {}
+    for run in (run for table in runs.tables(128, batch_size=64).values() for run in table):
+        entries = runs.finished(run, done)
+        if entries and (run.method, run.source, run.bits, run.images) == (runs.OURS, "synthetic", "w4a4", 128):
+            found[run.setting] = mean(entry["sqnr_db"] for entry in entries)
+    wrong = {setting: number for setting, number in shown if not same(number, found[setting])}
+    assert wrong == {}
+
+
+def test_the_readme_is_short_and_begins_with_its_commands():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    commands = re.findall(r"^pip install .*$", text, re.MULTILINE)
+    assert commands == ["pip install -e '.[demo]' && ouromamba demo", "pip install -e '.[test]' && pytest"]
+
+
+def test_every_link_of_the_pages_leads_somewhere():
+    """mkdocs checks those between the pages of docs/ again; here are README, CONTRIBUTING and the pictures, too."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    broken = []
+    for page in pages:
+        links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+        missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+        broken += [f"{page.relative_to(ROOT)}: {link}" for link in missing]
+    assert broken == []

@@ -156,6 +156,15 @@ def compare(models: Mapping[str, VisionModel], batches: Iterable[tuple[np.ndarra
     Raises:
       ValueError: if there are no images, the models' inputs or classes differ, the first batch is not normalised
         (`Preprocessing.check_normalised`), or a label is no class of the models.
+
+    Examples:
+      >>> import ouromamba_jax as om
+      >>> from ouromamba_jax.data import load_images
+      >>> from ouromamba_jax.evaluation.evaluate import compare
+      >>> model = om.load("vim_micro")
+      >>> data = load_images("digits", "test", 32, model.config.preprocessing, limit=16)
+      >>> compare({"float": model, "again": model}, [(data.images, data.labels)])["again"].agreement
+      1.0
     """
     tallies = {name: _Tally(model) for name, model in models.items()}
     configs = [(m.config.img_size, m.config.preprocessing, m.config.num_classes) for m in models.values()]
