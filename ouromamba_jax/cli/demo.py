@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
 
 from ouromamba_jax.checkpoint import load
 from ouromamba_jax.cli.common import Verb, console, parse_seed
@@ -20,11 +19,10 @@ from ouromamba_jax.data import load_images, to_pixels
 from ouromamba_jax.evaluation.evaluate import Score, predict, score
 from ouromamba_jax.files import check_writable, local_path
 from ouromamba_jax.gen import GenConfig, Generated, generate_images
-from ouromamba_jax.models import LayerTrace, Trace, VisionModel, WindowOrder
-from ouromamba_jax.ops.attention import implicit_attention
+from ouromamba_jax.models import Trace, VisionModel
 from ouromamba_jax.quantize import PRESETS, MemoryReport, QuantConfig, QuantLinear, memory_report, quantize
-from ouromamba_jax.report.charts import line_chart
-from ouromamba_jax.report.figures import attention_maps, image_grid, outlier_map
+from ouromamba_jax.report.charts import dot_chart
+from ouromamba_jax.report.figures import image_grid, outlier_map
 from ouromamba_jax.report.tables import print_table
 
 BITS = tuple(PRESETS)
@@ -104,7 +102,7 @@ def run_demo(
 ) -> tuple[list[Run], float]:
     """Generates images from the model, quantises it with them and with others, and draws what happened.
 
-    Writes generated.png, outliers.png, attention.png and sqnr.png into `folder`.
+    Writes generated.png, outliers.png and sqnr.png into `folder`.
 
     Returns:
       (one `Run` per calibration source and bit width, top-1 of the float model) on the digits' test split.
@@ -139,7 +137,11 @@ def run_demo(
         generated = generate_images(model, settings, jax.random.key(seed))
         pixels = to_pixels(generated.images, config.preprocessing)
         titles = [str(int(target)) for target in generated.targets]
-        image_grid(folder / "generated.png", pixels, titles, heading="Synthetic images and the class each was made for")
+        heading = (
+            "Synthetic calibration images, and the class each was made for.\n"
+            "They need not look like digits: they are to excite the model as digits do."
+        )
+        image_grid(folder / "generated.png", pixels, titles, heading=heading)
         return generated
 
     def compare(bits: str) -> list[Run]:
@@ -160,14 +162,14 @@ def run_demo(
     try:
         made = pool.submit(generate)
         compared = [pool.submit(compare, bits) for bits in BITS]
-        attention_figure(folder / "attention.png", model, test.images[:3])
         compared[0].result()
         outlier_figure(folder / "outliers.png", low["synthetic", BITS[0]], test.images)
         runs = [run for of_bits in compared for run in of_bits.result()]
     finally:
         pool.shutdown(cancel_futures=True)
-    series = {name: [r.score.sqnr_db for r in runs if r.calibration == name] for name in sources}
-    line_chart(folder / "sqnr.png", series, BITS, ylabel="SQNR of the logits, dB", heading=f"{model_name} on digits")
+    series = {f"calibrated by {name}": [[r.score.sqnr_db] for r in runs if r.calibration == name] for name in sources}
+    heading = f"What quantising {model_name} costs, on {len(test.images)} held-out digits (higher is better)"
+    dot_chart(folder / "sqnr.png", series, BITS, ylabel="SQNR of the logits, dB", xlabel="bits", heading=heading)
     return runs, float_score.top1
 
 
@@ -184,32 +186,15 @@ def outlier_figure(path: Path, model: VisionModel, images: np.ndarray) -> None:
         if isinstance(m, QuantLinear) and p[-1] == "in_proj"
     )
     mask = np.asarray(site.split(trace.layers[middle].mixer_in).listed())
-    sample = "image" if len(mask) == 1 else "window"
-    heading = f"Outlier channels found by blocks.{middle}.{name}, one {sample}"
-    fullest = mask[np.argmax(np.mean(mask, axis=(1, 2)))]
+    most = int(np.argmax(np.mean(mask, axis=(1, 2))))
+    sample = "first test image" if len(mask) == 1 else f"window {most} of the first test image"
+    config = site.spec.config
+    heading = f"blocks.{middle}.{name}, A{config.act_bits} with outliers of {config.outlier_bits} bits, {sample}"
+    fullest = mask[most]
     outlier_map(path, fullest, n_refresh=site.spec.config.n_refresh, heading=heading)
-
-
-def attention_figure(path: Path, model: VisionModel, images: np.ndarray) -> None:
-    """How much attention every token receives in the middle scan block, without and with the patched hidden state."""
-    _, trace = model.trace(jnp.asarray(images))
-    layer = trace.layers[middle_scan(trace)]
-    plain, patched = (received_attention(layer, neighbourhood) for neighbourhood in (None, 5))
-    pixels = to_pixels(images, model.config.preprocessing)
-    attention_maps(path, pixels, plain, patched, heading="Implicit attention received")
 
 
 def middle_scan(trace: Trace) -> int:
     """Index of the middle one of the blocks that scan."""
     scanning = [i for i, layer in enumerate(trace.layers) if layer.scans]
     return scanning[len(scanning) // 2]
-
-
-def received_attention(layer: LayerTrace, neighbourhood: int | None) -> Float[np.ndarray, "B height width"]:
-    """Mean magnitude of the implicit attention that every token receives from its image, or from its window."""
-    received = jnp.mean(jnp.abs(implicit_attention(layer, neighbourhood=neighbourhood)), axis=1)
-    order = layer.scans[0].order
-    grid = (order.height, order.width)
-    if isinstance(order, WindowOrder):
-        received, grid = order.join(received), (order.map_height, order.map_width)
-    return np.asarray(received).reshape(-1, *grid)

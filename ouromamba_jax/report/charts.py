@@ -59,6 +59,7 @@ def dot_chart(
     ticks: Sequence[str],
     *,
     ylabel: str,
+    xlabel: str | None = None,
     heading: str | None = None,
     reference: tuple[str, float] | None = None,
 ) -> None:
@@ -90,7 +91,7 @@ def dot_chart(
     for place in range(1, len(ticks)):
         axis.axvline(place - 0.5, color=GRID, linewidth=0.8)
     axis.set_xticks(range(len(ticks)), ticks)
-    axis.set(ylabel=ylabel, xlim=(-0.5, len(ticks) - 0.5))
+    axis.set(xlabel=xlabel or "", ylabel=ylabel, xlim=(-0.5, len(ticks) - 0.5))
     _finish(path, figure, heading, reference)
 
 

@@ -1,4 +1,4 @@
-"""Figures as PNG files: pictures, outlier channels, attention, and lines over bit widths. They need Matplotlib."""
+"""Figures as PNG files: pictures and outlier channels. They need Matplotlib."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, UInt8
 
 from ouromamba_jax.files import whole_file
 
@@ -66,37 +66,12 @@ def outlier_map(
         axis.spines[["top", "right"]].set_visible(False)
     above.tick_params(labelbottom=False)
     right.tick_params(labelleft=False)
-    figure.suptitle(f"{heading}: {100 * mask.mean():.1f} % of all values", fontsize=12)
-    save_png(path, figure)
-
-
-def attention_maps(
-    path: str | Path,
-    images: UInt8[np.ndarray, "N H W 3"],
-    plain: Float[np.ndarray, "N h w"],
-    patched: Float[np.ndarray, "N h w"],
-    *,
-    heading: str = "Implicit attention",
-) -> None:
-    """One row per picture: the input, and what it attends to without and with the patched hidden state.
-
-    Each map is drawn over its picture and has a colour range of its own: their shapes are compared, not their sizes.
-    """
-    if not len(images) == len(plain) == len(patched) or len(images) == 0:
-        raise ValueError(f"{len(images)} images, {len(plain)} plain and {len(patched)} patched maps do not match.")
-    side = 2.1
-    figure = new_figure(3 * side + 0.2, len(images) * side * images.shape[1] / images.shape[2] + 0.8)
-    axes = figure.subplots(len(images), 3, squeeze=False)
-    for axis, title in zip(axes[0], ("input", "plain state", "patched state"), strict=True):
-        axis.set_title(title, fontsize=11)
-    extent = (-0.5, images.shape[2] - 0.5, images.shape[1] - 0.5, -0.5)
-    for row, image, *maps in zip(axes, images, plain, patched, strict=True):
-        row[0].imshow(image, interpolation="nearest")
-        for axis, weights in zip(row[1:], maps, strict=True):
-            axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.imshow(weights, cmap="inferno", alpha=0.75, extent=extent, interpolation="bilinear")
-        for axis in row:
-            axis.set_axis_off()
+    corner = figure.add_subplot(grid[0, 1])
+    corner.set_axis_off()
+    corner.text(0, 0.8, "outlier", color=ACCENT, fontsize=10, weight="bold")
+    corner.text(0, 0.5, f"{100 * mask.mean():.1f} % of all values", fontsize=9)
+    if n_refresh:
+        corner.text(0, 0.25, f"lines: lists start anew\n(every {n_refresh} tokens)", fontsize=8, va="top")
     figure.suptitle(heading, fontsize=12)
     save_png(path, figure)
 

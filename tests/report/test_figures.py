@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ouromamba_jax.report.charts import dot_chart, line_chart, line_panels
-from ouromamba_jax.report.figures import attention_maps, image_grid, outlier_map
+from ouromamba_jax.report.figures import image_grid, outlier_map
 
 
 @pytest.fixture
@@ -21,7 +21,6 @@ FIGURES = {
     "image_grid": lambda path, rng: image_grid(path, pictures(rng, 7), list("0123456"), heading="Images"),
     "image_grid_plain": lambda path, rng: image_grid(path, pictures(rng, 1)),
     "outlier_map": lambda path, rng: outlier_map(path, rng.random((33, 48)) < 0.05, n_refresh=10),
-    "attention_maps": lambda path, rng: attention_maps(path, pictures(rng, 2), *rng.random((2, 2, 4, 4))),
     "line_chart": lambda path, rng: line_chart(
         path, {"real": [1.0, 2.0], "noise": [None, 1.5]}, ["w4a4", "w8a8"], ylabel="dB", reference=("float", 2.5)
     ),
@@ -83,8 +82,6 @@ def test_mismatched_figures_are_refused(tmp_path, rng):
         image_grid(tmp_path / "a.png", pictures(rng, 3), ["a", "b"])
     with pytest.raises(ValueError, match=r"\(tokens, channels\) of one sample"):
         outlier_map(tmp_path / "a.png", rng.random((2, 3, 4)) < 0.5)
-    with pytest.raises(ValueError, match="do not match"):
-        attention_maps(tmp_path / "a.png", pictures(rng, 2), rng.random((2, 4, 4)), rng.random((1, 4, 4)))
     with pytest.raises(ValueError, match="real has 1 values, but there are 2 ticks"):
         line_chart(tmp_path / "a.png", {"real": [1.0]}, ["a", "b"], ylabel="dB")
     assert not list(tmp_path.iterdir())
