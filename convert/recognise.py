@@ -146,7 +146,7 @@ def main_difference(name: str, config: Any, family: str, tensors: Tensors) -> st
     theirs = " and ".join(f"{field}={value}" for field, value in differ.items())
     ours = " and ".join(f"{field}={_value(config, field)}" for field in differ)
     same = [other for other in list_models(f"{family}_*") if _has(model_config(other), found)]
-    way_out = f"pass {', '.join(f'{field}={value}' for field, value in differ.items())}"
+    way_out = f"pass {', '.join(f'{field}={value}' for field, value in differ.items())} (--set on the command line)"
     if same and same[0] != name:
         way_out = f"take {' or '.join(same[:3])}"
     elif set(differ) == {"num_classes"}:

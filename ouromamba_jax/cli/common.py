@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ouromamba_jax.data.sources import has_splits
 from ouromamba_jax.files import check_writable, local_path
 from ouromamba_jax.report.tables import FORMATS, Cell, print_table
 
@@ -97,6 +98,19 @@ def bar(label: str):
         yield lambda done, total, name: progress.update(
             task, completed=done, total=total, description=f"{label} {name}"
         )
+
+
+def chosen_split(data: str, split: str | None, default: str) -> str:
+    """The split that --split names, or the default one.
+
+    Raises:
+      ValueError: if there is a choice where the data have no splits.
+    """
+    if split is not None and not has_splits(data):
+        raise ValueError(
+            f"{data} has no splits; leave out --split {split}, or write {{split}} where it stands in the path."
+        )
+    return default if split is None else split
 
 
 def parse_seed(text: str) -> int:

@@ -8,7 +8,7 @@ import jax
 
 from ouromamba_jax import list_models, memory_report
 from ouromamba_jax.checkpoint import load
-from ouromamba_jax.cli.common import ShownTable, Verb, add_formats, bar, console, print_tables
+from ouromamba_jax.cli.common import ShownTable, Verb, add_formats, bar, chosen_split, console, print_tables
 from ouromamba_jax.data import iterate_batches
 from ouromamba_jax.data.classes import read_class_names
 from ouromamba_jax.evaluation.bench import HEADERS, compare_speed, models_to_compare
@@ -40,7 +40,7 @@ def add_verbs(verb: Verb) -> None:
 def _add_data(sub: argparse.ArgumentParser) -> None:
     """Adds the options that name labelled images, and the format of the scores."""
     sub.add_argument("--data", required=True, help="image folder, .npz, digits, or tfds:NAME")
-    sub.add_argument("--split", default="test", help="split of a named data set")
+    sub.add_argument("--split", help="split of a named data set, by default test")
     sub.add_argument("--limit", type=int, help="use this many images; by default all")
     sub.add_argument("--batch-size", type=int, default=64, help="images per step")
     names = sub.add_mutually_exclusive_group()
@@ -83,7 +83,7 @@ def _accuracies(arguments: argparse.Namespace, models: dict[str, VisionModel]) -
         )
     batches = iterate_batches(
         arguments.data,
-        arguments.split,
+        chosen_split(arguments.data, arguments.split, "test"),
         config.img_size,
         config.preprocessing,
         batch_size=arguments.batch_size,

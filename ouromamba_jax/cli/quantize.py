@@ -15,7 +15,7 @@ import numpy as np
 from ouromamba_jax import GenConfig, QuantConfig, QuantRule, generate_images, list_models, quantize, save
 from ouromamba_jax.checkpoint import is_checkpoint, load
 from ouromamba_jax.cli.checkpoints import add_source_options, converted
-from ouromamba_jax.cli.common import Verb, bar, check_output, given, parse_seed, unfinished
+from ouromamba_jax.cli.common import Verb, bar, check_output, chosen_split, given, parse_seed, unfinished
 from ouromamba_jax.cli.generate import save_images
 from ouromamba_jax.convert import load_tensors, matching_models
 from ouromamba_jax.data import load_images
@@ -39,7 +39,7 @@ def add_verbs(verb: Verb) -> None:
     sub.add_argument("--model", help=f"what the source is of, if it is not converted yet: {', '.join(list_models())}")
     add_source_options(sub)
     sub.add_argument("--images", help="calibration images, generated otherwise: .npz, folder, digits, or tfds:NAME")
-    sub.add_argument("--split", default="train", help="split of a named data set")
+    sub.add_argument("--split", help="split of a named data set, by default train")
     sub.add_argument("--limit", type=int, help="use this many images; by default all")
     sub.add_argument("--num-images", type=int, default=GenConfig.num_images, help="images to generate")
     sub.add_argument("--iterations", type=int, default=GenConfig.iterations, help="updates per generated batch")
@@ -138,9 +138,8 @@ def _calibration_images(arguments: argparse.Namespace, model: VisionModel, folde
     """(images, and what was generated if they are)."""
     if arguments.images is not None:
         config = model.config
-        loaded = load_images(
-            arguments.images, arguments.split, config.img_size, config.preprocessing, limit=arguments.limit
-        )
+        split = chosen_split(arguments.images, arguments.split, "train")
+        loaded = load_images(arguments.images, split, config.img_size, config.preprocessing, limit=arguments.limit)
         return loaded.images, None
     config = GenConfig(num_images=arguments.num_images, iterations=arguments.iterations)
     key = jax.random.key(arguments.seed)

@@ -37,6 +37,12 @@ class Source:
     floats: np.ndarray | None = None
 
 
+def has_splits(source: str) -> bool:
+    """Whether a source is a named data set, or a path with "{split}" in it, so that a split picks a part."""
+    named = source == "digits" or source in SHORT_NAMES or source.startswith("tfds:")
+    return named or "{split}" in source
+
+
 def open_source(source: str, split: str) -> Source:
     """The source that `load_images` describes; a "{split}" in a path is replaced.
 

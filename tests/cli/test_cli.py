@@ -175,6 +175,7 @@ def test_inspect_lists_a_pytorch_file(capsys):
         ((*QUANTIZE, "--batch-size", 0), "batch_size at least 1"),
         (("generate", "vim_micro", "out.npz", "--batch-size", 0), "batch_size is 0; use at least 1"),
         (("evaluate", "vim_micro", "--data", "digits", "--batch-size", 0), "batch_size is 0; use at least 1"),
+        (("evaluate", "vim_micro", "--data", GOLDEN, "--split", "val"), "has no splits; leave out --split val"),
         (("bench", "vim_micro", "--batch-size", 0), "batch_size is 0; use at least 1"),
     ],
 )

@@ -92,7 +92,7 @@ def test_unmatched_keys_show_first_what_explains_most(tensors):
     assert message.startswith("the checkpoint has num_classes=10 where vim_tiny has num_classes=1000: pass num_classes")
     assert 'or head="fresh"' in message
     message = refusal("vim_tiny", tensors, **{**VIM_A, "depth": 2})
-    assert message.startswith("the checkpoint has depth=3 where vim_tiny has depth=2: pass depth=3; ")
+    assert message.startswith("the checkpoint has depth=3 where vim_tiny has depth=2: pass depth=3 (--set")
     ends = {k: v for k, v in tensors.items() if k != "cls_token"}
     ends |= {f"cls_token_{end}": tensors["cls_token"] for end in ("head", "tail")}
     message = refusal("vim_tiny", ends, **VIM_A)
