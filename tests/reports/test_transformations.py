@@ -39,7 +39,10 @@ QUANTISED = pytest.mark.parametrize(
 )
 
 
-@QUANTISED
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [case if case == ("vim", "quantised") else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_transformations_vmap_and_scan_inside_jit(family, kind):
     fn, state, images, expected = program(family, kind)
 
