@@ -48,14 +48,17 @@ def keep_freed_memory() -> None:
 def data_mesh(batch: int) -> Mesh:
     """A mesh over as many devices as share `batch` samples evenly: at least one, at best all.
 
+    Of several hosts either all devices, or each host has a mesh of its own devices and computes the whole batch.
+
     Examples:
       >>> import jax
       >>> from ouromamba_jax.sharding import data_mesh
       >>> data_mesh(4 * jax.device_count()).size == jax.device_count()
       True
     """
-    count = next(n for n in range(jax.device_count(), 0, -1) if batch % n == 0)
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+    devices = jax.devices() if batch % jax.device_count() == 0 else jax.local_devices()
+    count = next(n for n in range(len(devices), 0, -1) if batch % n == 0)
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
 def split_samples(mesh: Mesh, tree: Any) -> Any:
@@ -69,19 +72,35 @@ def split_samples(mesh: Mesh, tree: Any) -> Any:
     """
 
     def place(x: Any) -> Array:
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data") if np.ndim(x) else PartitionSpec()))
+        return _place(x, NamedSharding(mesh, PartitionSpec("data") if np.ndim(x) else PartitionSpec()))
 
     return jax.tree.map(place, tree)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """A whole copy of every array on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda x: _place(x, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def _place(x: Any, sharding: NamedSharding) -> Array:
+    if isinstance(x, jax.Array) and x.is_fully_addressable and not sharding.is_fully_addressable:
+        x = np.asarray(x)  # which every host has: JAX would send it from one host to the others
+    return jax.device_put(x, sharding)
 
 
 @partial(jax.jit, static_argnums=0)
 def _gather(mesh: Mesh, x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def on_one_device(mesh: Mesh, tree: Any) -> Any:
+    """All parts of every array on the first device of each host."""
+
+    def place(x: Array) -> Array:
+        x = x if x.is_fully_addressable else _gather(mesh, x).addressable_data(0)
+        return jax.device_put(x, jax.local_devices()[0])
+
+    return jax.tree.map(place, tree)
 
 
 def to_host(mesh: Mesh, x: Array) -> np.ndarray:

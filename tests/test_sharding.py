@@ -1,6 +1,7 @@
-"""Eight devices give what one gives: evaluation and generation, a batch spread over forced CPU devices."""
+"""Several devices, and several processes, give what one gives: generation, quantisation and evaluation."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from compiling import compilations
 from draws import normal
 from flax import nnx
 
-from ouromamba_jax import GenConfig, create_model, generate_images
+from ouromamba_jax import GenConfig, QuantConfig, create_model, generate_images, quantize
 from ouromamba_jax.evaluation.evaluate import evaluate, predict
 from ouromamba_jax.quantize.stages import apply_in_batches
 from ouromamba_jax.sharding import data_mesh
@@ -79,3 +80,57 @@ def on_eight_devices(path: str) -> None:
     assert data_mesh(7).size == 7
     assert data_mesh(11).size == 1
     np.savez(path, devices=jax.device_count(), **everything())
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bits_of_one(tmp_path):
+    """Each sees two devices, of which one or both are its own; no last batch divides among them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    runs = {"one": (None, 0), "first": (address, 0), "second": (address, 1)}
+    folder = os.path.dirname(__file__)
+    code = f"import sys; sys.path[:0] = {[folder, folder + '/helpers']}; import conftest, test_sharding as t; "
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{code} t.in_a_process({str(tmp_path / name)!r}, {place}, {host!r})"],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1" if host else "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, (host, place) in runs.items()
+    ]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    one, *others = (np.load(tmp_path / f"{name}.npz") for name in runs)
+    assert one["devices"].tolist() == [2, 2]
+    assert one["accuracy"][-1] == 5
+    for other in others:
+        assert other["devices"].tolist() == [1, 2]
+        for name in set(one.files) - {"devices"}:
+            np.testing.assert_array_equal(other[name], one[name], err_msg=name)
+
+
+def in_a_process(path: str, place: int, address: str | None) -> None:
+    """Generates three images, quantises with five and evaluates on five, by twos."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    if address is not None:
+        jax.distributed.initialize(address, 2, place)
+    model = create_model("vim_micro", rngs=nnx.Rngs(1), **{**TINY, "depth": 1})
+    config = GenConfig(num_images=3, batch_size=2, iterations=2, contrastive=0.0)
+    generated = generate_images(model, config, jax.random.key(2)).images
+    images = np.concatenate([generated, np.asarray(normal(0, (2, 16, 16, 3)))])
+    low, report = quantize(model, images, QuantConfig(scale_search="max", tune_epochs=1, batch_size=2))
+    labels = np.arange(5)
+    score = evaluate(low, [(images[:2], labels[:2]), (images[2:4], labels[2:4]), (images[4:], labels[4:])])
+    leaves = {f"leaf{i}": np.asarray(leaf, np.float32) for i, leaf in enumerate(jax.tree.leaves(nnx.state(low)))}
+    np.savez(
+        path,
+        devices=[jax.local_device_count(), jax.device_count()],
+        accuracy=[score.top1, score.top5, score.images],
+        sqnr=[site.sqnr_db for site in report.sites],
+        images=images,
+        logits=predict(low, images, batch_size=2),
+        **leaves,
+    )

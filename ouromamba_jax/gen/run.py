@@ -168,7 +168,7 @@ def generate_images(
             shape = (len(batch_targets), *image_shape)
             if mesh is None or len(batch_targets) < batch_size:  # the first and the last one may be of other sizes
                 mesh = data_mesh(len(batch_targets))
-                weights = replicate(mesh, weights)
+                placed_weights = replicate(mesh, weights)
             batch_targets = split_samples(mesh, batch_targets)
             batch_key = jax.random.fold_in(key, batch + 1)
             noise_key, update_key = jax.random.split(batch_key)
@@ -182,8 +182,8 @@ def generate_images(
                 stop = min(start + _DISPATCH, due, config.iterations)
                 bounds = jnp.int32(start), jnp.int32(stop)
                 placed = split_samples(mesh, state)  # as before, or the next call would compile again
-                state, record = _advance(network, update, weights, placed, batch_targets, update_key, *bounds)
-                record = {name: np.asarray(record[name])[: stop - start] for name in names}
+                state, record = _advance(network, update, placed_weights, placed, batch_targets, update_key, *bounds)
+                record = {name: to_host(mesh, record[name])[: stop - start] for name in names}
                 _check_finite(record, batch, start)
                 for name, values in record.items():
                     run.history[name][batch, start:stop] = values

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.kinds import kind_of
 from ouromamba_jax.quantize.sites import iter_sites, set_module
-from ouromamba_jax.sharding import data_mesh, replicate, split_samples
+from ouromamba_jax.sharding import data_mesh, on_one_device, replicate, split_samples
 
 Captured = dict[str, dict[str, Array]]
 """{site: {name: activation}}: "input" (B, L, C) of a linear layer or marked tensor, (B, L, G, C) per scan operand."""
@@ -78,7 +78,7 @@ def each_batch(
         if mesh.size > 1:
             part = split_samples(mesh, part) if len(part) % mesh.size == 0 else replicate(mesh, part)
         made = function(state, part)
-        yield jax.block_until_ready(jax.device_put(made, jax.devices()[0]) if mesh.size > 1 else made)
+        yield jax.block_until_ready(on_one_device(mesh, made) if mesh.size > 1 else made)
 
 
 def in_batches(function: Callable[[nnx.State, Array], Any], state: nnx.State, x: Array, batch_size: int) -> Any:
