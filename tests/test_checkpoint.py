@@ -18,6 +18,7 @@ from flax import nnx
 from tiny_models import TINY, TOKENS, quantised, random_model
 
 from ouromamba_jax.checkpoint import CheckpointError, load, read_description, resolve, save
+from ouromamba_jax.ops.passes import gather
 from ouromamba_jax.quantize import OPERANDS, QuantConfig, memory_report
 from ouromamba_jax.quantize.activation import Levels
 from ouromamba_jax.quantize.floats import FloatSites, store_floats
@@ -156,7 +157,8 @@ def test_what_calibration_stores_is_what_loading_expects(name):
         site = dict(iter_sites(model))[path]
         x = normal(0, (2, TOKENS, 2, 40))
         seen = dict(u=x, delta=x, B=x[..., :3], C=x[..., :3], y=x, h=jnp.ones((2, TOKENS, 2)), input=x[:, :, 0, :20])
-        spec, found = kind_of(site).calibrate(site, seen, config.resolve(path))
+        asking = kind_of(site).calibrate(site, config.resolve(path), lambda batch: batch)
+        spec, found = gather(asking, lambda seen=seen: [seen])
         module, expected = kind_of(site).make(site, spec, found), apply_specs(nnx.clone(model), {path: spec})
         expected = dict(named_modules(expected))[path]
         shapes = ({k: v.shape for k, v in nnx.to_flat_state(nnx.state(module))} for module in (module, expected))

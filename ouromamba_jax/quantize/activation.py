@@ -1,6 +1,7 @@
 """The quantiser of one activation, and what every quantised site stores."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ouromamba_jax.ops.passes import Ask, Asking
 from ouromamba_jax.ops.scan_types import Unsplit
 from ouromamba_jax.ops.split import Split
-from ouromamba_jax.ops.split_calibration import Calibration, calibrate
+from ouromamba_jax.ops.split_calibration import Calibration, calibrating
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
 
 
@@ -121,19 +123,19 @@ def check_tokens(x: Float[Array, "B L ..."], calibrated: int) -> None:
         )
 
 
-def calibrate_activation(x: Float[Array, "B L C"], config: QuantConfig) -> Calibration:
-    """`split_calibration.calibrate` with the settings of a site.
+def calibrating_activation(config: QuantConfig, of: Callable[[Any], Array]) -> Asking[Calibration]:
+    """`split_calibration.calibrating` with the settings of a site."""
+    return calibrating(config.splitting, search=config.scale_search == "norm", of=of)
 
-    Raises:
-      ValueError: if x holds a NaN or an infinity.
-    """
-    if not bool(jnp.isfinite(x).all()):
-        raise ValueError("its calibration activations hold NaN or infinity; check the images and the float model.")
-    return calibrate(x, config.splitting, search=config.scale_search == "norm")
+
+def shape_of(of: Callable[[Any], Array]) -> Asking[tuple[int, int]]:
+    """(tokens, channels) of an activation, (B, L, ..., C)."""
+    tokens, channels = yield Ask(lambda batch: (of(batch).shape[1], of(batch).shape[-1]), jnp.maximum)
+    return int(tokens), int(channels)
 
 
 def empty_calibration(config: QuantConfig, tokens: int, channels: int, *, two_bytes: bool) -> Calibration:
-    """Zeros of the shapes that `calibrate_activation` would return."""
+    """Zeros of the shapes that `calibrating_activation` would return."""
     return Calibration(
         scale=jnp.zeros((tokens,), jnp.float32),
         theta=jnp.zeros((tokens,), jnp.bfloat16) if config.detection == "dynamic" else None,

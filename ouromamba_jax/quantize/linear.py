@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32
 
 from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.ops.matmul import KernelWeight, outlier_matmul, prepare
+from ouromamba_jax.ops.passes import Asking, together
 from ouromamba_jax.ops.producers import split_after
 from ouromamba_jax.ops.qtensor import QTensor, quantize_with_scale, search_weight_scale
 from ouromamba_jax.ops.split import Split
@@ -22,9 +23,10 @@ from ouromamba_jax.quantize.activation import (
     KernelLayout,
     Levels,
     SiteSpec,
-    calibrate_activation,
+    calibrating_activation,
     check_tokens,
     empty_calibration,
+    shape_of,
 )
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.report import Measured, compare
@@ -145,17 +147,27 @@ def record(linear: nnx.Linear, config: QuantConfig, x: Array) -> tuple[Array, di
     return linear(x), {"input": as_tokens(x)}
 
 
-def calibrate(linear: nnx.Linear, seen: dict[str, Array], config: QuantConfig) -> tuple[SiteSpec, dict[str, Any]]:
-    """(spec, {"input": Calibration, "weight": scales (groups, O)}); without "input" if only weights are quantised."""
-    x = seen["input"]
-    found: dict[str, Any] = {}
+def calibrate(
+    linear: nnx.Linear, config: QuantConfig, of: Callable[[Any], dict[str, Array]]
+) -> Asking[tuple[SiteSpec, dict[str, Any]]]:
+    """(spec, {"input": Calibration, "weight": scales (groups, O)}); without "input" if only weights are quantised.
+
+    `of` finds in a batch what `record` saw.
+    """
+
+    def x(batch: Any) -> Array:
+        return of(batch)["input"]
+
+    asked: dict[str, Asking[Any]] = {"shape": shape_of(x)}
     if config.act_bits is not None:
-        found["input"] = calibrate_activation(x, config)
+        asked["input"] = calibrating_activation(config, x)
+    found = yield from together(asked)
+    tokens, channels = found.pop("shape")
     kernel = linear.kernel[...].astype(jnp.float32)
     search = config.scale_search == "norm"
     found["weight"] = search_weight_scale(kernel, config.weight_bits, group=config.weight_group, search=search)
     two_bytes = ("input",) if "input" in found and found["input"].shift is not None else ()
-    return SiteSpec(config, x.shape[1], x.shape[2], two_bytes), found
+    return SiteSpec(config, tokens, channels, two_bytes), found
 
 
 def fake(linear: nnx.Linear, spec: SiteSpec, calibrated: dict[str, Any]) -> FakeLinear:

@@ -1,12 +1,20 @@
 """Marked tensors, such as attention's operands, rounded by Algorithm 2: calibrated, in float, quantised, measured."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import Operand, as_tokens
-from ouromamba_jax.quantize.activation import ActQuantizer, SiteSpec, calibrate_activation, empty_calibration
+from ouromamba_jax.ops.passes import Asking, together
+from ouromamba_jax.quantize.activation import (
+    ActQuantizer,
+    SiteSpec,
+    calibrating_activation,
+    empty_calibration,
+    shape_of,
+)
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.report import Measured, compare
 
@@ -38,11 +46,18 @@ def record(operand: Operand, config: QuantConfig, x: Array) -> tuple[Array, dict
     return operand(x), {"input": as_tokens(x)}
 
 
-def calibrate(operand: Operand, seen: dict[str, Array], config: QuantConfig) -> tuple[SiteSpec, dict[str, Any]]:
-    """(spec, {"input": Calibration})."""
-    x = seen["input"]
-    found = calibrate_activation(x, config)
-    return SiteSpec(config, x.shape[1], x.shape[2], () if found.shift is None else ("input",)), {"input": found}
+def calibrate(
+    operand: Operand, config: QuantConfig, of: Callable[[Any], dict[str, Array]]
+) -> Asking[tuple[SiteSpec, dict[str, Any]]]:
+    """(spec, {"input": Calibration}); `of` finds in a batch what `record` saw."""
+
+    def x(batch: Any) -> Array:
+        return of(batch)["input"]
+
+    asked: dict[str, Asking[Any]] = {"shape": shape_of(x), "input": calibrating_activation(config, x)}
+    found = yield from together(asked)
+    tokens, channels = found.pop("shape")
+    return SiteSpec(config, tokens, channels, () if found["input"].shift is None else ("input",)), found
 
 
 def fake(operand: Operand, spec: SiteSpec, calibrated: dict[str, Any]) -> FakeOperand:

@@ -1,12 +1,15 @@
 """`quantize`: OuroMamba-Quant, its scales searched and tuned, fitted to one stage after the other."""
 
 import os
+from operator import itemgetter
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.files import local_path
 from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.ops.passes import Asking, gather, together
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.kinds import Calibrated, kind_of
@@ -57,14 +60,15 @@ def calibrate_sites(stage: nnx.Module, inputs: StageInputs) -> tuple[dict[str, S
       ValueError: naming the site whose activations are not finite.
     """
     sites = dict(iter_sites(stage))
-    specs: dict[str, SiteSpec] = {}
-    calibrated: Calibrated = {}
-    for path, config in inputs.configs.items():
-        try:
-            specs[path], calibrated[path] = kind_of(sites[path]).calibrate(sites[path], inputs.captured[path], config)
-        except ValueError as error:
-            raise ValueError(f"{inputs.name}.{path} cannot be calibrated: {error}") from error
-    return specs, calibrated
+    found = gather(together({path: _calibrating(sites[path], path, inputs) for path in inputs.configs}), inputs.batches)
+    return {path: spec for path, (spec, _) in found.items()}, {path: made for path, (_, made) in found.items()}
+
+
+def _calibrating(site: Any, path: str, inputs: StageInputs) -> Asking[tuple[SiteSpec, dict[str, Any]]]:
+    try:
+        return (yield from kind_of(site).calibrate(site, inputs.configs[path], itemgetter(path)))
+    except ValueError as error:
+        raise ValueError(f"{inputs.name}.{path} cannot be calibrated: {error}") from error
 
 
 def fitted(

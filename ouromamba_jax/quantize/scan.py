@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.ops.passes import Ask, Asking, together
 from ouromamba_jax.ops.qtensor import MIN_SCALE, QTensor, max_level
 from ouromamba_jax.ops.scan_types import Routed, ScanOutput, Unsplit
 from ouromamba_jax.ops.split_calibration import Calibration
@@ -18,9 +19,10 @@ from ouromamba_jax.quantize.activation import (
     Calibrated,
     Levels,
     SiteSpec,
-    calibrate_activation,
+    calibrating_activation,
     check_tokens,
     empty_calibration,
+    shape_of,
 )
 from ouromamba_jax.quantize.config import ACTIVATION_OPERANDS, PARAMETER_OPERANDS, QuantConfig
 from ouromamba_jax.quantize.report import Measured, compare
@@ -176,22 +178,40 @@ def record(
     return out, seen if out.states is None else {**seen, "h": out.states}
 
 
-def calibrate(scan: SelectiveScan, seen: dict[str, Array], config: QuantConfig) -> tuple[SiteSpec, dict[str, Any]]:
-    """(spec, found): a Calibration per direction for each activation; scales (G, N) of A, (G, 1) of D, (G, L) of h."""
-    found: dict[str, Any] = {}
-    two_bytes = []
-    for name in ACTIVATION_OPERANDS:
-        if name in config.operands:
-            settings = _settings(config, name)
-            found[name] = [calibrate_activation(seen[name][:, :, g], settings) for g in range(scan.directions)]
-            two_bytes += [f"{name}.{g}" for g, c in enumerate(found[name]) if c.shift is not None]
+def calibrate(
+    scan: SelectiveScan, config: QuantConfig, of: Callable[[Any], dict[str, Array]]
+) -> Asking[tuple[SiteSpec, dict[str, Any]]]:
+    """(spec, found): a Calibration per direction for each activation; scales (G, N) of A, (G, 1) of D, (G, L) of h.
+
+    `of` finds in a batch what `record` saw.
+    """
+
+    def direction(name: str, g: int, batch: Any) -> Array:
+        return of(batch)[name][:, :, g]
+
+    names = [name for name in ACTIVATION_OPERANDS if name in config.operands]
+    asked: dict[str, Asking[Any]] = {
+        f"{name}.{g}": calibrating_activation(_settings(config, name), partial(direction, name, g))
+        for name in names
+        for g in range(scan.directions)
+    }
+    asked["shape"] = shape_of(lambda batch: of(batch)["u"])
+    if "h" in config.operands:
+        asked["h"] = _largest_states(of)
+    made = yield from together(asked)
+    found: dict[str, Any] = {name: [made[f"{name}.{g}"] for g in range(scan.directions)] for name in names}
+    two_bytes = [f"{name}.{g}" for name in names for g, c in enumerate(found[name]) if c.shift is not None]
     for name in PARAMETER_OPERANDS:
         if name in config.operands:
             found[name] = search_parameter_scale(scan_parameter(scan, name), scan.directions, config)
     if "h" in config.operands:
-        largest = jnp.max(seen["h"], axis=0).T  # a state may be 0 on all images
-        found["h"] = jnp.maximum(largest / max_level(8), MIN_SCALE)
-    return SiteSpec(config, seen["u"].shape[1], seen["u"].shape[3], tuple(two_bytes)), found
+        found["h"] = jnp.maximum(made["h"].T / max_level(8), MIN_SCALE)  # a state may be 0 on all images
+    tokens, channels = made["shape"]
+    return SiteSpec(config, tokens, channels, tuple(two_bytes)), found
+
+
+def _largest_states(of: Callable[[Any], dict[str, Array]]) -> Asking[Float[Array, "L G"]]:
+    return (yield Ask(lambda batch: jnp.max(of(batch)["h"], axis=0), jnp.maximum))
 
 
 def fake(scan: SelectiveScan, spec: SiteSpec, calibrated: dict[str, Any]) -> FakeSelectiveScan:

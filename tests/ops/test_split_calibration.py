@@ -1,5 +1,6 @@
 """What calibration finds: thresholds, steps, their reach and fixed lists, against plain loops."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,8 @@ import tolerances
 from split_loop import largest_levels, loop_loss, loop_split, loop_step, loop_theta
 
 from ouromamba_jax import OutlierConfig, split_outliers
-from ouromamba_jax.ops.split_calibration import calibrate, calibrate_channels, calibrate_theta
+from ouromamba_jax.ops.passes import gather, together
+from ouromamba_jax.ops.split_calibration import calibrate, calibrating, theta_sum
 
 pytestmark = pytest.mark.optimized
 
@@ -24,8 +26,8 @@ def test_theta_and_steps_equal_a_loop(L, config):
     x = activations(0, 3, L, 48)
     found = calibrate(jnp.asarray(x), config)
     theta = loop_theta(x, config)
-    np.testing.assert_allclose(calibrate_theta(jnp.asarray(x), config), theta, rtol=1e-5)
-    assert (found.theta == calibrate_theta(jnp.asarray(x), config).astype(jnp.bfloat16)).all()
+    np.testing.assert_allclose(theta_sum(jnp.asarray(x), config) / len(x), theta, rtol=1e-5)
+    assert (found.theta == (theta_sum(jnp.asarray(x), config) / len(x)).astype(jnp.bfloat16)).all()
     beyond_theta = loop_split(x, np.full(L, 1e-6, np.float32), config, theta=np.asarray(found.theta, np.float32))[1]
     assert 0.02 < beyond_theta.mean() < 0.5
     steps = np.array([loop_step(np.where(beyond_theta, 0, x)[:, t], 7) for t in range(L)])
@@ -139,11 +141,45 @@ def test_static_channels_are_the_heavy_ones():
 def test_the_static_list_has_the_dynamic_budget_and_the_largest_channels(statistic):
     x = activations(23, 6, 20, 64)
     config = OutlierConfig(detection="static", static_list=statistic, n_refresh=1)
-    theta = calibrate_theta(jnp.asarray(x), config)
+    theta = theta_sum(jnp.asarray(x), config) / len(x)
     tiny = jnp.full((20,), 1e-6)
     listed = split_outliers(jnp.asarray(x), tiny, OutlierConfig(n_refresh=1), theta=theta).listed()
     budget = int(np.ceil(np.asarray(listed).sum(axis=-1).mean()))
     assert 0 < budget < 32
     order = np.argsort(-getattr(np.abs(x), statistic)(axis=(0, 1)))
-    channels = calibrate_channels(jnp.asarray(x), config)
+    channels = calibrate(jnp.asarray(x), config).channels
     np.testing.assert_array_equal(np.flatnonzero(channels), np.sort(order[:budget]))
+
+
+@pytest.mark.parametrize(
+    ("channels", "config"),
+    [
+        (48, OutlierConfig(outlier_bits=5)),
+        (48, OutlierConfig(detection="static", static_list="mean")),
+        (48, OutlierConfig(detection="static", static_list="max")),
+        (48, OutlierConfig(detection="none")),
+        (5, OutlierConfig()),
+    ],
+)
+def test_batches_change_nothing(channels, config):
+    """Two batches side by side with another activation, each in as many passes as it needs."""
+    x, other = activations(31, 6, 7, channels), activations(32, 6, 7, 48)
+    asking = together(
+        {
+            "x": calibrating(config, of=lambda batch: batch[0]),
+            "other": calibrating(OutlierConfig(), of=lambda batch: batch[1]),
+        }
+    )
+    passes = []
+
+    def batches():
+        passes.append(0)
+        return ([jnp.asarray(part) for part in pair] for pair in ((x[:4], other[:4]), (x[4:], other[4:])))
+
+    found = gather(asking, batches)
+    for made, whole in ((found["x"], (x, config)), (found["other"], (other, OutlierConfig()))):
+        expected = calibrate(jnp.asarray(whole[0]), whole[1])
+        assert jax.tree.structure(made) == jax.tree.structure(expected)
+        for one, two in zip(*map(jax.tree.leaves, (made, expected)), strict=True):
+            np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(two, np.float32), rtol=1e-6)
+    assert len(passes) <= 6

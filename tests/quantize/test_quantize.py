@@ -17,8 +17,8 @@ from ouromamba_jax import QuantConfig, QuantReport, QuantRule, load, pure, quant
 from ouromamba_jax.data import to_pixels
 from ouromamba_jax.evaluation.metrics import sqnr_db
 from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.ops.split_calibration import calibrate
 from ouromamba_jax.quantize import OPERANDS, QuantLinear
-from ouromamba_jax.quantize.activation import calibrate_activation
 from ouromamba_jax.quantize.floats import FloatSites, store_floats
 from ouromamba_jax.quantize.kinds import kind_of
 from ouromamba_jax.quantize.measure import measure
@@ -237,7 +237,7 @@ def test_activations_that_are_not_finite_name_their_site():
         quantize(model, images(), QuantConfig.preset("w4a4", scale_search="max", tune_epochs=0))
     for value in (jnp.nan, -jnp.inf):
         with pytest.raises(ValueError, match="check the images and the float model"):
-            calibrate_activation(jnp.ones((1, 3, 4)).at[0, 1, 2].set(value), QuantConfig())
+            calibrate(jnp.ones((1, 3, 4)).at[0, 1, 2].set(value), QuantConfig().splitting)
 
 
 def test_a_rule_for_an_operand_that_is_not_quantised():

@@ -13,8 +13,8 @@ from linear_model import LinearConfig
 from ouromamba_jax import QuantConfig, QuantRule, quantize
 from ouromamba_jax.evaluation.metrics import sqnr_db
 from ouromamba_jax.models.layers import DotProductAttention, Operand, SelectiveScan
+from ouromamba_jax.ops.split_calibration import calibrate
 from ouromamba_jax.quantize import QuantLinear
-from ouromamba_jax.quantize.activation import calibrate_activation
 from ouromamba_jax.quantize.coverage import check_coverage
 from ouromamba_jax.quantize.sites import resolve_sites
 
@@ -120,7 +120,7 @@ def test_a_layer_in_two_places_of_a_stage_is_one_quantised_layer_calibrated_on_b
     assert [site.path for site in report.sites] == ["blocks.1.a"]
     x = IMAGES.reshape(6, 4, WIDTH)
     seen = jnp.concatenate([x, jax.nn.gelu(layer(x))])
-    np.testing.assert_array_equal(block.a.act.scale[...], calibrate_activation(seen, W8A8).scale)
+    np.testing.assert_array_equal(block.a.act.scale[...], calibrate(seen, W8A8.splitting, search=False).scale)
     assert sqnr_db(np.asarray(model(IMAGES)), np.asarray(low(IMAGES))) > 30
 
 
