@@ -153,6 +153,12 @@ def _floored(scale: Float32[Array, " L"]) -> Float32[Array, " L"]:
     return jnp.maximum(scale, jnp.where(jnp.isnan(heard), 0.0, QUIETEST * heard))
 
 
+def count_quiet(scale: Float32[Array, " L"]) -> int:
+    """Tokens whose step `calibrate` raised to the smallest that it allows, or would have."""
+    others = scale[scale > scale.min()]
+    return int(jnp.sum(scale <= (1 + 1e-6) * QUIETEST * jnp.median(others))) if others.size else 0
+
+
 def _too_few(config: OutlierConfig, channels: int) -> bool:
     """Whether none of so few values can lie sigma (ddof=1) standard deviations above their mean."""
     return channels - 1 <= config.sigma * channels**0.5

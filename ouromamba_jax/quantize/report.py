@@ -43,6 +43,7 @@ class SiteReport:
       outlier_rate: share of entries treated as outliers on the calibration images.
       second_byte: whether outliers are shifted into a second byte, since they exceed what one holds.
       sqnr_db: signal to quantisation noise of a matmul's output, or of the operand itself, on float inputs.
+      quiet_tokens: tokens that the calibration images hardly excite (all directions): their steps are guesses.
       rules: (field, value, pattern of the rule that set it) of every setting that is not the config's.
 
     Examples:
@@ -61,6 +62,7 @@ class SiteReport:
     outlier_rate: float
     sqnr_db: float
     second_byte: bool = False
+    quiet_tokens: int = 0
     rules: tuple[tuple[str, Any, str], ...] = ()
 
     @property
@@ -130,7 +132,7 @@ class QuantReport:
         ]
 
     def summary(self) -> str:
-        """Two lines: what the activations got, and the three matmuls that lost most."""
+        """What the activations got, the three matmuls that lost most, and `warnings`."""
         matmuls = sorted((s for s in self.sites if s.kind == "matmul"), key=lambda s: s.sqnr_db)
         worst = ", ".join(f"{s.path} {s.sqnr_db:.1f} dB" for s in matmuls[:3])
         activations = (
@@ -140,7 +142,20 @@ class QuantReport:
                 f"activations of {self.mean_bits:.2f} bits on average, {100 * self.outlier_rate:.1f} % of them outliers"
             )
         )
-        return f"{len(matmuls)} matmuls, {activations}\nlowest SQNR: {worst or 'none'}"
+        lines = [f"{len(matmuls)} matmuls, {activations}", f"lowest SQNR: {worst or 'none'}", *self.warnings()]
+        return "\n".join(lines)
+
+    def warnings(self) -> list[str]:
+        """A sentence, if the calibration images hardly excite some tokens."""
+        quiet = [s for s in self.sites if s.quiet_tokens]
+        if not quiet:
+            return []
+        worst = max(quiet, key=lambda s: s.quiet_tokens)
+        return [
+            f"The calibration images hardly excite some tokens of {len(quiet)} of {len(self.sites)} sites "
+            f"(e.g. {worst.quiet_tokens} of {worst.path}), whose steps are guesses: calibrate with images that differ "
+            "there, without bars or frames."
+        ]
 
     def markdown(self) -> str:
         """The whole report as a Markdown page."""
@@ -159,7 +174,7 @@ class QuantReport:
         rows = [list(HEADERS), *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADERS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += ["", *LEGEND, "", "kept in float:"]
+        lines += ["", *LEGEND, *self.warnings(), "", "kept in float:"]
         lines += [f"  {path} ({count} entries): {reason}" for path, count, reason in self.kept_float]
         lines += [f"  {path} (activation): {reason}" for path, reason in self.float_operands]
         return "\n".join(lines)

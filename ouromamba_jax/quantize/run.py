@@ -1,15 +1,19 @@
 """`quantize`: OuroMamba-Quant, its scales searched and tuned, fitted to one stage after the other."""
 
+import dataclasses
 import os
+from collections import Counter
 from operator import itemgetter
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.files import local_path
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.ops.passes import Asking, gather, together
+from ouromamba_jax.ops.split_calibration import Calibration, count_quiet
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.kinds import Calibrated, kind_of
@@ -44,11 +48,14 @@ def quantize(
 
     def fit_anew(stage: nnx.Module, inputs: StageInputs) -> Fitted:
         specs, calibrated = calibrate_sites(stage, inputs)
+        quiet = quiet_tokens(calibrated)
         losses: list[float] = []
         if config.tune_epochs and calibrated:
             target = update_of(inputs.exact_out, inputs.exact)
             calibrated, losses = tune_scales(stage, specs, calibrated, inputs.quantised, target, config)
-        return fitted(stage, inputs, specs, calibrated, losses)
+        found = fitted(stage, inputs, specs, calibrated, losses)
+        reports = (dataclasses.replace(report, quiet_tokens=quiet[report.path]) for report in found.reports)
+        return found._replace(reports=tuple(reports))
 
     return quantize_stages(model, images, config, fit, progress=progress)
 
@@ -69,6 +76,17 @@ def _calibrating(site: Any, path: str, inputs: StageInputs) -> Asking[tuple[Site
         return (yield from kind_of(site).calibrate(site, inputs.configs[path], itemgetter(path)))
     except ValueError as error:
         raise ValueError(f"{inputs.name}.{path} cannot be calibrated: {error}") from error
+
+
+def quiet_tokens(calibrated: Calibrated) -> Counter[str]:
+    """Tokens that calibration hardly excites, by the path that a report gives to the activation."""
+    found: Counter[str] = Counter()
+    for path, of_site in calibrated.items():
+        for name, calibrations in of_site.items():
+            for c in jax.tree.leaves(calibrations, is_leaf=lambda leaf: isinstance(leaf, Calibration)):
+                if isinstance(c, Calibration):
+                    found[path if name == "input" else f"{path}.{name}"] += count_quiet(c.scale)
+    return found
 
 
 def fitted(

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quantising import float_model, images
 
-from ouromamba_jax import OutlierConfig
-from ouromamba_jax.ops.split_calibration import calibrate
+from ouromamba_jax import OutlierConfig, QuantConfig, quantize
+from ouromamba_jax.ops.split_calibration import calibrate, count_quiet
 
 
 @pytest.mark.parametrize("faint", [0.0, 1e-6])
@@ -21,6 +22,7 @@ def test_tokens_that_calibration_does_not_excite(bits, faint):
     quiet, heard = (float((new[:, part] ** 2).sum() / (error[:, part] ** 2).sum()) for part in parts)
     assert 10 * np.log10(quiet) > (1 if bits == (8, 8) else 10)
     assert heard > 30
+    assert count_quiet(found.scale) == 20
     excited = np.asarray(calibrate(jnp.asarray(seen[:, 20:]), config).scale)
     np.testing.assert_array_equal(np.asarray(found.scale)[20:], excited)
 
@@ -31,9 +33,22 @@ def test_tokens_that_differ_keep_their_steps():
     config = OutlierConfig()
     ratio = calibrate(jnp.asarray(louder), config).scale / calibrate(jnp.asarray(x), config).scale
     np.testing.assert_allclose(ratio, np.geomspace(1, 6, 20), rtol=0.3)
+    assert count_quiet(calibrate(jnp.asarray(louder), config).scale) == 0
 
 
 def test_an_activation_of_zeros():
     found = calibrate(jnp.zeros((2, 5, 64)), OutlierConfig())
     assert np.isfinite(found.scale).all()
     assert (np.asarray(found.scale) > 0).all()
+
+
+def test_the_report_warns_of_them():
+    config = QuantConfig.preset("w4a4", tune_epochs=0)
+    _, fine = quantize(float_model(), images(), config)
+    assert fine.warnings() == []
+    _, barred = quantize(float_model(), images().at[:, :6].set(0.0), config)
+    assert {s.path: s.quiet_tokens > 0 for s in barred.sites if s.path == "stem.proj"} == {"stem.proj": True}
+    (warning,) = barred.warnings()
+    assert "hardly excite some tokens" in warning
+    assert warning in str(barred)
+    assert warning in barred.summary()
