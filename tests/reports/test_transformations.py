@@ -4,7 +4,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import pytest
 from draws import heavy_tailed
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
-from linear_model import LinearModel
 from tiny_models import FAMILIES
 from transformed import (
     CASES,
@@ -30,7 +28,7 @@ from transformed import (
 )
 
 import ouromamba_jax as om
-from ouromamba_jax.evaluation.evaluate import evaluate, predict
+from ouromamba_jax.evaluation.evaluate import predict
 
 EVERY = pytest.mark.parametrize(("family", "kind"), CASES)
 QUANTISED = pytest.mark.parametrize(
@@ -193,7 +191,7 @@ def test_transformations_over_two_devices_of_every_model():
 
 
 def on_devices(cases):
-    """`jax.shard_map` with its defaults and a mesh with an explicit axis agree; then all other public functions."""
+    """`jax.shard_map` with its defaults and an explicit mesh agree; then functions of arrays and traces."""
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == 2
     auto, explicit = (jax.make_mesh((2,), ("data",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit))
@@ -215,36 +213,23 @@ def on_devices(cases):
         check_close(mapped[0], expected)
         for one, other in zip(mapped[1:], split[1:], strict=True):
             check_close(flat_floats(one), flat_floats(other))
+    expected = ops(ops_inputs()), attention(images_of("vim", 2))
     with jax.set_mesh(explicit), jax.debug_nans(True):
-        with_an_explicit_axis()
+        with_an_explicit_axis(*expected)
 
 
-def with_an_explicit_axis():
+def attention(images):
+    _, trace = model_of("vim", "float").trace(images, collect=lambda h: h.sum(2))
+    return trace, om.implicit_attention(trace.layers[0])
+
+
+def with_an_explicit_axis(expected_of_ops, expected_attention):
     inputs = ops_inputs()
     batched = {name: inputs[name] for name in ("x", "delta", "B", "C")}
     placed = {**inputs, **jax.device_put(batched, PartitionSpec("data"))}
-    np.testing.assert_allclose(jax.jit(ops)(placed), ops(inputs), rtol=1e-5, atol=1e-5)
-    model, images = model_of("vim", "float"), images_of("vim", 2)
-
-    def attention(images):
-        _, trace = model.trace(images, collect=lambda h: h.sum(2))
-        return trace, om.implicit_attention(trace.layers[0])
+    np.testing.assert_allclose(jax.jit(ops)(placed), expected_of_ops, rtol=1e-5, atol=1e-5)
+    images = images_of("vim", 2)
 
     trace, maps = jax.jit(attention)(jax.device_put(images, PartitionSpec("data")))
     assert jax.typeof(maps).sharding.spec[0] == jax.typeof(trace.layers[0].scans[0].states).sharding.spec[0] == "data"
-    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])):
-        expected = attention(images)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), (trace, maps), expected)
-    config = om.GenConfig(num_images=3, batch_size=2, iterations=2, contrastive=0.0)
-    generated = om.generate_images(LinearModel(), config, jax.random.key(0))
-    assert generated.images.shape[0] == 3
-    low, report = om.quantize(
-        model, heavy_tailed(0, (3, *images.shape[1:])), om.QuantConfig(tune_epochs=0, batch_size=2)
-    )
-    assert min(site.sqnr_db for site in report.sites) > 5
-    with tempfile.TemporaryDirectory() as folder:
-        om.save(Path(folder) / "a", low)
-        loaded = om.load(Path(folder) / "a")
-    batches = [(np.asarray(images), np.array([0, 1])), (np.asarray(images[:1]), np.array([0]))]
-    assert evaluate(loaded, batches).images == 3
-    np.testing.assert_array_equal(predict(loaded, images), predict(low, images))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), (trace, maps), expected_attention)
