@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 SEARCH_NORM = 2.4
 MIN_SCALE = 1e-8
@@ -31,20 +31,6 @@ def divide(a: Float32[Array, "..."], b: Float32[Array, "..."] | float) -> Float3
     and differs between jit and no jit. A divisor that depends on `a` element by element escapes that rewrite.
     """
     return a / jnp.where(jnp.isnan(a), jnp.float32(1), jnp.broadcast_to(b, a.shape))
-
-
-def power_of_two_ratio(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """a / b of numbers that are a power of two apart: exact on every device, unlike `divide`. 1 where there is none."""
-    return jnp.ldexp(jnp.ones(jnp.broadcast_shapes(a.shape, b.shape), jnp.float32), power_of_two_shift(a, b))
-
-
-def power_of_two_shift(larger: Float32[Array, "..."], smaller: Float32[Array, "..."]) -> Int32[Array, "..."]:
-    """j of larger = smaller * 2^j, from the exponents alone, so exact on every device; shapes broadcast.
-
-    0 where either is zero, infinite or NaN. What is not a power of two apart has no meaning here, nor do subnormals.
-    """
-    ordinary = jnp.isfinite(larger) & jnp.isfinite(smaller) & (larger != 0) & (smaller != 0)
-    return jnp.where(ordinary, jnp.frexp(larger)[1] - jnp.frexp(smaller)[1], 0)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["bits", "group"])
@@ -144,7 +130,7 @@ def search_scale(
 
 
 FULL_RANGE_FRACTIONS = tuple(i / 100 for i in range(1, 101))
-"""1 % .. 100 % of the range, ascending: weights, and activations of spec="paper"."""
+"""1 % .. 100 % of the range, ascending."""
 
 
 def _split_groups(w: Float[Array, "K O"], group: int | None) -> Float[Array, "groups size O"]:

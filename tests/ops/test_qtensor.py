@@ -17,7 +17,6 @@ from ouromamba_jax.ops.qtensor import (
     max_level,
     pack_levels,
     packed_rows,
-    power_of_two_shift,
     quantize_array,
     quantize_with_scale,
     search_scale,
@@ -147,17 +146,3 @@ def test_search_does_not_materialise_the_candidates():
     search = jax.jit(lambda x: search_scale(x, max_level(4), axes=(0,), fractions=[i / 100 for i in range(1, 101)]))
     memory = search.lower(x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 10 * 512 * 256 * 4
-
-
-def test_the_ratio_of_scales_is_read_from_their_exponents():
-    """Exactly, up to the ends of the range, and 0 where there is none."""
-    smaller = np.random.default_rng(0).uniform(1e-8, 3, size=(1, 50)).astype(np.float32)
-    power = np.arange(-90, 126, dtype=np.int32)[:, None]
-    larger = np.ldexp(smaller, power)
-    normal = larger >= np.finfo(np.float32).tiny
-    ratio = np.asarray(power_of_two_shift(jnp.asarray(larger), jnp.asarray(smaller)))
-    assert ratio.dtype == np.int32
-    np.testing.assert_array_equal(ratio[normal], np.broadcast_to(power, ratio.shape)[normal])
-    odd = jnp.asarray([0, np.inf, np.nan, -np.inf], jnp.float32)
-    assert not power_of_two_shift(odd, jnp.float32(0.3)).any()
-    assert not power_of_two_shift(jnp.float32(0.3), odd).any()
