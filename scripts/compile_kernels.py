@@ -219,24 +219,30 @@ def scan_levels(
     u: str = "floats",
     delta: str = "levels",
     outlier_bits: int = 8,
+    length: int = TOKENS,
 ) -> tuple[Callable, list]:
     """Inputs in levels, or of these names split in the scan; the others' groups one by one."""
     import jax
 
+    from ouromamba_jax.ops.qtensor import QTensor
     from ouromamba_jax.ops.scan import selective_scan
-    from ouromamba_jax.ops.scan_types import Routed, Unsplit
+    from ouromamba_jax.ops.scan_types import Product, Routed, Unsplit
     from ouromamba_jax.ops.split import OutlierConfig
 
     def run(arrays):
         return selective_scan(**arrays, delta_softplus=True, implementation="mosaic_gpu")[:2]
 
     width = channels // groups
-    levels = shape_of_split(OutlierConfig(outlier_bits=outlier_bits), BATCH, TOKENS, width)
-    part = jax.ShapeDtypeStruct((BATCH, TOKENS, width), dtype)
-    tokens = jax.ShapeDtypeStruct((TOKENS,), "float32")
-    kinds = {"levels": levels, "unsplit": Unsplit(part, tokens, OutlierConfig(outlier_bits=outlier_bits), tokens)}
-    kinds |= {"floats": part, "routed": Routed(part, (1, TOKENS), True, True)}
-    arrays = {name: x for name, x in scan_shapes(channels, states, groups, dtype).items() if name != "z"}
+    config = OutlierConfig(outlier_bits=outlier_bits)
+    levels, few = (shape_of_split(config, BATCH, length, inputs) for inputs in (width, -(-width // 32)))
+    part = jax.ShapeDtypeStruct((BATCH, length, width), dtype)
+    tokens = jax.ShapeDtypeStruct((length,), "float32")
+    shapes = ((few.shape[2], width), "int8"), ((1, width), "float32")
+    weight = QTensor(*(jax.ShapeDtypeStruct(*shape) for shape in shapes), 8)
+    kinds = {"levels": levels, "unsplit": Unsplit(part, tokens, config, tokens)}
+    kinds |= {"product": Unsplit(Product(part, few, weight, dtype), tokens, config, tokens)}
+    kinds |= {"floats": part, "routed": Routed(part, (1, length), True, True)}
+    arrays = {name: x for name, x in scan_shapes(channels, states, groups, dtype, length).items() if name != "z"}
     return run, [arrays | {name: (kinds[kind],) * groups for name, kind in (("u", u), ("delta", delta))}]
 
 
@@ -280,6 +286,9 @@ KERNELS: dict[str, tuple[Any, ...]] = {  # a function, its arguments, and perhap
     "scan 3072x16 in 2 int8, u too": (scan_levels, (3072, 16, 2, "bfloat16", "levels", "levels")),
     "scan 160x8 16-bit, bf16": (scan_levels, (160, 8, 1, "bfloat16", "unsplit", "unsplit", 16)),
     "scan 384x1 in 4 int8, routes": (scan_levels, (384, 1, 4, "bfloat16", "routed", "levels")),
+    "scan 3072x16 in 2, product": (scan_levels, (3072, 16, 2, "bfloat16", "floats", "product")),
+    "scan 3072x16 in 2, product 16-bit": (scan_levels, (3072, 16, 2, "bfloat16", "floats", "product", 16)),
+    "scan 384x1 in 4, routes, product": (scan_levels, (384, 1, 4, "bfloat16", "routed", "product", 16, 3136)),
     "scan gradient 384x16": (scan_gradient, (384, 16, 1, "float32", False)),
     "scan gradient 1536x16": (scan_gradient, (1536, 16, 1, "bfloat16", True)),
     "scan gradient 160x8": (scan_gradient, (160, 8, 1, "bfloat16", False)),

@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float, Float32
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
 from ouromamba_jax.ops.producers import gelu, layer_norm, rms_norm, route
 from ouromamba_jax.ops.scan import selective_scan
-from ouromamba_jax.ops.scan_types import ScanOutput, Wide
+from ouromamba_jax.ops.scan_types import ScanOutput
 
 _DT_MIN, _DT_MAX = 1e-3, 1e-1  # range of the step sizes at initialisation
 
@@ -280,7 +280,22 @@ def scan_map(
     return scan(jnp.stack([route(x, transpose=t, reverse=r) for t, r in orders], axis=2), delta, B, C)
 
 
-def apart(x: Float[Array, "B L G E"] | tuple[Any, ...]) -> Wide:
+def projected(scan: Any, projections: Sequence[Any], inputs: Sequence[Array]) -> Any:
+    """What each direction's linear layer makes of its input, as the scan's delta.
+
+    A quantised scan may make the products of quantised layers itself, and then gets them uncomputed.
+    """
+    if getattr(scan, "takes_products", False):
+        made = tuple(
+            linear.promise(x) if hasattr(linear, "promise") else None
+            for linear, x in zip(projections, inputs, strict=True)
+        )
+        if None not in made:
+            return made
+    return jnp.stack([linear(x) for linear, x in zip(projections, inputs, strict=True)], axis=2)
+
+
+def apart(x: Float[Array, "B L G E"] | tuple[Any, ...]) -> tuple[Any, ...]:
     """What each direction has, one by one: a kernel that reads them so leaves XLA no use for their stack."""
     return x if isinstance(x, tuple) else tuple(x[:, :, g] for g in range(x.shape[2]))
 

@@ -27,6 +27,7 @@ from ouromamba_jax.models.layers import (
     classifier,
     nan_unless_finite,
     normalised,
+    projected,
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace
@@ -231,7 +232,8 @@ class MambaVisionMixer(nnx.Module):
         x = normalised(self.in_proj, norm, x)
         made, u = convolved(self.x_proj, self.conv_x, x, self.channels)
         dt, B, C = jnp.split(made, self.splits, axis=-1)
-        return (u[:, :, None], self.dt_proj(dt)[:, :, None], B[:, :, None], C[:, :, None]), x
+        delta = projected(self.scan, [self.dt_proj], [dt])
+        return (u[:, :, None], delta, B[:, :, None], C[:, :, None]), x
 
     def _merge(self, y: Float[Array, "BW L 1 E"], x: Float[Array, "BW L C"]) -> Float[Array, "BW L C"]:
         y, start = y[:, :, 0], y.shape[3]

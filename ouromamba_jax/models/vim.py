@@ -22,6 +22,7 @@ from ouromamba_jax.models.layers import (
     classifier,
     nan_unless_finite,
     normalised,
+    projected,
     uniform,
 )
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
@@ -154,13 +155,13 @@ class VimDirection(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B L D"], *, reverse: bool = False) -> tuple[Array, Array, Array, Array]:
-        """(u, delta before bias and softplus, B, C) in scan order, of the first channels of x.
+        """(u, what dt_proj makes delta of, B, C) in scan order, of the first channels of x.
 
         `reverse` scans from the last token to the first; the convolution, too, is causal in reversed time.
         """
         made, u = convolved(self.x_proj, self.conv, x, self.channels, reverse=reverse)
         dt, B, C = jnp.split(made, self.splits, axis=-1)
-        return u, self.dt_proj(dt), B, C
+        return u, dt, B, C
 
 
 class VimMixer(nnx.Module):
@@ -196,7 +197,9 @@ class VimMixer(nnx.Module):
     ) -> tuple[tuple[Array, Array, Array, Array], tuple[Array, int]]:
         x = normalised(self.in_proj, norm, x)
         made = (self.directions[0](x), self.directions[1](x, reverse=True))
-        u, delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
+        of_u, dt, of_B, of_C = zip(*made, strict=True)
+        delta = projected(self.scan, [direction.dt_proj for direction in self.directions], dt)
+        u, B, C = (jnp.stack(parts, axis=2) for parts in (of_u, of_B, of_C))
         return (u, delta, B, C), channels_from(self.config.d_inner, x, self.z)
 
     def _merge(

@@ -22,6 +22,7 @@ from ouromamba_jax.models.layers import (
     classifier,
     nan_unless_finite,
     normalised,
+    projected,
     scan_map,
     uniform,
 )
@@ -130,9 +131,9 @@ class VMambaDirection(nnx.Module):
         self.dt_proj = nnx.Linear(rank, width, kernel_init=uniform(rank**-0.5), **types)
 
     def __call__(self, x: Float[Array, "B H W E"], **order: Any) -> tuple[Array, Array, Array]:
-        """(delta before bias and softplus, B, C) of a map, in this direction's scan order."""
+        """(what dt_proj makes delta of, B, C) of a map, in this direction's scan order."""
         dt, B, C = jnp.split(after(self.x_proj, route, x, **order), self.splits, axis=-1)
-        return self.dt_proj(dt), B, C
+        return dt, B, C
 
 
 class VMambaMixer(nnx.Module):
@@ -169,7 +170,9 @@ class VMambaMixer(nnx.Module):
         made = [
             direction(x, transpose=t, reverse=r) for direction, (t, r) in zip(self.directions, DIRECTIONS, strict=True)
         ]
-        delta, B, C = (jnp.stack(parts, axis=2) for parts in zip(*made, strict=True))
+        dt, of_B, of_C = zip(*made, strict=True)
+        delta = projected(self.scan, [direction.dt_proj for direction in self.directions], dt)
+        B, C = (jnp.stack(parts, axis=2) for parts in (of_B, of_C))
         return x, delta, B, C
 
     def _merge(

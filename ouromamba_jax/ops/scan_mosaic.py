@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from ouromamba_jax.ops import scan_xla
-from ouromamba_jax.ops.scan_types import Routed, ScanOutput, Unsplit, floats
+from ouromamba_jax.ops.scan_types import Product, Routed, ScanOutput, Unsplit, floats
 from ouromamba_jax.ops.split import Split, detection_limit
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.outlier_split import Rule
-from ouromamba_jax.pallas.scan_operand import Operand, Route
+from ouromamba_jax.pallas.scan_operand import Factor, Operand, Route, pack_words
 from ouromamba_jax.pallas.tiles import ScanTiles
 
 
@@ -25,12 +25,18 @@ def run(
                 return Operand(x.merge())
             return Operand(x.x, route=Route(*x.grid, x.transpose, x.reverse))
         if isinstance(x, Unsplit):
-            if reverse or tiles.segments > 1 or x.config.detection == "static":
+            if reverse or x.config.detection == "static":
                 return operand(x.split())
             limit = detection_limit(x.scale, x.config, x.theta)
             shift = None if x.config.outlier_bits == 16 else x.shift
             rule = Rule.of(x.config, x.shape[1], shift)
-            return Operand(x.x, numbers=rule.numbers(x.scale, limit, shift), rule=rule)
+            numbers = rule.numbers(x.scale, limit, shift)
+            if isinstance(x.x, Product) and x.x.weight.shape[0] <= kernel.MOST_INPUTS:
+                split, weight = x.x.split, x.x.weight
+                low, high = pack_words(split.low), None if split.high is None else pack_words(split.high)
+                factor = Factor.of(weight.values, weight.scale[0], x.x.dtype)
+                return Operand(low, high, split.scale[None], numbers, factor, rule)
+            return Operand(x.floats(), numbers=numbers, rule=rule)
         return Operand(x.low, x.high, x.scale[None]) if isinstance(x, Split) else Operand(x)
 
     def operands(x):

@@ -9,10 +9,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Float32, Int, Int8, PyTree
 
+from ouromamba_jax.ops.qtensor import QTensor
 from ouromamba_jax.ops.split import OutlierConfig, Split, rounded, split_outliers
 
 Collect = Callable[[Float[Array, "B D N"]], PyTree]
 StateTransform = Callable[[Float[Array, "B D N"], Int[Array, ""]], Float[Array, "B D N"]]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["value", "split", "weight"], meta_fields=["dtype"])
+@dataclass(frozen=True)
+class Product:
+    """`outlier_matmul(split, weight, dtype=dtype)`, (B, L, E), which a GPU's scan makes itself of its few inputs.
+
+    Then nobody reads `value`, and a compiled program does not compute it. Gradients take it.
+    """
+
+    value: Float[Array, "B L E"]
+    split: Split
+    weight: QTensor
+    dtype: DTypeLike
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, L, E)."""
+        return self.value.shape
 
 
 @partial(
@@ -22,12 +42,12 @@ StateTransform = Callable[[Float[Array, "B D N"], Int[Array, ""]], Float[Array, 
 )
 @dataclass(frozen=True)
 class Unsplit:
-    """Floats (B, L, E), tokens in scan order, that stand for their split: a GPU's scan splits them as it reads them.
+    """Floats (B, L, E), or the product that they are, in scan order, for their split: a GPU's scan splits as it reads.
 
     Fields as the arguments of `split_outliers`.
     """
 
-    x: Float[Array, "B L E"]
+    x: Float[Array, "B L E"] | Product
     scale: Float32[Array, " L"]
     config: OutlierConfig
     theta: Float32[Array, " L"] | None = None
@@ -39,13 +59,17 @@ class Unsplit:
         """(B, L, E)."""
         return self.x.shape
 
+    def floats(self) -> Float[Array, "B L E"]:
+        """x, computed."""
+        return self.x.value if isinstance(self.x, Product) else self.x
+
     def split(self) -> Split:
         """The split itself."""
-        return split_outliers(self.x, self.scale, self.config, **self._calibrated)
+        return split_outliers(self.floats(), self.scale, self.config, **self._calibrated)
 
     def merge(self) -> Float32[Array, "B L E"]:
         """What the scan takes; differentiable as `split.rounded`."""
-        return rounded(self.x, self.scale, self.config, **self._calibrated)
+        return rounded(self.floats(), self.scale, self.config, **self._calibrated)
 
     @property
     def _calibrated(self) -> dict[str, Any]:

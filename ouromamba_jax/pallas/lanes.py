@@ -64,6 +64,35 @@ def where(condition: Any, x: Array, otherwise: Array | float) -> Array:
     return jnp.where(jnp.full(x.shape, condition.astype(jnp.int32)) != 0, x, otherwise)
 
 
+def dot(row: Any, weights: list[Int32[Array, "128"]], *, emulated: bool) -> Int32[Array, "128"]:
+    """The product of a row of int8, four to an int32 word, with those in as many words of each channel."""
+    if emulated:
+        total = jnp.zeros((LANES,), jnp.int32)
+        for w, mine in enumerate(weights):
+            for shift in (24, 16, 8, 0):
+                level, weight = (lax.shift_right_arithmetic(lax.shift_left(x, shift), 24) for x in (row[w], mine))
+                total = total + level * weight
+        return total
+    result = plgpu.ShapeDtypeStruct((LANES,), jnp.dtype("int32"), layout=_LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[_LAYOUT] * len(weights)), return_type=result)
+    def run(_, row, *weights):
+        kind = ir.IntegerType.get_signless(32)
+        text = {"asm_string": "dp4a.s32.s32 $0, $1, $2, $3;", "constraints": "=r,r,r,r"}
+        attributes: Any = {name: ir.StringAttr.get(value) for name, value in text.items()}
+        total = _word(0)
+        for w, mine in enumerate(_scalar(x) for array in weights for x in array.registers.flat):
+            operands = [memref.load(row, [_index(_word(w))]), mine, total]
+            made = ir.Operation.create("llvm.inline_asm", results=[kind], operands=operands, attributes=attributes)
+            total = made.results[0]
+        like = weights[0]
+        registers = like.registers.copy()
+        registers.flat[0] = vector.broadcast(ir.VectorType.get((1,), kind), total)
+        return type(like)(_registers=registers, _layout=like.layout, _is_signed=True)
+
+    return run(row, *weights)
+
+
 def store(row: Any, first: Any, values: Array, *, emulated: bool) -> None:
     """Writes what `load` would read, in the row's type."""
     (channels,) = row.shape

@@ -13,6 +13,8 @@ from ouromamba_jax.pallas.scan_operand import Operand, Operands, merged
 from ouromamba_jax.pallas.tiles import SCAN_CHANNELS, ScanTiles, scan_tiles
 
 STATES = (1, 8, 16)
+MOST_INPUTS = 64
+"""Of a product that the scan makes: 16 words of a channel's weights in a thread's registers."""
 
 
 def unsuitable(*, A: Float[Array, "D N"], state_transform: Any = None, **_: Any) -> str | None:
@@ -91,7 +93,7 @@ def _segments(options, *arguments):
 
     def cut_operand(x):
         scale = None if x.scale is None else x.scale.reshape(count, length // count)
-        if x.route is not None:
+        if x.route is not None or x.rule is not None:
             return replace(x, segments=count)
         return Operand(cut(x.low), cut(x.high), scale)
 
@@ -100,11 +102,8 @@ def _segments(options, *arguments):
 
     u, delta = (tuple(map(cut_operand, x)) for x in (u, delta))
     tokens = u, delta, A, cut(B), cut(C), D, cut(z), delta_bias
-    _, h, _ = _scan(options._replace(with_starts=False), *tokens[:5], None, None, delta_bias, None)
-    steps = merged(delta).astype(jnp.float32)
-    steps = steps if delta_bias is None else steps + delta_bias[None, None]
-    steps = jax.nn.softplus(steps) if options.softplus else steps
-    decay = jnp.exp(jnp.sum(steps, axis=1)[:, :, None] * A[None])
+    steps, h = _ends(options._replace(with_starts=False), *tokens[:5], delta_bias)
+    decay = jnp.exp(steps[:, :, None] * A[None])
 
     def follow(first, segment):
         last, decay = segment
@@ -134,14 +133,44 @@ def _scan(options, *arguments):
     return _launch(options, arguments, options.tiles.chunk if options.with_starts else None)
 
 
-def _launch(options, arguments, chunk):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ends(options, *arguments):
+    """(sum of the step sizes, last state) of every segment; nothing else is written."""
+    *tokens, delta_bias = arguments
+    steps, h_last, _ = _launch(options, (*tokens, None, None, delta_bias, None), None, ends=True)
+    return steps, h_last
+
+
+def _ends_by_scan(options, *arguments):
+    """The same, from what can be differentiated."""
+    *tokens, delta_bias = arguments
+    _, h_last, _ = _scan(options, *tokens, None, None, delta_bias, None)
+    steps = merged(tokens[1]).astype(jnp.float32)
+    steps = steps if delta_bias is None else steps + delta_bias[None, None]
+    steps = jax.nn.softplus(steps) if options.softplus else steps
+    return jnp.sum(steps, axis=1), h_last
+
+
+def _ends_fwd(options, *arguments):
+    return jax.vjp(partial(_ends_by_scan, options), *arguments)
+
+
+def _ends_bwd(options, pull_back, cotangents):
+    return pull_back(cotangents)
+
+
+_ends.defvjp(_ends_fwd, _ends_bwd)
+
+
+def _launch(options, arguments, chunk, *, ends=False):
     # Imported here: Mosaic takes a while, and most processes never run a kernel.
     from ouromamba_jax.pallas.selective_scan_forward import forward
 
     u, delta, A, B, C, D, z, delta_bias, h0 = arguments
     return forward(
         u, delta, A, B, C, D, z=z, delta_bias=delta_bias, h0=h0,
-        delta_softplus=options.softplus, reverse=options.reverse, chunk=chunk, interpret=options.interpret,
+        delta_softplus=options.softplus, reverse=options.reverse, chunk=chunk, ends=ends,
+        interpret=options.interpret,
     )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ are part of the walk, so u, delta, z and y cross memory once. exp(delta A) is 2^
 
 u and delta may come as an array for every group, so that nobody has to copy them side by side; a program then branches
 to the arrays of its group. Either may be levels in steps of their tokens, or be split here: a thread has its channel
-and the tokens in order, which is all that Algorithm 2 asks for.
+and the tokens in order, which is all that Algorithm 2 asks for. A segment first walks the tokens of a window that began
+before it. What is split may be a product of few inputs, of which a thread holds its channel's weights.
 """
 
 from functools import partial
@@ -51,11 +52,15 @@ def forward(
     delta_softplus: bool = False,
     reverse: bool = False,
     chunk: int | None = None,
+    ends: bool = False,
     interpret: Any = None,
-) -> tuple[Float[Array, "B L D"], Float32[Array, "B D N"], Float32[Array, "B chunks N D"] | None]:
+) -> tuple[
+    Float[Array, "B L D"] | Float32[Array, "B D"], Float32[Array, "B D N"], Float32[Array, "B chunks N D"] | None
+]:
     """y, the last state, and with `chunk` (an even number of tokens) the state before each chunk, in scan order.
 
-    Arguments as in `scan.selective_scan`, N at most 16. y has u's type, or B's where u is levels.
+    With `ends` the sum of the step sizes (B, D) comes in y's place. Arguments as in `scan.selective_scan`, N at most
+    16. y has u's type, or B's where u is levels.
     """
     (batch, length, groups, states), channels = B.shape, A.shape[0]
     width = channels // groups
@@ -66,6 +71,7 @@ def forward(
     optional = {name: x for name, x in optional.items() if x is not None}
     operands, structure = jax.tree.flatten((inputs, A.T * LOG2_E, B, C, optional))
     rules = {name: x[0].rule for name, x in inputs.items() if x[0].rule is not None}
+    factors = {name: x[0].factor for name, x in inputs.items() if x[0].factor is not None}
     apart = any(len(operands) > 1 for operands in inputs.values())
     emulated = interpret is not None
 
@@ -98,11 +104,13 @@ def forward(
                 return load(ref, sample, t)
             return lanes.load(ref.at[sample, t], first, emulated=emulated)
 
-        def along(operand, t):
-            if operand.route is None:
-                return vector(operand.low, t)
-            whole = lax.rem(sample, operand.segments) * length + t
-            return vector(operand.low, operand.route.place(whole), sample // operand.segments)
+        def place(operand, t):
+            """(sample, token) where t of my segment lies."""
+            if operand.segments == 1:
+                whole, at = t, sample
+            else:
+                whole, at = lax.rem(sample, operand.segments) * length + t, sample // operand.segments
+            return at, whole if operand.route is None else operand.route.place(whole)
 
         def of_my_group(read, start=0, count=groups if apart else 1):
             """read(group), one of `count`: between two, the compiler selects addresses instead."""
@@ -115,23 +123,47 @@ def forward(
             )
             return lax.cond(group < start + half, lower, upper)
 
-        def fetch(k):
-            """Inputs of the tokens of a step, as they lie in memory but in floats."""
+        def held(index, name):
+            """My channel's weights and their step."""
+            factor = inputs[name][index if len(inputs[name]) > 1 else 0].factor
+            words = [lanes.load(factor.words.at[w], first, emulated=emulated) for w in range(factor.words.shape[0])]
+            return words, lanes.load(factor.column, first, emulated=emulated)
+
+        weights = {name: of_my_group(partial(held, name=name)) for name in factors}
+
+        def multiplied(operand, name, at, t):
+            words, column = weights[name]
+            total = lanes.dot(operand.low.at[at, t], words, emulated=emulated)
+            if operand.high is not None:
+                high = lanes.dot(operand.high.at[at, t], words, emulated=emulated)
+                total = total + lax.shift_left(high, jnp.full((LANES,), 8, jnp.int32))
+            x = total.astype(jnp.float32) * column * operand.scale[0, t]
+            return x.astype(factors[name].dtype).astype(jnp.float32)
+
+        def fetch(indices):
+            """Inputs of so many tokens, as they lie in memory but in floats."""
 
             def token(index, t):
                 values = {}
                 for name, of_groups in inputs.items():
                     mine = of_groups[index if len(of_groups) > 1 else 0]
-                    levels = [along(mine, t).astype(jnp.float32)]
+                    at, whole = place(mine, t)
+                    numbers = tuple(ref[whole] for ref in mine.numbers)
+                    if mine.factor is not None:
+                        values[name] = [multiplied(mine, name, at, whole)], numbers
+                        continue
+                    levels = [vector(mine.low, whole, at).astype(jnp.float32)]
                     if any(x.high is not None for x in of_groups):
                         levels += [nothing if mine.high is None else vector(mine.high, t).astype(jnp.float32)]
-                    numbers = tuple(ref[t] for ref in mine.numbers)
                     if mine.scale is not None:
                         numbers = (mine.scale[lax.rem(sample, mine.scale.shape[0]), t],)
                     values[name] = levels, numbers
                 return values
 
-            return of_my_group(lambda index: tuple(token(index, position(k * AHEAD + i)) for i in range(AHEAD)))
+            return of_my_group(lambda index: tuple(token(index, position(i)) for i in indices))
+
+        def following(k):
+            return fetch([k * AHEAD + i for i in range(AHEAD)])
 
         def finished(name, values, i, lists):
             """An input in floats, and the lists of what is split here after it."""
@@ -139,9 +171,9 @@ def forward(
             x = levels[0] if len(levels) == 1 else levels[0] + 256.0 * levels[1]
             if name in lists:
                 rule = rules[name]
-                place = lax.rem(i, rule.window)
-                listed = lanes.where(place > 0, lists[name], rule.window)
-                x, listed = rule.level(x, place, listed, numbers)
+                since = lax.rem(skipped(inputs[name][0]) + i, rule.window)
+                listed = lanes.where(since > 0, lists[name], rule.window)
+                x, listed = rule.level(x, since, listed, numbers)
                 lists = lists | {name: listed}
             return (x * numbers[0] if numbers else x), lists
 
@@ -151,7 +183,7 @@ def forward(
             return d * jnp.where(i < length, jnp.float32(1), jnp.float32(0))
 
         def walk(k, carry):
-            h, lists, loaded = carry
+            h, total, lists, loaded = carry
             if chunk is not None:
 
                 @pl.when(lax.rem(k, chunk // AHEAD) == 0)
@@ -159,17 +191,20 @@ def forward(
                     for n in range(states):
                         store(starts[0], sample, k * AHEAD // chunk, n, h[n])
 
-            following = fetch(k + 1)
+            coming = following(k + 1)
             outs = []
             for i, values in enumerate(loaded):
                 t = position(k * AHEAD + i)
                 x, lists = finished("u", values, k * AHEAD + i, lists)
                 d, lists = finished("delta", values, k * AHEAD + i, lists)
                 d = step_size(d, k * AHEAD + i)
+                total = total + d if ends else total
                 dx = d * x
                 decays = [jnp.exp2(d * rate) for rate in rates]
                 inflow = [dx * B[sample, t, group, n].astype(jnp.float32) for n in range(states)]
                 h = tuple(a * h_n + b for a, h_n, b in zip(decays, h, inflow, strict=True))
+                if ends:
+                    continue
                 out = nothing
                 for n in range(states):
                     out = out + h[n] * C[sample, t, group, n].astype(jnp.float32)
@@ -181,17 +216,34 @@ def forward(
                 outs.append((t, out))
             for t, out in outs:
                 store(y, sample, t, out)
-            return h, lists, following
+            return h, total, lists, coming
+
+        def skipped(operand):
+            """Tokens of the sample before my segment."""
+            return 0 if operand.segments == 1 else lax.rem(sample, operand.segments) * length
+
+        def catch_up(i, lists):
+            (values,) = fetch([i])
+            for name in lists:
+                _, lists = finished(name, values, i, lists)
+            return lists
 
         start = tuple(load(given["h0"], sample, n) if "h0" in given else nothing for n in range(states))
         lists = {name: jnp.full((LANES,), rule.window, jnp.int32) for name, rule in rules.items()}
-        h, *_ = lax.fori_loop(0, steps, walk, (start, lists, fetch(0)))
+        for name, rule in rules.items():
+            if inputs[name][0].segments > 1:
+                begun = lax.rem(skipped(inputs[name][0]), rule.window)
+                lists |= lax.fori_loop(-begun, 0, catch_up, {name: lists[name]})
+        h, total, *_ = lax.fori_loop(0, steps, walk, (start, nothing, lists, following(0)))
         for n in range(states):
             store(h_last, sample, n, h[n])
+        if ends:
+            store(y, sample, total)
 
     state = (batch, states, channels)
     dtype = B.dtype if u[0].low.dtype == jnp.int8 else u[0].low.dtype
-    shapes = [jax.ShapeDtypeStruct((batch, length, channels), dtype), jax.ShapeDtypeStruct(state, jnp.float32)]
+    made = ((batch, channels), jnp.float32) if ends else ((batch, length, channels), dtype)
+    shapes = [jax.ShapeDtypeStruct(*made), jax.ShapeDtypeStruct(state, jnp.float32)]
     if chunk is not None:
         shapes.append(jax.ShapeDtypeStruct((batch, pl.cdiv(length, chunk), *state[1:]), jnp.float32))
     y, h_last, *starts = plgpu.kernel(

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.ops.passes import Ask, Asking
-from ouromamba_jax.ops.scan_types import Unsplit
+from ouromamba_jax.ops.scan_types import Product, Unsplit
 from ouromamba_jax.ops.split import Split
 from ouromamba_jax.ops.split_calibration import Calibration, calibrating
 from ouromamba_jax.quantize.config import QuantConfig, QuantRule
@@ -99,7 +99,7 @@ class ActQuantizer(nnx.Module):
         check_tokens(x, self.scale.shape[0])
         return self.calibration.split(x, self.config)
 
-    def unsplit(self, x: Float[Array, "B L C"]) -> Unsplit:
+    def unsplit(self, x: Float[Array, "B L C"] | Product) -> Unsplit:
         """x for a scan that may split it itself. Raises as `split` does."""
         check_tokens(x, self.scale.shape[0])
         found = self.calibration
@@ -110,7 +110,7 @@ class ActQuantizer(nnx.Module):
         return self.unsplit(x).merge().astype(x.dtype)
 
 
-def check_tokens(x: Float[Array, "B L ..."], calibrated: int) -> None:
+def check_tokens(x: Float[Array, "B L ..."] | Product, calibrated: int) -> None:
     """Checks that x has as many tokens per sample as scales were found for.
 
     Raises:

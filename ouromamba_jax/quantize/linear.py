@@ -14,6 +14,7 @@ from ouromamba_jax.ops.matmul import KernelWeight, outlier_matmul, prepare
 from ouromamba_jax.ops.passes import Asking, together
 from ouromamba_jax.ops.producers import split_after
 from ouromamba_jax.ops.qtensor import QTensor, quantize_with_scale, search_weight_scale
+from ouromamba_jax.ops.scan_types import Product
 from ouromamba_jax.ops.split import Split
 from ouromamba_jax.ops.split_calibration import Calibration
 from ouromamba_jax.ops.straight_through import straight_through
@@ -75,6 +76,12 @@ class QuantLinear(nnx.Module):
             return _float_product(x, self.weight.dequantize(), bias, self.dtype)
         check_tokens(as_tokens(x), self.act.scale.shape[0])
         return self.after(lambda x: x, x)
+
+    def promise(self, x: Float[Array, "B L K"]) -> Product | None:
+        """What the layer makes of x, for a scan that multiplies itself; None where that takes more than levels."""
+        if self.act is None or self.bias is not None or self.spec.config.weight_group is not None:
+            return None
+        return Product(self(x), self.act.split(x), self.weight, self.dtype)
 
     def after(
         self,

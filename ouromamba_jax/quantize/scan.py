@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ouromamba_jax.models.layers import SelectiveScan
+from ouromamba_jax.models.layers import SelectiveScan, apart
 from ouromamba_jax.ops.passes import Ask, Asking, together
 from ouromamba_jax.ops.qtensor import MIN_SCALE, QTensor, max_level
-from ouromamba_jax.ops.scan_types import Routed, ScanOutput, Unsplit
+from ouromamba_jax.ops.scan_types import Product, Routed, ScanOutput, Unsplit
 from ouromamba_jax.ops.split_calibration import Calibration
 from ouromamba_jax.quantize.activation import (
     ActQuantizer,
@@ -63,11 +63,14 @@ class RoundedOperands:
         return self.scan(*self.operands(u, delta, B, C), collect=collect)
 
     def operands(self, u: Array, delta: Array, B: Array, C: Array) -> tuple[Array, Array, Array, Array, Array, Array]:
-        u, delta, B, C = (self.round_operand(name, x) for name, x in (("u", u), ("delta", delta), ("B", B), ("C", C)))
+        return self.round_operand("u", u), self.round_operand("delta", delta), *self.all_but_tokens(B, C)
+
+    def all_but_tokens(self, B: Array, C: Array) -> tuple[Array, Array, Array, Array]:
+        """A, B, C and D as the scan uses them."""
+        B, C = self.round_operand("B", B), self.round_operand("C", C)
         A, D = self.parameter("A"), self.parameter("D")
         A = self.decay_rates() if A is None else A
-        D = self.D[...].astype(jnp.float32) if D is None else D[:, 0]
-        return u, delta, A, B, C, D
+        return A, B, C, self.D[...].astype(jnp.float32) if D is None else D[:, 0]
 
     def scan(self: Any, u, delta, A, B, C, D, *, collect=None) -> ScanOutput:
         transform = self.state_transform(u)
@@ -100,7 +103,7 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
     def __call__(self, u: Array, delta: Array, B: Array, C: Array, *, collect: Any = None) -> ScanOutput:
         if self.state_scale is not None:  # the states are rounded, too, for which no kernel stops
             return super().__call__(u, delta, B, C, collect=collect)
-        _, _, *others = self.operands(u, delta, B, C)
+        others = self.all_but_tokens(B, C)
         return self.scan(self._unsplit("u", u), self._unsplit("delta", delta), *others, collect=collect)
 
     def of_map(self, x: Float[Array, "B H W E"], orders: Any, delta: Array, B: Array, C: Array) -> ScanOutput:
@@ -109,19 +112,24 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
         u: Any = tuple(Routed(tokens, grid, transpose, reverse) for transpose, reverse in orders)
         if self.state_scale is not None or "u" in self.act:
             return self(jnp.stack([route.merge() for route in u], axis=2), delta, B, C)
-        _, _, *others = self.operands(u, delta, B, C)
-        return self.scan(u, self._unsplit("delta", delta), *others)
+        return self.scan(u, self._unsplit("delta", delta), *self.all_but_tokens(B, C))
 
-    def _unsplit(self, name: str, x: Float[Array, "B L G E"]) -> Array | tuple[Unsplit, ...]:
+    @property
+    def takes_products(self) -> bool:
+        """Whether delta may come as a tuple of `Product` (see `models.layers.projected`)."""
+        return self.state_scale is None and "delta" in self.act
+
+    def _unsplit(self, name: str, x: Any) -> Array | tuple[Unsplit, ...]:
         """An operand of the scan, which splits it where it reads it."""
         if name not in self.act:
             return x
-        return tuple(quantizer.unsplit(x[:, :, g]) for g, quantizer in enumerate(self.act[name]))
+        return tuple(quantizer.unsplit(part) for quantizer, part in zip(self.act[name], apart(x), strict=True))
 
-    def round_operand(self, name: str, x: Float[Array, "B L G C"]) -> Array:
+    def round_operand(self, name: str, x: Any) -> Array:
         if name not in self.act:
             return x
-        return jnp.stack([quantizer.round(x[:, :, g]) for g, quantizer in enumerate(self.act[name])], axis=2)
+        parts = [part.value if isinstance(part, Product) else part for part in apart(x)]
+        return jnp.stack([quantizer.round(part) for quantizer, part in zip(self.act[name], parts, strict=True)], axis=2)
 
     def parameter(self, name: str) -> Array | None:
         if name not in self.parameter_levels:

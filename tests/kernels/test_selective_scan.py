@@ -11,8 +11,10 @@ from draws import heavy_tailed
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ouromamba_jax.ops import scan, scan_mosaic
+from ouromamba_jax.ops.matmul import outlier_matmul
+from ouromamba_jax.ops.qtensor import QTensor
 from ouromamba_jax.ops.scan import BACKENDS, selective_scan
-from ouromamba_jax.ops.scan_types import Unsplit
+from ouromamba_jax.ops.scan_types import Product, Unsplit
 from ouromamba_jax.ops.split import OutlierConfig, Split
 from ouromamba_jax.pallas import selective_scan as kernel
 from ouromamba_jax.pallas.scan_operand import Operand
@@ -34,6 +36,13 @@ def random_part(rng, kind, shape):
         x, scale = heavy_tailed(int(rng.integers(99)), shape), jnp.asarray(rng.uniform(0.1, 0.2, shape[1]), jnp.float32)
         shift = jnp.asarray(rng.integers(0, 4, shape[1]), jnp.int8)
         return Unsplit(x, scale, OutlierConfig(), 8 * scale, shift)
+    if kind.startswith("product"):
+        split = random_part(rng, "two bytes" if kind.endswith("two bytes") else "levels", (*shape[:2], 6))
+        values = jnp.asarray(rng.integers(-127, 128, (6, shape[2])), jnp.int8)
+        weight = QTensor(values, jnp.asarray(rng.uniform(0.001, 0.002, (1, shape[2])), jnp.float32), 8)
+        value = outlier_matmul(split, weight, implementation="xla")
+        scale = jnp.asarray(rng.uniform(0.02, 0.04, shape[1]), jnp.float32)
+        return Unsplit(Product(value, split, weight, jnp.dtype("float32")), scale, OutlierConfig(), 9 * scale)
     low, high = (jnp.asarray(rng.integers(-127, 128, shape), jnp.int8) for _ in range(2))
     step = rng.uniform(0.002, 0.02, shape[1]) / (100 if kind == "two bytes" else 1)
     return Split(low, high if kind == "two bytes" else None, jnp.asarray(step, jnp.float32), low[:, :1], shape[1])
@@ -61,6 +70,7 @@ OPERANDS = {
     "u alone": (("two bytes",) * 3, ("floats",) * 3),
     "unsplit": (("floats",) * 2, ("unsplit",) * 2),
     "both unsplit": (("unsplit",), ("unsplit",)),
+    "products": (("floats",) * 2, ("product", "product of two bytes")),
     "mixed": (("floats", "levels"), ("unsplit", "levels")),
 }
 
@@ -83,12 +93,23 @@ def test_every_group_is_read_as_it_lies(kinds, width, states):
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("kinds", ["unsplit", "products"])
+def test_a_window_goes_on_in_the_next_segment(kinds):
+    """Three segments of eight tokens, windows of ten; lists that began anew would change levels by a quarter."""
+    call = random_call(np.random.default_rng(4), *OPERANDS[kinds], 20, 1, length=24)
+    tiles = ScanTiles(piece=1, chunk=2, segments=3)
+    y, h_last, _ = scan_mosaic.run(**call, tiles=tiles, interpret=INTERPRET)
+    expected = BACKENDS["xla"].run(**call)
+    assert_near(y, expected.y)
+    assert_near(h_last, expected.h_last)
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("kinds", OPERANDS)
 def test_gradients_of_every_group(kinds):
-    """To floats, and to the steps of levels; two segments, but where the scan splits."""
+    """To floats, and to the steps of levels; two segments."""
     call = random_call(np.random.default_rng(1), *OPERANDS[kinds], 20, 1, length=12)
-    segments = 1 if "unsplit" in str(OPERANDS[kinds]) else 2
-    ours = partial(scan_mosaic.run, tiles=ScanTiles(piece=1, chunk=2, segments=segments), interpret=INTERPRET)
+    ours = partial(scan_mosaic.run, tiles=ScanTiles(piece=1, chunk=2, segments=2), interpret=INTERPRET)
 
     def gradients(run):
         def loss(A, bias, u, delta):

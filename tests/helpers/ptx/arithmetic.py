@@ -46,6 +46,16 @@ simple(["rsqrt"], lambda x: 1 / np.sqrt(x))
 simple(["copysign"], lambda sign, x: np.copysign(x, sign))
 
 
+@operation("dp4a")
+def dp4a(threads, i):
+    """A sum, and the products of four signed bytes."""
+
+    def total(a, b, c):
+        return sum((((a << n) >> 24) * ((b << n) >> 24) for n in map(np.int32, (0, 8, 16, 24))), c)
+
+    return elementwise(threads, i, np.int32, total)
+
+
 @operation("fma")
 def fma(threads, i):
     def once_rounded(a, b, c):  # a product of float32 is exact in float64
