@@ -277,7 +277,7 @@ KERNELS: dict[str, tuple[Any, ...]] = {  # a function, its arguments, and perhap
     "split gated_mean 1536": (producer, ("gated_mean", 1536), {"start": 1536}),
     "split beside_conv_silu 160": (producer, ("beside_conv_silu", 160), {"start": 160, "causal": False}),
     "split route 96": (producer, ("route", 96), {"transpose": True, "reverse": True}),
-    "split patches3x3 80": (producer, ("patches3x3", 80), {"stride": 2}),
+    "split patches3x3 80": (producer, ("patches3x3", 80), {"stride": 2, "tanh_gelu": True}),
     # Directions of Vim, MambaVision and VMamba: groups of 96 and 160 channels, the 3136 tokens of stage 1 cut in 4
     "scan 1536x16 bf16": (scan, (1536, 16, 1, "bfloat16")),
     "scan 160x8": (scan, (160, 8, 1)),

@@ -186,7 +186,8 @@ class ConvBlock(nnx.Module):
         self.conv2 = Conv3x3(dim, dim, **types)
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
-        return self.trace(x)[0]
+        x = _enter(self.downsample, x)
+        return self.conv2(self.conv1(x), residual=x, tanh_gelu=True)
 
     def trace(
         self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
@@ -194,7 +195,7 @@ class ConvBlock(nnx.Module):
         """(output, LayerTrace without scans)."""
         del collect
         x = _enter(self.downsample, x)
-        update = self.conv2(jax.nn.gelu(self.conv1(x), approximate=True))
+        update = self.conv2(self.conv1(x), tanh_gelu=True)
         return x + update.astype(jnp.float32), LayerTrace((), as_tokens(x), as_tokens(update))
 
 

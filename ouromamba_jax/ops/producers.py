@@ -147,11 +147,15 @@ def beside_conv_silu(
     return jnp.concatenate([y, conv_silu(z, taps, bias, **options)], axis=-1)
 
 
-def patches3x3(x: Float[Array, "B H W C"], *, stride: int, dtype: DTypeLike) -> Float[Array, "B h w P"]:
+def patches3x3(
+    x: Float[Array, "B H W C"], *, stride: int, dtype: DTypeLike, tanh_gelu: bool = False
+) -> Float[Array, "B h w P"]:
     """P = 9 C entries of each 3x3 patch as (row, column, channel), with a border of zeros.
 
-    They hold an entry of the map up to nine times, so the map is cast, not they.
+    They hold an entry of the map up to nine times, so the map is cast, not they; and before that goes through a GELU
+    in its tanh form, if so told.
     """
+    x = cpu_barrier(gelu(x, approximate=True)) if tanh_gelu else x
     return jnp.concatenate(conv_taps(x.astype(dtype), stride=stride), axis=-1)
 
 

@@ -156,6 +156,7 @@ def run(
             j = lax.rem(t, between[1]) * stride + lax.rem(part, 3) - 1
             inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
             x = row(refs[0], sample, jnp.clip(i, 0, height - 1) * width + jnp.clip(j, 0, width - 1))
+            x = _gelu(x, approximate=True) if options.get("tanh_gelu") else x
             return lanes.where(inside, x, 0.0)
 
         arrays = (tokens_of(arrays[0]),)

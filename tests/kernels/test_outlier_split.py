@@ -147,6 +147,7 @@ def producer_calls(C, dtype="float32"):
         "gated_mean": (producers.gated_mean, (x(0, 2, 12, 2, C), conv[0]), dict(start=C)),
         "beside_conv_silu": (producers.beside_conv_silu, (x(0, 2, 12, C), *conv), dict(start=C, causal=False, **kind)),
         "patches3x3": (producers.patches3x3, (x(0, 2, 5, 7, C),), dict(stride=2, **kind)),
+        "patches3x3 of a GELU": (producers.patches3x3, (x(0, 2, 5, 7, C),), dict(stride=2, tanh_gelu=True, **kind)),
     }
 
 
@@ -175,7 +176,7 @@ def test_an_activation_made_with_its_split(name, channels):
     """XLA's levels but where sums or transcendental functions round an entry at a tie elsewhere."""
     producer, arrays, options = producer_calls(channels)[name]
     tokens = producers._xla(producer, arrays, options, jnp.ones(12), OutlierConfig(), keep=True)[1].size
-    tokens = tokens // 2 // (9 if name == "patches3x3" else 2 if name == "beside_conv_silu" else 1) // channels
+    tokens = tokens // 2 // (9 if name.startswith("patches3x3") else 2 if name == "beside_conv_silu" else 1) // channels
     scale = jnp.linspace(0.1, 0.3, tokens)
     call = producer, arrays, options, scale, OutlierConfig()
     keep = name not in ROWS

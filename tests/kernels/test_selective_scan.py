@@ -104,6 +104,15 @@ def test_a_window_goes_on_in_the_next_segment(kinds):
     assert_near(h_last, expected.h_last)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [20, 130])
+def test_products_on_the_device(width):
+    call = random_call(np.random.default_rng(5), *OPERANDS["products"], width, 1)
+    call.pop("state_transform")
+    y, expected = (selective_scan(**call, implementation=name).y for name in ("mosaic_gpu", "xla"))
+    assert_near(y, expected, tolerances.SCAN_VALUE_GPU["float32"])
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("kinds", OPERANDS)
 def test_gradients_of_every_group(kinds):
