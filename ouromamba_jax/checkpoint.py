@@ -33,6 +33,7 @@ from ouromamba_jax.models.vim import VimConfig
 from ouromamba_jax.ops.qtensor import max_level, pack_levels, packed_rows, unpack_levels
 from ouromamba_jax.quantize.activation import KernelLayout, Levels, SiteSpec
 from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
+from ouromamba_jax.sharding import without_mesh
 
 _FORMAT = 3
 
@@ -41,6 +42,7 @@ class CheckpointError(ValueError):
     """A native checkpoint that cannot be read; the message names the file and the problem."""
 
 
+@without_mesh
 def save(path: str | Path, model: VisionModel) -> None:
     """Writes `model`, float or quantised, to the new folder `path`, whole or not at all.
 
@@ -97,6 +99,7 @@ def save(path: str | Path, model: VisionModel) -> None:
         raise
 
 
+@without_mesh
 def load(path: str | Path, **overrides: Any) -> VisionModel:
     """The model that `save` wrote to `path`; a name such as "vim_micro" loads the checkpoint shipped with the package.
 
@@ -186,6 +189,11 @@ def read_description(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'config.json'} is damaged: {error}.") from error
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         found = description.get("format") if isinstance(description, dict) else None
+        if found is None:
+            raise CheckpointError(
+                f"{path} is not a folder that save wrote: if it is a hub folder, convert it first (ouromamba convert "
+                "or from_torch)."
+            )
         raise CheckpointError(
             f"{path} has checkpoint format {found}, and this version reads format {_FORMAT}: convert or quantise the "
             "model again."

@@ -10,6 +10,7 @@ from ouromamba_jax.gen import GenConfig, generate_images
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.quantize import QuantConfig, QuantReport
 from ouromamba_jax.quantize.run import quantize as quantize_with
+from ouromamba_jax.quantize.sites import resolve_sites
 from ouromamba_jax.quantize.stages import Progress
 
 
@@ -55,6 +56,7 @@ def quantize(
       ((4, 10), True)
     """
     if images is None:
+        resolve_sites(model, config)  # what is wrong with the rules is said before images are made
         images = generate_images(
             model,
             generation or GenConfig(),

@@ -2,13 +2,14 @@
 
 import ctypes
 import os
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array
 
 _KEEP = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
@@ -43,6 +44,19 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in _KEEP:
             mallopt(option, value)
+
+
+def without_mesh[**P, T](function: Callable[P, T]) -> Callable[P, T]:
+    """The function, run outside of the mesh that its caller has set: it spreads its batches over meshes of its own."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if get_abstract_mesh().empty:
+            return function(*args, **kwargs)
+        with jax.set_mesh(Mesh(np.empty((), object), ())):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def data_mesh(batch: int) -> Mesh:

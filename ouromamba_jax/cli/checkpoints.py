@@ -63,7 +63,7 @@ def convert(arguments: argparse.Namespace) -> None:
     model = _changed(arguments) if is_native else converted(arguments.name, arguments)
     save(arguments.out, model)
     count = sum(leaf.size for _, leaf in nnx.to_flat_state(nnx.state(model)))
-    print(f"{arguments.out}: {arguments.name} with {count:,} parameters")
+    print(f"{arguments.out}: {model.family if is_native else arguments.name} with {count:,} parameters")
 
 
 def converted(name: str, arguments: argparse.Namespace) -> VisionModel:

@@ -36,7 +36,7 @@ def given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
 
 
 def check_output(path: str, *, suffix: str | None = None) -> None:
-    """Refuses, before any work is done, what could not be written at its end."""
+    """Raises, before any work is done, if `path` exists or cannot be written."""
     if suffix is not None and not path.endswith(suffix):
         raise ValueError(f"{path} must end in {suffix}.")
     if local_path(path).exists():

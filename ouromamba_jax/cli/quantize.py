@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import re
+import shutil
 import types
 import typing
 from pathlib import Path
@@ -23,7 +24,8 @@ from ouromamba_jax.evaluation.evaluate import predict
 from ouromamba_jax.evaluation.metrics import agreement, sqnr_db
 from ouromamba_jax.files import local_path, write_json, write_text
 from ouromamba_jax.models import VisionModel
-from ouromamba_jax.quantize.report import memory_report
+from ouromamba_jax.quantize.report import finite, memory_report
+from ouromamba_jax.quantize.sites import resolve_sites
 
 
 def add_verbs(verb: Verb) -> None:
@@ -41,17 +43,13 @@ def add_verbs(verb: Verb) -> None:
     sub.add_argument("--images", help="calibration images, generated otherwise: .npz, folder, digits, or tfds:NAME")
     sub.add_argument("--split", help="split of a named data set, by default train")
     sub.add_argument("--limit", type=int, help="use this many images; by default all")
-    sub.add_argument("--num-images", type=int, default=GenConfig.num_images, help="images to generate")
-    sub.add_argument("--iterations", type=int, default=GenConfig.iterations, help="updates per generated batch")
-    sub.add_argument("--seed", type=parse_seed, default=0, help="of the generation: same seed, same images")
+    sub.add_argument("--num-images", type=int, help=f"images to generate, by default {GenConfig.num_images}")
+    sub.add_argument("--iterations", type=int, help=f"updates per generated batch, by default {GenConfig.iterations}")
+    sub.add_argument("--seed", type=parse_seed, help="of the generation, by default 0: same seed, same images")
     sub.add_argument("--no-keep-images", action="store_true", help="leave the generated images out of OUT")
-    sub.add_argument(
-        "--bits",
-        required=True,
-        help="of weights and activations, e.g. w4a4, w8a8, w3a8; a16 leaves activations float",
-    )
-    sub.add_argument("--weight-bits", type=int, help="instead of those in --bits")
-    sub.add_argument("--act-bits", type=int, help="instead of those in --bits")
+    sub.add_argument("--bits", help="of weights and activations, e.g. w4a4, w8a8, w3a8; a16 leaves activations float")
+    sub.add_argument("--weight-bits", type=int, help="with --act-bits the same as --bits")
+    sub.add_argument("--act-bits", type=int, help="with --weight-bits the same as --bits")
     sub.add_argument("--outlier-bits", type=int, help="by default 8 with activations of up to 6 bits, else 16")
     sub.add_argument(
         "--rule",
@@ -84,36 +82,64 @@ def add_verbs(verb: Verb) -> None:
     sub.add_argument("--json", action="store_true", help="print the whole report as JSON")
 
 
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What quantising cost, on the images of calibration."""
+
+    calibration_images: int
+    agreement: float
+    sqnr_db: float
+
+
 def quantize_verb(arguments: argparse.Namespace) -> None:
     check_output(arguments.out)
+    _check_used(arguments)
     config = quant_config(arguments)
     model = _float_model(arguments)
+    resolve_sites(model, config)  # what is wrong with the rules is said before images are made
     out = local_path(arguments.out)
     with unfinished(arguments) as folder:
         images, generated = _calibration_images(arguments, model, folder)
         with bar("quantising") as advance:
             quantised, report = quantize(model, jnp.asarray(images), config, progress=advance, resume=folder)
         reference, logits = (predict(m, images, batch_size=config.batch_size) for m in (model, quantised))
-        scores = {
-            "calibration images": len(images),
-            "agreement": agreement(logits, reference),
-            "sqnr_db": sqnr_db(reference, logits),
-        }
-        save(out, quantised)
-        write_json(out / "report.json", report.to_json() | scores)
-        write_text(out / "report.md", report.markdown())
+        scores = Scores(len(images), agreement(logits, reference), sqnr_db(reference, logits))
+        whole = folder / "result"
+        shutil.rmtree(whole, ignore_errors=True)
+        save(whole, quantised)
+        write_json(whole / "report.json", finite(report.to_json() | dataclasses.asdict(scores)))
+        write_text(whole / "report.md", report.markdown())
         if generated is not None and not arguments.no_keep_images:
-            save_images(str(out / "images.npz"), generated)
+            save_images(str(whole / "images.npz"), generated)
+        whole.replace(out)
     if arguments.json:
         print((out / "report.json").read_text())
         return
     print(
         f"{arguments.out}: {report.summary()}\n"
-        f"logits: {scores['sqnr_db']:.1f} dB SQNR, {100 * scores['agreement']:.1f} % of the classes are the float "
+        f"logits: {scores.sqnr_db:.1f} dB SQNR, {100 * scores.agreement:.1f} % of the classes are the float "
         f"model's, on the {len(images)} calibration images\n"
         f"size: {memory_report(quantised)}\n"
         f"every site: {out / 'report.md'}, or ouromamba inspect {arguments.out}"
     )
+
+
+def _check_used(arguments: argparse.Namespace) -> None:
+    """Refuses options that the others make idle.
+
+    Raises:
+      ValueError: naming the option and what it needs.
+    """
+    reading = ("set", "entry", "prefix", "revision", "fresh_head", "interpolate_positions")
+    idle = {
+        "--model": reading if arguments.model is None else (),
+        "--images": ("split", "limit") if arguments.images is None else (),
+        "no --images": ("num_images", "iterations", "seed", "no_keep_images") if arguments.images is not None else (),
+    }
+    for needed, names in idle.items():
+        for name in names:
+            if getattr(arguments, name) not in (None, False):
+                raise ValueError(f"--{name.replace('_', '-')} needs {needed}; change one of the two.")
 
 
 def _float_model(arguments: argparse.Namespace) -> VisionModel:
@@ -141,8 +167,9 @@ def _calibration_images(arguments: argparse.Namespace, model: VisionModel, folde
         split = chosen_split(arguments.images, arguments.split, "train")
         loaded = load_images(arguments.images, split, config.img_size, config.preprocessing, limit=arguments.limit)
         return loaded.images, None
-    config = GenConfig(num_images=arguments.num_images, iterations=arguments.iterations)
-    key = jax.random.key(arguments.seed)
+    given_sizes = {name: getattr(arguments, name) for name in ("num_images", "iterations")}
+    config = GenConfig(**{name: value for name, value in given_sizes.items() if value is not None})
+    key = jax.random.key(arguments.seed or 0)
     generated = generate_images(model, config, key, progress=True, checkpoint_dir=folder / "images")
     return np.asarray(generated.images), generated
 
@@ -153,15 +180,22 @@ def quant_config(arguments: argparse.Namespace) -> QuantConfig:
     Raises:
       ValueError: for bits or rules that mean nothing.
     """
-    match = re.fullmatch(r"w(\d+)a(\d+)", arguments.bits.lower())
-    if match is None:
-        raise ValueError(f"--bits {arguments.bits} means nothing; give the bits of weights and activations, e.g. w4a4.")
-    bits = {"weight_bits": int(match[1]), "act_bits": int(match[2])} | given(arguments, QuantConfig)
-    rules = tuple(map(parse_rule, arguments.rule or ()))
-    if bits["act_bits"] == 16:
-        return QuantConfig.preset("w4a4", **bits | {"act_bits": None}, rules=rules)
-    outlier_bits = 8 if bits["act_bits"] <= 6 else 16
-    return QuantConfig.preset("w4a4", **{"outlier_bits": outlier_bits} | bits, rules=rules)
+    spelled = {name: getattr(arguments, name) for name in ("weight_bits", "act_bits")}
+    if arguments.bits is not None:
+        match = re.fullmatch(r"w(\d+)a(\d+)", arguments.bits.lower())
+        if match is None or any(spelled.values()):
+            raise ValueError(
+                f"--bits {arguments.bits} {'stands beside others' if match else 'means nothing'}; give the bits of "
+                "weights and activations once, e.g. --bits w4a4."
+            )
+        spelled = {"weight_bits": int(match[1]), "act_bits": int(match[2])}
+    elif None in spelled.values():
+        raise ValueError("the bits are missing; give those of weights and activations, e.g. --bits w4a4.")
+    if not 2 <= spelled["act_bits"] <= 8 and spelled["act_bits"] != 16:
+        raise ValueError(f"activations cannot have {spelled['act_bits']} bits; give 2 to 8, or 16 to leave them float.")
+    bits = given(arguments, QuantConfig) | spelled | {"rules": tuple(map(parse_rule, arguments.rule or ()))}
+    preset = "w4a4" if bits["act_bits"] <= 6 else "w8a8"
+    return QuantConfig.preset(preset, **bits | ({"act_bits": None} if bits["act_bits"] == 16 else {}))
 
 
 def parse_rule(text: str) -> QuantRule:

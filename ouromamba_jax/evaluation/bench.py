@@ -29,7 +29,7 @@ from ouromamba_jax.evaluation.limit import with_bare_products
 from ouromamba_jax.evaluation.stand_in import float_stand_in, quantised_stand_in
 from ouromamba_jax.files import write_json
 from ouromamba_jax.models import VisionModel
-from ouromamba_jax.ops import matmul
+from ouromamba_jax.ops import matmul, producers
 from ouromamba_jax.ops import scan as scans
 from ouromamba_jax.ops import split as outliers
 from ouromamba_jax.quantize import QuantConfig
@@ -136,10 +136,10 @@ def preferring(implementation: str) -> Iterator[None]:
     Raises:
       ValueError: if no operation has such a backend.
     """
-    tables = (outliers.BACKENDS, matmul.BACKENDS, scans.BACKENDS)
+    tables = (outliers.BACKENDS, producers.BACKENDS, matmul.BACKENDS, scans.BACKENDS)
     if not any(implementation in table for table in tables):
         raise ValueError(
-            f"no operation has an implementation {implementation!r}; choose one of {', '.join(tables[1])}."
+            f"no operation has an implementation {implementation!r}; choose one of {', '.join(matmul.BACKENDS)}."
         )
     before = [dict(table) for table in tables]
 

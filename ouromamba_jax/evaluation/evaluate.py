@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from ouromamba_jax.evaluation.metrics import agreement, decibels, hits, sqnr_db, top1
 from ouromamba_jax.models.base import VisionModel, apply_stage
 from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
-from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
+from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host, without_mesh
 
 _NO_IMAGES = "there are no images to evaluate on; name a data set that has some."
 
@@ -47,6 +47,7 @@ class StageRunner:
         return x
 
 
+@without_mesh
 def predict(
     model: VisionModel, images: Float[Array | np.ndarray, "N H W 3"], *, batch_size: int = 128
 ) -> Float[np.ndarray, "N classes"]:
@@ -150,6 +151,7 @@ class _Tally:
         return Accuracy(first, fifth, self.count, self.timed / self.seconds, self.non_finite, agree, ratio)
 
 
+@without_mesh
 def compare(models: Mapping[str, VisionModel], batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Accuracy]:
     """Accuracy of models, by name, over the same (images, labels) batches of any sizes; the first is the reference.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,10 @@ def restore(path: Path, identity: str, run: RunState, batch_size: int) -> Unfini
     try:
         arrays = read_npz(path)
         if str(arrays["identity"]) != identity:
-            raise ValueError(f"{path} belongs to another model, config or key; use another directory or delete it.")
+            raise ValueError(
+                f"{path} belongs to another model, config or key, or was made elsewhere; delete it or use another "
+                "directory."
+            )
         done, iteration, targets = arrays["done"], int(arrays["iteration"]), arrays["targets"]
         history = {name: arrays[f"history/{name}"] for name in run.history}
     except KeyError as error:
@@ -62,7 +66,7 @@ def restore(path: Path, identity: str, run: RunState, batch_size: int) -> Unfini
     if iterations != run.history["total"].shape[1]:
         raise ValueError(
             f"{path} holds a run of {iterations} iterations, and another number changes the learning rate of each; ask "
-            f"for {iterations} or use another directory."
+            f"for {iterations}, delete it, or use another directory."
         )
     if len(done) > len(run.targets):
         raise ValueError(f"{path} already holds {len(done)} images; ask for as many or more, or use another directory.")
@@ -88,5 +92,7 @@ def run_identity(model: VisionModel, weights: Any, config: GenConfig, key: Array
     """
     config = dataclasses.replace(config, num_images=1, iterations=1, checkpoint_every=1)
     digest = checksum(jax.tree.leaves(weights))
-    precision = f"{jnp.dtype(model.dtype).name} jax {jax.__version__}"
+    precision = (
+        f"{jnp.dtype(model.dtype).name} jax {jax.__version__} {version('ouromamba_jax')} {jax.default_backend()}"
+    )
     return f"{config} {np.asarray(jax.random.key_data(key)).tolist()} {model.config} {digest:08x} {precision}"

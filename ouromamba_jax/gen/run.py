@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from ouromamba_jax.data.preprocessing import Preprocessing, height_width
@@ -20,7 +21,7 @@ from ouromamba_jax.gen.prior import noise, optimiser
 from ouromamba_jax.gen.resume import RunState, restore, run_identity
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
-from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host
+from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host, without_mesh
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -49,6 +50,12 @@ def _pixel_range(preprocessing: Preprocessing) -> tuple[Array, Array]:
     """Normalised values of black and white, (1, 1, 1, 3) each."""
     mean, std = (jnp.asarray(x) for x in preprocessing.mean_and_std())
     return (0.0 - mean) / std, (1.0 - mean) / std
+
+
+def _of_no_mesh(key: Array) -> Array:
+    """The same key, free to go to any device."""
+    local = jax.device_put(key, SingleDeviceSharding(jax.local_devices()[0]))
+    return jax.random.wrap_key_data(jnp.asarray(np.asarray(jax.random.key_data(local))), impl=jax.random.key_impl(key))
 
 
 def _shifted(images: Array, key: Array, config: GenConfig) -> Array:
@@ -96,6 +103,7 @@ def _advance(
     return jax.lax.fori_loop(start, stop, update, (state, record))
 
 
+@without_mesh
 def generate_images(
     model: VisionModel,
     config: GenConfig,
@@ -136,6 +144,7 @@ def generate_images(
       ((2, 32, 32, 3), (1, 3))
     """
     warn_if_miscompiled()
+    key = _of_no_mesh(key)
     network, weights = split(model)
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(weights)):  # integer levels; no float model has any
         raise ValueError("the model is quantised, so its images have no gradient: generate them from the float model.")

@@ -45,7 +45,8 @@ class OutlierConfig:
       outlier_bits: bits of outliers, act_bits..8, or 16.
       n_refresh: tokens per window.
       sigma: standard deviations above the mean magnitude at which calibration sets the threshold theta.
-      detection: "dynamic" is Algorithm 2; "static" a fixed list of channels; "none" has inliers only.
+      detection: "dynamic" is Algorithm 2; "static" a fixed list of channels; "none" has inliers only, as has any
+        detection where outliers have no more bits than inliers.
       static_list: statistic of the magnitude by which calibration picks the channels of detection="static".
 
     Examples:
@@ -75,6 +76,8 @@ class OutlierConfig:
         for name, kind in (("detection", Detection), ("static_list", StaticList)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        if self.outlier_bits == self.act_bits:  # nothing sets outliers apart: plain rounding
+            object.__setattr__(self, "detection", "none")
 
     @property
     def largest_inlier(self) -> int:
@@ -204,7 +207,7 @@ def check_split(x, scale, config: OutlierConfig, theta, shift, channels) -> None
         if value is not None and value.shape != scale.shape:
             raise ValueError(f"{name} must be of scale's shape {scale.shape}, not {value.shape}")
     if config.detection == "static" and (channels is None or channels.shape != x.shape[2:]):
-        raise ValueError('detection="static" needs channels of shape (C,): pass the result of calibrate_channels')
+        raise ValueError('detection="static" needs channels of shape (C,): pass Calibration.channels')
 
 
 def detection_limit(
@@ -225,7 +228,7 @@ def find_first(
     n = window_length(L, config.n_refresh)
     whole = L // n
     if config.detection != "dynamic":
-        listed = jnp.zeros((C,), bool) if channels is None else channels
+        listed = jnp.zeros((C,), bool) if channels is None or config.detection == "none" else channels
         first = jnp.where(listed, 0, n).astype(_counter(n))
         return jnp.broadcast_to(first, (B, -(-L // n), C))
 

@@ -79,7 +79,8 @@ def calibrating(
     zero. The step is searched (100 candidates, 2.4 norm over samples and channels) with what exceeds theta set to zero.
     Where outliers have no more levels than inliers, nothing is set apart and the search sees every entry.
     Where an outlier exceeds Q * S, S is raised until it fits, if that loses less than saturating it. If at some token
-    either loses more than twice as much as outliers in multiples of 2^j would, this activation gets a second byte.
+    the better of the two loses more than twice what outliers in multiples of 2^j would, the activation gets a second
+    byte.
 
     No step is below an eighth of the median of those of tokens that are not all zeros: a token that calibration hardly
     excites, such as one in the black bars of a film, would else have no levels for what it meets later.
@@ -99,7 +100,7 @@ def calibrating(
     def ask(function: Callable[..., Any], *args: Any, join: Any = jnp.add) -> Ask:
         return Ask(lambda batch: function(of(batch), *args), join)
 
-    plain = config.detection == "none" or config.largest_outlier == config.largest_inlier
+    plain = config.detection == "none"
     dynamic = replace(config, detection="dynamic")
     first = yield {
         "finite": ask(lambda x: jnp.isfinite(x).all(), join=jnp.logical_and),

@@ -138,7 +138,7 @@ def empty_calibration(config: QuantConfig, tokens: int, channels: int, *, two_by
     """Zeros of the shapes that `calibrating_activation` would return."""
     return Calibration(
         scale=jnp.zeros((tokens,), jnp.float32),
-        theta=jnp.zeros((tokens,), jnp.bfloat16) if config.detection == "dynamic" else None,
+        theta=jnp.zeros((tokens,), jnp.bfloat16) if config.splitting.detection == "dynamic" else None,
         shift=jnp.zeros((tokens,), jnp.int8) if two_bytes else None,
-        channels=jnp.zeros((channels,), bool) if config.detection == "static" else None,
+        channels=jnp.zeros((channels,), bool) if config.splitting.detection == "static" else None,
     )

@@ -74,6 +74,7 @@ class QuantConfig(OutlierConfig):
 
     Args:
       act_bits: as there, or None: weights alone are quantised, and multiply floats.
+      sigma: as there; one more for delta, as in the paper.
       weight_bits: 2 to 8; symmetric, one scale per output channel.
       weight_group: input channels that share a weight scale, dividing those of every layer; None: all of them.
       operands: which tensors of each selective scan and attention are quantised. A and D, parameters, are rounded once.
@@ -132,9 +133,12 @@ class QuantConfig(OutlierConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}; choose among {', '.join(PRESETS)}.")
-        edges = _FLOAT_EDGES if overrides.get("act_bits", 0) is None else _EDGES
-        rules = (*edges, *overrides.pop("rules", ()))
-        return cls(**{**PRESETS[name], **overrides}, rules=rules)
+        fields = {**PRESETS[name], **overrides}
+        if fields["act_bits"] is None:
+            edge = _WEIGHT_EDGE
+        else:
+            edge = _PLAIN_EDGE if fields["act_bits"] == fields["outlier_bits"] == 8 else _EDGE
+        return cls(**{**fields, "rules": (edge, *fields.pop("rules", ()))})
 
     @property
     def splitting(self) -> OutlierConfig:
@@ -144,8 +148,6 @@ class QuantConfig(OutlierConfig):
             fields["act_bits"] = 8
         if self.detection == "none":  # there are no outliers, whatever their bits
             fields["outlier_bits"] = fields["act_bits"]
-        if fields["outlier_bits"] == fields["act_bits"]:  # nothing sets outliers apart: plain rounding
-            fields["detection"] = "none"
         return OutlierConfig(**fields)
 
     @property
@@ -189,9 +191,10 @@ def _operand_names(operands: Any) -> tuple[str, ...]:
     return tuple(operands)
 
 
-_FLOAT_EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8),)
-_EDGES = (QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8, outlier_bits=16),)
-PRESET_RULES = _FLOAT_EDGES + _EDGES
+_WEIGHT_EDGE = QuantRule(r"^(stem|head)\.", weight_bits=8)
+_EDGE = QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8, outlier_bits=16)
+_PLAIN_EDGE = QuantRule(r"^(stem|head)\.", weight_bits=8, act_bits=8, outlier_bits=8)
+PRESET_RULES = (_WEIGHT_EDGE, _EDGE, _PLAIN_EDGE)
 """What `QuantConfig.preset` puts before other rules, which may override all of it."""
 PRESETS = {
     "w4a4": dict(weight_bits=4, act_bits=4, outlier_bits=8),

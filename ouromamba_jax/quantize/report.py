@@ -168,7 +168,7 @@ class QuantReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values; what is not finite becomes None."""
         data = asdict(self) | {name: getattr(self, name) for name in ("mean_bits", "outlier_rate", "mean_sqnr_db")}
-        return jax.tree.map(lambda x: None if isinstance(x, float) and not np.isfinite(x) else x, data)
+        return finite(data)
 
     def __str__(self) -> str:
         rows = [list(HEADERS), *self.rows()]
@@ -178,6 +178,11 @@ class QuantReport:
         lines += [f"  {path} ({count} entries): {reason}" for path, count, reason in self.kept_float]
         lines += [f"  {path} (activation): {reason}" for path, reason in self.float_operands]
         return "\n".join(lines)
+
+
+def finite(tree: Any) -> Any:
+    """The tree with None for floats that are not finite, which JSON does not have."""
+    return jax.tree.map(lambda x: None if isinstance(x, float) and not np.isfinite(x) else x, tree)
 
 
 HEADERS = ("site", "kind", "bits", "scales", "outliers", "2nd byte", "SQNR", "set by rules")

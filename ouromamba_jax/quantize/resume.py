@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def run_identity(model: VisionModel, images: Array | np.ndarray, config: QuantCo
         "weights": f"{checksum(jax.tree.leaves(nnx.state(model))):08x}",
         "images": f"{images.shape} {checksum([images]):08x}",
         "config": str(config),
-        "version of JAX": jax.__version__,
+        "version of JAX or of this library": f"{jax.__version__} {version('ouromamba_jax')}",
+        "kind of device": jax.default_backend(),
     }
 
 
@@ -64,14 +66,14 @@ def kept_stage(folder: Path, name: str, stage: nnx.Module, identity: Identity) -
         facts = json.loads(str(arrays["facts"]))
         other = [what for what, value in identity.items() if facts["identity"][what] != value]
         if other:
-            raise ValueError(f"{path} is of a run with another {other[0]}; use another folder or delete it.")
+            raise ValueError(f"{folder} holds an unfinished run with another {other[0]}; delete that folder.")
         specs = {site: SiteSpec.from_json(spec) for site, spec in facts["specs"].items()}
         sites = dict(iter_sites(stage))
         modules = {site: _restored(site, sites[site], spec, arrays) for site, spec in specs.items()}
         reports = tuple(SiteReport(**{**report, "rules": ()}) for report in facts["reports"])
         return Fitted(modules, reports, tuple(facts["losses"]))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a stage of a quantisation: {error} is missing; delete it.") from error
+        raise ValueError(f"{path} is not a stage of a quantisation ({error}); delete it.") from error
 
 
 def _restored(path: str, site: Any, spec: SiteSpec, arrays: dict[str, np.ndarray]) -> nnx.Module:

@@ -1,4 +1,4 @@
-"""How what is no activation is rounded: weights, the scan's parameters A and D, and its states."""
+"""Rounding of weights, of the scan's parameters A and D, and of its states."""
 
 from collections.abc import Callable
 from functools import partial
@@ -77,7 +77,7 @@ def search_parameter_scale(x: Float[Array, "D N"], groups: int, config: QuantCon
 
 def _parameter_outliers(grouped: Float[Array, "G E N"], config: QuantConfig) -> Array:
     """Entries beyond mean + sigma * std of their direction and state."""
-    if config.detection == "none":
+    if config.splitting.detection == "none":
         return jnp.zeros(grouped.shape, bool)
     magnitude = jnp.abs(grouped)
     spread = magnitude.std(axis=1, keepdims=True, ddof=1)

@@ -286,8 +286,9 @@ def describe(name: str, spec: SiteSpec) -> dict[str, Any]:
     facts = dict(weight_bits=None, act_bits=config.act_bits, outlier_bits=config.splitting.outlier_bits)
     facts["second_byte"] = any(entry.startswith(f"{name}.") for entry in spec.two_bytes)
     if name in PARAMETER_OPERANDS:
+        max_outlier_bits = config.act_bits if config.splitting.detection == "none" else 8
         granularity = "direction x state" if name == "A" else "direction"
-        return dict(facts, kind="parameter", granularity=granularity, outlier_bits=8)
+        return dict(facts, kind="parameter", granularity=granularity, outlier_bits=max_outlier_bits)
     if name == "h":
         return dict(facts, kind="operand", granularity="direction x token", act_bits=8, outlier_bits=None)
     return dict(facts, kind="operand", granularity="direction x token")

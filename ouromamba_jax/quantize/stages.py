@@ -21,6 +21,7 @@ from ouromamba_jax.quantize.floats import FloatSites, store_floats
 from ouromamba_jax.quantize.kinds import prepare_weights
 from ouromamba_jax.quantize.report import QuantReport, SiteReport
 from ouromamba_jax.quantize.sites import iter_sites, resolve_sites, rules_at, set_module
+from ouromamba_jax.sharding import without_mesh
 
 Progress = Callable[[int, int, str], None]
 """Called with (stages done, stages in all, name of the next)."""
@@ -71,6 +72,7 @@ class Fitted(NamedTuple):
     losses: tuple[float, ...] = ()
 
 
+@without_mesh
 def quantize_stages(
     model: VisionModel,
     images: Float[Array, "N H W 3"],

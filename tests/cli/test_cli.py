@@ -169,6 +169,13 @@ def test_inspect_lists_a_pytorch_file(capsys):
         (("inspect", "vim_tiny"), "vim_tiny is a model's name; convert its checkpoint first"),
         (("demo", "--out", __file__), "it is not a folder"),
         (("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out"), "nowhere"),
+        (("quantize", "vim_micro", "out", "--bits", "w4a9"), "cannot have 9 bits; give 2 to 8, or 16"),
+        (("quantize", "vim_micro", "out"), "the bits are missing"),
+        ((*QUANTIZE, "--weight-bits", 8), "--bits w4a4 stands beside others"),
+        ((*QUANTIZE, "--seed", 1), "--seed needs no --images"),
+        (("quantize", "vim_micro", "out", "--bits", "w4a4", "--limit", 4), "--limit needs --images"),
+        (("quantize", "vim_micro", "out", "--bits", "w4a4", "--entry", "model"), "--entry needs --model"),
+        (("quantize", "vim_micro", "out", "--bits", "w4a4", "--rule", "typo:act_bits=8"), "typo"),
         ((*QUANTIZE, "--n-refresh", 0), "n_refresh must be at least 1"),
         ((*QUANTIZE, "--sigma", 0), "sigma must be positive"),
         ((*QUANTIZE, "--weight-group", 0), "weight_group must be a positive number"),
@@ -302,7 +309,7 @@ def test_a_checkpoint_is_quantised_without_data(folder, capsys, tmp_path, monkey
 
     report = json.loads((tmp_path / "low" / "report.json").read_text())
     assert f"{report['mean_bits']:.2f} bits" in lines[0]
-    assert report["calibration images"] == 4
+    assert report["calibration_images"] == 4
     assert 0 <= report["agreement"] <= 1
     assert report["sites"][0]["path"] in (tmp_path / "low" / "report.md").read_text()
     assert report["sites"][0]["path"] in run(capsys, "inspect", "low")[1]

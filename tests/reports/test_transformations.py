@@ -216,6 +216,18 @@ def on_devices(cases):
     expected = ops(ops_inputs()), attention(images_of("vim", 2))
     with jax.set_mesh(explicit), jax.debug_nans(True):
         with_an_explicit_axis(*expected)
+    jobs_leave_the_mesh_of_their_caller(explicit)
+
+
+def jobs_leave_the_mesh_of_their_caller(explicit):
+    model, images = model_of("vim", "quantised"), images_of("vim", 2)
+    expected = predict(model, images, batch_size=2)
+    generation = om.GenConfig(num_images=2, iterations=1, contrastive=0.0)
+    made = om.generate_images(model_of("vim", "float"), generation, jax.random.key(3)).images
+    with jax.set_mesh(explicit):
+        np.testing.assert_array_equal(predict(model, images, batch_size=2), expected)
+        again = om.generate_images(model_of("vim", "float"), generation, jax.random.key(3)).images
+    np.testing.assert_array_equal(again, made)
 
 
 def attention(images):
