@@ -112,10 +112,10 @@ def outlier_matmul(
       >>> om.outlier_matmul(split, weight)[0].round().tolist()
       [[7.0, -21.0], [350.0, 7.0], [14.0, 14.0]]
     """
-    inputs = weight.shape[0]
-    if split.first.shape[-1] != inputs or split.shape[-1] < inputs:
+    inputs, channels = weight.shape[0], split.shape[-1]
+    if channels < inputs or (channels > inputs and split.first is not None):  # see `producers.split_after`
         raise ValueError(
-            f"the activation has {split.first.shape[-1]} channels but the weight {inputs} inputs: "
+            f"the activation has {channels} channels but the weight {inputs} inputs: "
             "pass a (C, O) weight (transpose a PyTorch one)"
         )
     dtype = jnp.dtype(dtype)

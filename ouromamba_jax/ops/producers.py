@@ -5,6 +5,7 @@ A GPU kernel makes both in one pass; elsewhere it is the function, in the model'
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -182,7 +183,8 @@ def split_after(
 ) -> tuple[Split, Array | None]:
     """(split_outliers of producer(*arrays, **options), its axes between the first and the last as tokens; that itself).
 
-    The split is for a product: its bytes may have more channels, which hold anything and which a product leaves out.
+    The split is for a product: it has no `first`, and its bytes may have more channels, which hold anything and which
+    a product leaves out.
 
     Args:
       producer: a function of this module; others, too, if no backend is named.
@@ -197,7 +199,8 @@ def split_after(
 def _xla(producer, arrays, options, scale, config, *, keep, **calibrated) -> tuple[Split, Array | None]:
     x = producer(*arrays, **options)
     tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-    return split_outliers(tokens, scale, config, **calibrated), x if keep else None
+    split = split_outliers(tokens, scale, config, **calibrated)
+    return replace(split, first=None), x if keep else None
 
 
 def _mosaic_gpu(producer, arrays, options, scale, config, *, keep, theta=None, shift=None, channels=None, **launch):
@@ -207,9 +210,9 @@ def _mosaic_gpu(producer, arrays, options, scale, config, *, keep, theta=None, s
     made = kernel.run(
         producer.__name__, arrays, options, scale, limit, config, shift=shift, keep=keep, like=shape, **launch
     )
-    low, *high = made.planes
-    split = Split(low, high[0] if high else None, scale, made.first, config.n_refresh)
-    return split, made.others[0].reshape(shape.shape) if keep else None
+    x = made.pop().reshape(shape.shape) if keep else None
+    low, *high = made
+    return Split(low, high[0] if high else None, scale, None, config.n_refresh), x
 
 
 # In order of preference. "xla" is the reference and supports every call.

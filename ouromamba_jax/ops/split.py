@@ -100,7 +100,8 @@ class Split:
       high: int8 (B, L, C), the levels' high bytes; None where they fit one byte, a static fact of the site.
       scale: float32 (L,), the step S of every token.
       first: (B, windows, C), the token of each window, counted from 0, from which on a channel is listed as an outlier;
-        the window's length where it never is. int8, or int32 where windows have more than 127 tokens.
+        the window's length where it never is. int8, or int32 where windows have more than 127 tokens. None where only
+        a product reads the split (`producers.split_after`).
       n_refresh: tokens per window.
 
     Examples:
@@ -115,7 +116,7 @@ class Split:
     low: Int8[Array, "B L C"]
     high: Int8[Array, "B L C"] | None
     scale: Float32[Array, " L"]
-    first: Int8[Array, "B windows C"]
+    first: Int8[Array, "B windows C"] | None
     n_refresh: int
 
     @property
@@ -133,7 +134,13 @@ class Split:
         return self.levels().astype(jnp.float32) * self.scale[None, :, None]
 
     def listed(self) -> Bool[Array, "B L C"]:
-        """Which entries are treated as outliers."""
+        """Which entries are treated as outliers.
+
+        Raises:
+          ValueError: if the split does not say it.
+        """
+        if self.first is None:
+            raise ValueError("this split was made for a product and does not say what is listed; use split_outliers.")
         return _listed(self.first, self.shape[1], self.n_refresh)
 
 

@@ -64,11 +64,9 @@ class Rule:
         exponent = shift.astype(jnp.float32)
         return scale, limit, jnp.exp2(exponent), jnp.exp2(-exponent)
 
-    def results(self, batch: int, tokens: int, channels: int, width: int | None = None) -> list[jax.ShapeDtypeStruct]:
-        """Of low, high if there is one, and first; bytes of `width` channels, if more are allocated than there are."""
-        first = (batch, -(-tokens // self.window), channels), jnp.int8 if self.window <= 127 else jnp.int32
-        levels = [((batch, tokens, width or channels), jnp.int8)] * (2 if self.two_bytes else 1)
-        return [jax.ShapeDtypeStruct(*shape) for shape in (*levels, first)]
+    def planes(self, batch: int, tokens: int, channels: int) -> list[jax.ShapeDtypeStruct]:
+        """Of low, and high if there is one."""
+        return [jax.ShapeDtypeStruct((batch, tokens, channels), jnp.int8)] * (2 if self.two_bytes else 1)
 
     def level(
         self, x: Float32[Array, " n"], i: Any, first: Int32[Array, " n"], numbers: tuple[Any, ...]
@@ -141,11 +139,13 @@ def split(
         first = lax.fori_loop(0, -(-rule.window // AHEAD), walk, nothing)
         lanes.store(firsts.at[sample, window], channel, first, emulated=emulated)
 
-    results = rule.results(B, L, C)
+    windows = -(-L // rule.window)
+    listed = jax.ShapeDtypeStruct((B, windows, C), jnp.int8 if rule.window <= 127 else jnp.int32)
+    results = *rule.planes(B, L, C), listed
     low, *high, first = plgpu.kernel(
         outlier_split,
-        out_type=tuple(results),
-        grid=(lanes.count_blocks(C), -(-L // rule.window), B),
+        out_type=results,
+        grid=(lanes.count_blocks(C), windows, B),
         grid_names=("block", "window", "sample"),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),  # no memory is both read and written
         **({"interpret": interpret} if emulated else {}),

@@ -40,14 +40,6 @@ class Row(NamedTuple):
         return lanes.load(row, self.first, emulated=self.emulated).astype(jnp.float32)
 
 
-class Results(NamedTuple):
-    """What is made: bytes of the levels, `Split.first`, and other arrays (the activation, a sum)."""
-
-    planes: tuple[Array, ...]
-    first: Array
-    others: tuple[Array, ...]
-
-
 def by_channel(
     name: str,
     value: Callable[..., Array],
@@ -58,8 +50,10 @@ def by_channel(
     parts: int = 1,
     keep: bool = False,
     interpret: Any = None,
-) -> Results:
+) -> list[Array]:
     """Splits value(refs, row, sample, t, part), float32 of my 128 channels of token t, after rounding it to `dtype`.
+
+    Returns the low bytes of the levels, the high ones if there are any, and the activation if it is kept.
 
     Args:
       name: of the kernel, as profilers show it.
@@ -70,20 +64,16 @@ def by_channel(
     rule, numbers, (B, L, C) = site
     width, emulated = C // parts, interpret is not None
     blocks = lanes.count_blocks(width)
-    others = [jax.ShapeDtypeStruct((B, L, C), dtype)] if keep else []
+    kept = [jax.ShapeDtypeStruct((B, L, C), dtype)] if keep else []
     operands, structure = jax.tree.flatten((arrays, numbers))
 
     def body(*refs):
         arrays, numbers = jax.tree.unflatten(structure, refs[: len(operands)])
-        *planes, firsts = refs[len(operands) :][: len(rule.results(B, L, C))]
-        kept = refs[len(refs) - len(others) :]
+        results = refs[len(operands) :]
         sample, window = lax.axis_index("sample"), lax.axis_index("window")
         block = lax.axis_index("block")
         part, row = block // blocks, Row(lanes.first_channel(lax.rem(block, blocks), width), width, emulated)
         of_part = pl.ds(part * width, width)
-
-        def store(ref, *index, values):
-            lanes.store(ref.at[*index, of_part], row.first, values, emulated=emulated)
 
         def walk(k, first):
             tokens = []
@@ -93,45 +83,41 @@ def by_channel(
                 tokens.append((i, t, value(arrays, row, sample, t, part).astype(dtype).astype(jnp.float32)))
             for i, t, x in tokens:
                 level, first = rule.level(x, i, first, tuple(ref[t] for ref in numbers))
-                for ref, values in zip((*planes, *kept), (*rule.bytes(level), *([x] * len(kept))), strict=True):
-                    store(ref, sample, t, values=values)
+                for ref, values in zip(results, (*rule.bytes(level), *([x] * len(kept))), strict=True):
+                    lanes.store(ref.at[sample, t, of_part], row.first, values, emulated=emulated)
             return first
 
         nothing = jnp.full((LANES,), rule.window, jnp.int32)
-        store(firsts, sample, window, values=lax.fori_loop(0, -(-rule.window // AHEAD), walk, nothing))
+        lax.fori_loop(0, -(-rule.window // AHEAD), walk, nothing)
 
     grid = (parts * blocks, -(-L // rule.window), B)
-    return _launch(name, body, operands, site, others, grid, ("block", "window", "sample"), interpret)
+    return _launch(name, body, operands, site, kept, grid, ("block", "window", "sample"), interpret)
 
 
 def by_row(
     name: str,
-    value: Callable[..., tuple[Array, ...]],
+    value: Callable[..., Array],
     normalise: Callable[..., list[Array]],
     arrays: tuple[Any, ...],
     site: Site,
     *,
     dtype: Any,
-    others: tuple[Any, ...] = (),
     interpret: Any = None,
-) -> Results:
-    """Splits normalise(refs, rows, blocks, total), after rounding it to `dtype`.
+) -> list[Array]:
+    """Splits normalise(refs, rows, values, total), after rounding it to `dtype`; returns bytes as `by_channel` does.
 
     Args:
-      value: value(refs, row, sample, t) -> (float32 to be normalised, and what is stored of it in `others`).
+      value: value(refs, row, sample, t) -> float32 to be normalised, a block of channels.
       normalise: of all blocks' values, with `total(list of vectors)` for a sum over the token's channels.
-      others: the types of those, of the activation's shape.
     """
     rule, numbers, (B, L, C) = site
     emulated = interpret is not None
     blocks = lanes.count_blocks(C)
-    more = [jax.ShapeDtypeStruct((B, L, C), kind) for kind in others]
     operands, structure = jax.tree.flatten((arrays, numbers))
 
     def body(*refs):
         arrays, numbers = jax.tree.unflatten(structure, refs[: len(operands)])
-        *planes, firsts = refs[len(operands) :][: len(rule.results(B, L, C))]
-        stored = refs[len(refs) - len(more) :]
+        planes = refs[len(operands) :]
         sample, window = lax.axis_index("sample"), lax.axis_index("window")
         start = window * rule.window
         count = jnp.minimum(rule.window, L - start)
@@ -152,24 +138,22 @@ def by_row(
         def token(i, carry):
             firsts, loaded = carry
             following, t = load(i + 1), start + i  # which arrives while this token is split
-            values = normalise(arrays, rows, [x for x, *_ in loaded], total)
+            values = normalise(arrays, rows, loaded, total)
             numbers_here = tuple(ref[t] for ref in numbers)
             listed = []
-            for row, x, first, (_, *extra) in zip(rows, values, firsts, loaded, strict=True):
+            for row, x, first in zip(rows, values, firsts, strict=True):
                 x = x.astype(dtype).astype(jnp.float32)
                 level, first = rule.level(x, i, first, numbers_here)
                 listed.append(first)
-                for ref, vector in zip((*planes, *stored), (*rule.bytes(level), *extra), strict=True):
+                for ref, vector in zip(planes, rule.bytes(level), strict=True):
                     lanes.store(ref.at[sample, t], row.first, vector, emulated=emulated)
             return listed, following
 
         nothing = [jnp.full((LANES,), rule.window, jnp.int32) for _ in rows]
-        listed, _ = lax.fori_loop(0, count, token, (nothing, load(0)))
-        for row, first in zip(rows, listed, strict=True):
-            lanes.store(firsts.at[sample, window], row.first, first, emulated=emulated)
+        lax.fori_loop(0, count, token, (nothing, load(0)))
 
     grid = (-(-L // rule.window), B)
-    return _launch(name, body, operands, site, more, grid, ("window", "sample"), interpret)
+    return _launch(name, body, operands, site, [], grid, ("window", "sample"), interpret)
 
 
 def copied_width(channels: int) -> int:
@@ -177,18 +161,17 @@ def copied_width(channels: int) -> int:
     return channels if channels < LANES else channels + -channels % 32
 
 
-def _launch(name, body, operands, site: Site, others, grid, grid_names, interpret) -> Results:
+def _launch(name, body, operands, site: Site, kept, grid, grid_names, interpret) -> list[Array]:
     batch, tokens, channels = site.shape
-    levels = site.rule.results(batch, tokens, channels, copied_width(channels))
+    levels = site.rule.planes(batch, tokens, copied_width(channels))
     body.__name__ = name
     results = plgpu.kernel(
         body,
-        out_type=(*levels, *others),
+        out_type=(*levels, *kept),
         grid=grid,
         grid_names=grid_names,
         # No memory is both read and written.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=8192),
         **({"interpret": interpret} if interpret is not None else {}),
     )(*operands)
-    *planes, first = results[: len(levels)]
-    return Results(tuple(planes), first, tuple(results[len(levels) :]))
+    return list(results)

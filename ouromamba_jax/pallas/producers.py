@@ -55,8 +55,8 @@ def run(
     keep: bool,
     like: jax.ShapeDtypeStruct,
     interpret: Any = None,
-) -> Any:
-    """`Results` of the producer's kernel; `like` is what the producer makes."""
+) -> list[Array]:
+    """What the producer's kernel makes, as `by_channel` returns it; `like` is what the producer makes."""
     # Imported here: Mosaic takes a while, and most processes never run a kernel.
     from ouromamba_jax.pallas import lanes
     from ouromamba_jax.pallas.producer_split import Site, by_channel, by_row
@@ -91,12 +91,12 @@ def run(
                     return (a + b).astype(narrow).astype(jnp.float32)
 
                 by_row_ = add(route(t, 0), route(tokens - 1 - t, 2))
-                return (add(by_row_, add(route(column, 1), route(tokens - 1 - column, 3))),)
+                return add(by_row_, add(route(column, 1), route(tokens - 1 - column, 3)))
         else:
             x = tokens_of(x)
 
             def value(refs, row, sample, t):
-                return (row(refs[0], sample, t),)
+                return row(refs[0], sample, t)
 
         def normalise(refs, rows, values, total):
             if norm == "layer_norm":

@@ -151,9 +151,9 @@ def producer_calls(C, dtype="float32"):
     }
 
 
-def cropped(split: Split) -> Split:
+def cropped(split: Split, like: Split) -> Split:
     """Without the channels that no product reads."""
-    return replace(split, low=split.low[..., : split.first.shape[-1]])
+    return replace(split, low=split.low[..., : like.shape[-1]])
 
 
 ROWS = ("rms_norm", "layer_norm", "merged_routes")
@@ -182,13 +182,13 @@ def test_an_activation_made_with_its_split(name, channels):
     keep = name not in ROWS
     calibrated = dict(theta=10 * scale, shift=None, channels=None, keep=keep)
     expected, made = producers._xla(*call, **calibrated)
+    listed = np.abs(expected.levels()) > 7
     got, also = producers._mosaic_gpu(*call, **calibrated, interpret=plgpu.InterpretGPUParams())
-    assert 0.02 < float(expected.listed().mean()) < 0.98
+    assert 0.02 < np.mean(listed) < 0.98
     assert got.low.shape[:2] == expected.low.shape[:2]
-    got = cropped(got)
+    got = cropped(got, expected)
     assert np.mean(got.low != expected.low) < 1e-3
     assert np.abs(got.levels() - expected.levels()).max() <= 1
-    assert np.mean(got.first != expected.first) < 1e-3
     if keep:
         np.testing.assert_allclose(also, made, rtol=1e-5, atol=1e-5)
 
@@ -202,7 +202,7 @@ def test_reasons_against_a_producer():
     with pytest.raises(ValueError, match="NVIDIA"):
         producers.split_after(producer, *call[:2], jnp.ones(12), OutlierConfig(), implementation="mosaic_gpu")
     static = OutlierConfig(detection="static")
-    assert "dynamic" in producers.kernel.supports(producer, *call[:3], static, keep=False)
+    assert "static" in producers.kernel.supports(producer, *call[:3], static, keep=False)
 
 
 @pytest.mark.gpu
@@ -231,6 +231,5 @@ def test_producers_on_the_device(name):
         producers.split_after, producer, arrays, options, scale, OutlierConfig(), keep=name not in ROWS, theta=9 * scale
     )
     (got, _), (expected, _) = (call(implementation=name) for name in ("mosaic_gpu", "xla"))
-    got = cropped(got)
-    assert np.mean(got.first != expected.first) < 0.01
+    got = cropped(got, expected)
     assert np.mean(got.levels() != expected.levels()) < 0.01

@@ -114,6 +114,8 @@ def test_errors_name_the_way_out():
         outlier_matmul(split, weight(rng), bias=jnp.ones(1))
     with pytest.raises(ValueError, match="channels but the weight 34 inputs"):
         outlier_matmul(split, weight(rng, K=K + 1))
+    with pytest.raises(ValueError, match="channels but the weight 32 inputs"):
+        outlier_matmul(split, weight(rng, K=K - 1))
 
 
 def test_a_named_backend_that_refuses_says_why(monkeypatch):

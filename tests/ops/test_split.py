@@ -11,6 +11,7 @@ import tolerances
 from split_loop import loop_split
 
 from ouromamba_jax import OutlierConfig, split_outliers
+from ouromamba_jax.ops.producers import gelu, split_after
 from ouromamba_jax.ops.split import fake_quant
 
 pytestmark = pytest.mark.optimized
@@ -181,3 +182,11 @@ def test_missing_or_misshapen_arguments_are_named():
         split_outliers(x, scale, replace(config, detection="static"))
     with pytest.raises(ValueError, match=r"choose one of .*xla"):
         split_outliers(x, scale, config, implementation="cuda")
+
+
+def test_a_split_for_a_product_does_not_say_what_is_listed():
+    x, scale = jnp.ones((1, 5, 8)), jnp.full((5,), 0.3)
+    split, _ = split_after(gelu, (x,), dict(approximate=True), scale, OutlierConfig())
+    np.testing.assert_array_equal(split.levels(), split_outliers(jax.nn.gelu(x), scale, OutlierConfig()).levels())
+    with pytest.raises(ValueError, match="use split_outliers"):
+        split.listed()
