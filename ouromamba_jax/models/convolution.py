@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Float32
+from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.layers import LayerNorm, after, broadcast_last, uniform
 from ouromamba_jax.ops.producers import conv_silu, conv_taps, depthwise_conv, patches3x3, silu_once
@@ -92,11 +92,9 @@ class Conv3x3(nnx.Module):
         self.dtype = dtype
         self.proj = nnx.Linear(9 * inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B H W C"], *, residual: Float32[Array, "B h w O"] | None = None, **options: Any
-    ) -> Float[Array, "B h w O"]:
-        """Of x, which `options` of `patches3x3` may change first; added to `residual`."""
-        return after(self.proj, patches3x3, x, residual=residual, stride=self.stride, dtype=self.dtype, **options)
+    def __call__(self, x: Float[Array, "B H W C"], **options: Any) -> Float[Array, "B h w O"]:
+        """Of x; `options` of `after` and of `patches3x3`."""
+        return after(self.proj, patches3x3, x, stride=self.stride, dtype=self.dtype, **options)
 
 
 class HalvingConv(nnx.Module):

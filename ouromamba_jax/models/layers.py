@@ -24,16 +24,19 @@ def after(
     *arrays: Any,
     keep: bool = False,
     residual: Float32[Array, "... O"] | None = None,
+    out_dtype: DTypeLike | None = None,
     **options: Any,
 ) -> Any:
     """linear(producer(*arrays, **options)), added to `residual`; with `keep`, beside what the producer made.
 
     A quantised layer has a method `after`, and takes all as one where a kernel makes an activation with its levels.
+    With `out_dtype` the product is cast to that; a quantised layer's is then not rounded to the layer's own type.
     """
     if hasattr(linear, "after"):
-        return linear.after(producer, *arrays, keep=keep, residual=residual, **options)
+        return linear.after(producer, *arrays, keep=keep, residual=residual, out_dtype=out_dtype, **options)
     x = producer(*arrays, **options)
-    y = linear(x) if residual is None else residual + linear(x).astype(jnp.float32)
+    y = linear(x) if out_dtype is None else linear(x).astype(out_dtype)
+    y = y if residual is None else residual + y.astype(jnp.float32)
     return (y, x) if keep else y
 
 

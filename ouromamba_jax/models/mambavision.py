@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Float32
 
 from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, height_width
 from ouromamba_jax.models.base import VisionModel, check_fields
@@ -216,9 +216,12 @@ class MambaVisionMixer(nnx.Module):
         self.z = Operand()
         self.out_proj = nnx.Linear(dim, dim, kernel_init=_INIT, **linear)
 
-    def __call__(self, x: Float[Array, "BW L C"], norm: LayerNorm | None = None) -> Float[Array, "BW L C"]:
+    def __call__(
+        self, x: Float[Array, "BW L C"], norm: LayerNorm | None = None, residual: Float32[Array, "BW L C"] | None = None
+    ) -> Float[Array, "BW L C"]:
+        """Of x, first normalised if there is a norm; added to `residual`."""
         operands, x = self._operands(x, norm)
-        return self._merge(self.scan(*operands).y, x)
+        return self._merge(self.scan(*operands).y, x, residual)
 
     def trace(
         self, x: Float[Array, "BW L C"], order: WindowOrder, *, collect: Callable[[Array], Any] | None = None
@@ -236,13 +239,15 @@ class MambaVisionMixer(nnx.Module):
         delta = projected(self.scan, [self.dt_proj], [dt])
         return (u[:, :, None], delta, B[:, :, None], C[:, :, None]), x
 
-    def _merge(self, y: Float[Array, "BW L 1 E"], x: Float[Array, "BW L C"]) -> Float[Array, "BW L C"]:
+    def _merge(
+        self, y: Float[Array, "BW L 1 E"], x: Float[Array, "BW L C"], residual: Array | None = None
+    ) -> Float[Array, "BW L C"]:
         y, start = y[:, :, 0], y.shape[3]
         if (type(self.z), type(self.conv_z)) == (Operand, DepthwiseConv1d):
             parameters, options = self.conv_z.into()
-            return after(self.out_proj, beside_conv_silu, y, x, *parameters, start=start, **options)
+            return after(self.out_proj, beside_conv_silu, y, x, *parameters, residual=residual, start=start, **options)
         z = self.z(jax.nn.silu(self.conv_z(x[..., start:])))
-        return self.out_proj(jnp.concatenate([y, z], axis=-1))
+        return after(self.out_proj, lambda x: x, jnp.concatenate([y, z], axis=-1), residual=residual)
 
 
 class MambaVisionAttention(nnx.Module):
@@ -254,9 +259,12 @@ class MambaVisionAttention(nnx.Module):
         self.attention = DotProductAttention(heads, dtype=dtype)
         self.proj = nnx.Linear(dim, dim, **types)
 
-    def __call__(self, x: Float[Array, "BW L C"], norm: LayerNorm | None = None) -> Float[Array, "BW L C"]:
-        qkv = normalised(self.qkv, norm, x)
-        return self.proj(self.attention(*jnp.split(qkv, 3, axis=-1)))
+    def __call__(
+        self, x: Float[Array, "BW L C"], norm: LayerNorm | None = None, residual: Float32[Array, "BW L C"] | None = None
+    ) -> Float[Array, "BW L C"]:
+        """As `MambaVisionMixer`."""
+        out = self.attention(*jnp.split(normalised(self.qkv, norm, x), 3, axis=-1))
+        return after(self.proj, lambda x: x, out, residual=residual)
 
     def trace(
         self, x: Float[Array, "BW L C"], order: WindowOrder, *, collect: Callable[[Array], Any] | None = None
@@ -303,7 +311,10 @@ class HybridBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
         x = self._enter(x)
-        return self._leave(x, self.mixer(split_windows(x, self.window), self.norm1))
+        windows = split_windows(x, self.window)
+        if self.gamma1 is not None:
+            return self._leave(x + self._scaled(self.gamma1, self._joined(self.mixer(windows, self.norm1))))
+        return self._leave(self._joined(self.mixer(windows, self.norm1, residual=windows)))
 
     def trace(
         self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
@@ -312,15 +323,17 @@ class HybridBlock(nnx.Module):
         x = self._enter(x)
         order = WindowOrder(self.window, self.window, map_height=self.grid[0], map_width=self.grid[1])
         update, layer = self.mixer.trace(split_windows(self.norm1(x), self.window), order, collect=collect)
-        return self._leave(x, update), layer
+        return self._leave(x + self._scaled(self.gamma1, self._joined(update))), layer
 
     def _enter(self, x: Array) -> Array:
         x = _enter(self.downsample, x)
         below, right = (-size % self.window for size in x.shape[1:3])
         return jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))
 
-    def _leave(self, x: Array, update: Array) -> Array:
-        x = x + self._scaled(self.gamma1, join_windows(update, self.window, self.grid))
+    def _joined(self, windows: Array) -> Array:
+        return join_windows(windows, self.window, self.grid)
+
+    def _leave(self, x: Array) -> Array:
         if self.gamma2 is None:
             x = self.mlp(x, self.norm2, residual=x)
         else:
@@ -386,4 +399,4 @@ def _downsample(config: MambaVisionConfig, level: int, index: int, **types: Any)
 
 
 def _enter(downsample: Conv3x3 | None, x: Array) -> Array:
-    return x if downsample is None else downsample(x).astype(jnp.float32)
+    return x if downsample is None else downsample(x, out_dtype=jnp.float32)

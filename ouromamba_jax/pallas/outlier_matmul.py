@@ -90,21 +90,23 @@ def run(
       residual: to which that is added, in float32.
       options: of `launch`.
     """
-    if residual is not None and (split.high is None or is_wide(weight)):
-        return launch(split, weight, bias, dtype, residual=residual, **options)
-    y = by_accumulator(partial(launch, **options), split, weight, bias, dtype)
-    return y if residual is None else residual + y.astype(jnp.float32)
+    return by_accumulator(partial(launch, **options), split, weight, bias, dtype, residual)
 
 
 def by_accumulator(
-    launch: Callable[..., Array], split: "Split", weight: QTensor | KernelWeight, bias: Any, dtype: Any
+    launch: Callable[..., Array],
+    split: "Split",
+    weight: QTensor | KernelWeight,
+    bias: Any,
+    dtype: Any,
+    residual: Float32[Array, "B L O"] | None = None,
 ) -> Float[Array, "B L O"]:
-    """`launch` once where int32 holds the sum, else once for every byte."""
+    """`launch` once where int32 holds the sum, else once for every byte, the low ones' product added to the others'."""
     if split.high is None or is_wide(weight):
-        return launch(split, weight, bias, dtype)
-    low, high = (launch(replace(split, low=x, high=None), weight) for x in (split.low, split.high))
-    y = low + 256.0 * high
-    return (y if bias is None else y + bias.astype(jnp.float32)[None, None]).astype(dtype)
+        return launch(split, weight, bias, dtype, residual=residual)
+    high = launch(replace(split, low=split.high, high=None, scale=256.0 * split.scale), weight)
+    y = launch(replace(split, high=None), weight, bias, residual=high).astype(dtype)
+    return y if residual is None else residual + y.astype(jnp.float32)
 
 
 def launch(

@@ -57,7 +57,9 @@ def run(
     return mosaic.by_accumulator(_launch, split, weight, bias, dtype)
 
 
-def _launch(split: "Split", weight: QTensor | KernelWeight, bias: Any = None, dtype: Any = jnp.float32) -> Array:
+def _launch(
+    split: "Split", weight: QTensor | KernelWeight, bias: Any = None, dtype: Any = jnp.float32, residual: Any = None
+) -> Array:
     import jax_triton  # here, because it is optional, and sets environment variables
 
     from ouromamba_jax.pallas.triton_matmul_kernel import matmul
@@ -75,7 +77,8 @@ def _launch(split: "Split", weight: QTensor | KernelWeight, bias: Any = None, dt
         num_warps=warps(tiles),
         **constants(split, O, tiles, bias is not None),
     )
-    return y.reshape(B, L, O)
+    y = y.reshape(B, L, O)
+    return y if residual is None else residual + y
 
 
 def warps(tiles: MatmulTiles) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, DTypeLike, Float, Float32
 
 from ouromamba_jax.models.layers import as_tokens
 from ouromamba_jax.ops.matmul import KernelWeight, outlier_matmul, prepare
@@ -89,6 +89,7 @@ class QuantLinear(nnx.Module):
         *arrays: Any,
         keep: bool = False,
         residual: Float32[Array, "... O"] | None = None,
+        out_dtype: DTypeLike | None = None,
         **options: Any,
     ) -> Any:
         """`models.layers.after`: what the producer makes is split where it is made, and written only with `keep`.
@@ -96,12 +97,14 @@ class QuantLinear(nnx.Module):
         Gradients are those of the product of `fake_quant` with the dequantised weight: straight through to what the
         producer takes and to the steps, and with the levels held fixed to the weight's scales.
         """
+        dtype = self.dtype if out_dtype is None else out_dtype
         if self.act is None:
             x = producer(*arrays, **options)
-            y = self(x) if residual is None else residual + self(x).astype(jnp.float32)
+            y = self(x).astype(dtype)
+            y = y if residual is None else residual + y.astype(jnp.float32)
             return (y, x) if keep else y
         shape = jax.eval_shape(lambda *x: producer(*x, **options), *arrays).shape
-        config, dtype = self.act.config, self.dtype
+        config = self.act.config
 
         def run(arrays: Any, residual: Any, found: Calibration, weight: QTensor, layout: Any, bias: Any) -> Any:
             calibrated: Any = dict(theta=found.theta, shift=found.shift, channels=found.channels)

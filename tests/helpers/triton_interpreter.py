@@ -45,7 +45,7 @@ class HostTensor:
     copy_ = set_
 
 
-def launch(split, weight, bias=None, dtype=jnp.float32):
+def launch(split, weight, bias=None, dtype=jnp.float32, residual=None):
     """As `triton_matmul._launch`, inside jit as well."""
     B, L, _ = split.shape
     O = weight.shape[1]
@@ -53,7 +53,8 @@ def launch(split, weight, bias=None, dtype=jnp.float32):
     operands = triton_matmul.operands(split, weight, bias)
     constants = triton_matmul.constants(split, O, TILES, bias is not None)
     y = jax.pure_callback(lambda *arrays: _launch(arrays, out, constants), out, *operands)
-    return y.reshape(B, L, O).astype(dtype)
+    y = y.reshape(B, L, O).astype(dtype)
+    return y if residual is None else residual + y
 
 
 def _launch(arrays, out, constants):

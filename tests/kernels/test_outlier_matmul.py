@@ -166,11 +166,12 @@ def test_two_bytes_at_the_limit_of_an_accumulator(inputs):
     weight = QTensor(jnp.full((inputs, 1), 7, jnp.int8), jnp.ones((1, 1)), 4)
     launched = []
 
-    def launch(split, weight, bias=None, dtype=jnp.float32):
+    def launch(split, weight, bias=None, dtype=jnp.float32, residual=None):
         launched.append(split)
         sums = np.asarray(split.levels(), np.int64) @ np.asarray(weight.values, np.int64)
         assert np.abs(sums).max() <= INT32_MAX
-        return jnp.asarray(sums, jnp.float32)
+        y = jnp.asarray(sums, jnp.float32) * split.scale[None, :, None]
+        return y if residual is None else residual + y
 
     byte = jnp.full((1, 1, inputs), 127, jnp.int8)
     y = kernel.by_accumulator(launch, Split(byte, byte, jnp.ones(1), byte, 1), weight, None, jnp.float32)

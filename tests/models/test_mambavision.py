@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -34,6 +35,8 @@ from ouromamba_jax.models import AttentionTrace, WindowOrder, create_model, list
 from ouromamba_jax.models.layers import DotProductAttention, Operand, SelectiveScan
 from ouromamba_jax.models.mambavision import ConvBlock, HybridBlock
 from ouromamba_jax.models.windows import split_windows
+from ouromamba_jax.quantize import linear
+from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.coverage import check_coverage
 from ouromamba_jax.quantize.sites import iter_sites, named_modules, set_module
 
@@ -322,6 +325,21 @@ def test_another_family_is_named(tensors):
             from_torch("vim_tiny", {prefix + key: value for key, value in tensors.items()})
     with pytest.raises(ConversionError, match="of the vim family"):
         from_torch("mambavision_micro", {"layers.0.mixer.D": np.zeros(3, np.float32)})
+
+
+def test_a_quantised_models_halved_map_is_not_rounded_to_bfloat16():
+    """Nor written twice: it is the float32 map between blocks."""
+    model = create_model("mambavision_micro", rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    block, x = model.blocks[1], jax.random.normal(jax.random.key(0), (1, 12, 12, 32))
+    rounded = block._enter(x)
+    layer = block.downsample.proj
+    spec = SiteSpec(QuantConfig.preset("w8a8"), 36, 288)
+    found = linear.empty(layer, spec) | {"weight": jnp.full((1, 64), 0.01)}
+    found["input"] = replace(found["input"], scale=jnp.full(36, 0.1))
+    set_module(block.downsample, "proj", linear.make(layer, spec, found))
+    for y, share in ((rounded, 1), (block._enter(x), 0)):
+        assert y.dtype == jnp.float32
+        np.testing.assert_allclose(np.mean(y == y.astype(jnp.bfloat16).astype(jnp.float32)), share, atol=0.1)
 
 
 def test_the_micro_preset():
