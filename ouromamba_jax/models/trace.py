@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -22,6 +23,9 @@ class ScanOrder:
       >>> order = ScanOrder(height=2, width=2, class_index=2, reverse=True)
       >>> order.to_image(jnp.arange(5), axis=0).tolist()  # 2, in the middle, is the class token
       [4, 3, 1, 0]
+      >>> grid, class_tokens = order.to_map(jnp.arange(5), axis=0)
+      >>> order.direction, grid.tolist(), class_tokens.tolist()
+      ('backwards', [[4, 3], [1, 0]], [2])
     """
 
     height: int
@@ -40,6 +44,18 @@ class ScanOrder:
         if self.class_index is None:
             return ()
         return self.class_index if isinstance(self.class_index, tuple) else (self.class_index,)
+
+    @property
+    def direction(self) -> str:
+        """ "forwards" or "backwards", and "by columns" where it is not by rows."""
+        return ("backwards" if self.reverse else "forwards") + (" by columns" if self.transpose else "")
+
+    def to_map(self, x: Array, axis: int = 1) -> tuple[Array, Array]:
+        """`axis` of x as a row-major map (..., height, width, ...), and the class tokens apart (..., tokens, ...)."""
+        axis %= x.ndim
+        grid = self.to_image(x, axis).reshape(*x.shape[:axis], self.height, self.width, *x.shape[axis + 1 :])
+        places = np.asarray(self._class_indices, int)
+        return grid, jnp.take(x, self.length - 1 - places if self.reverse else places, axis)
 
     def to_image(self, x: Array, axis: int = 1) -> Array:
         """Brings `axis` of x from scan order to row-major image order, without the class token."""

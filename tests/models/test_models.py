@@ -212,8 +212,20 @@ def test_scan_order(order, tokens, axis):
     assert order.length == len(tokens)
     scanned, image = np.moveaxis(scanned, 1, axis), np.moveaxis(image, 1, axis)
     np.testing.assert_array_equal(order.to_image(jnp.asarray(scanned, jnp.float32), axis), image.astype(np.float32))
+    grid, class_tokens = order.to_map(jnp.asarray(scanned, jnp.float32), axis)
+    axis %= image.ndim
+    shape = (*image.shape[:axis], order.height, order.width, *image.shape[axis + 1 :])
+    np.testing.assert_array_equal(grid, image.astype(np.float32).reshape(shape))
+    places = [i for i, token in enumerate(tokens) if token is None]
+    np.testing.assert_array_equal(class_tokens, scanned.take(places, axis).astype(np.float32))
     with pytest.raises(ValueError, match=f"this scan has {len(tokens)}"):
         order.to_image(jnp.asarray(scanned).take(jnp.arange(5), axis), axis)
+
+
+def test_scan_directions_have_names():
+    orders = [ScanOrder(2, 3, transpose=t, reverse=r) for t in (False, True) for r in (False, True)]
+    names = ["forwards", "backwards", "forwards by columns", "backwards by columns"]
+    assert [order.direction for order in orders] == names
 
 
 def test_trace_orders_lead_back_to_the_image():
