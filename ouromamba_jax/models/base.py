@@ -4,8 +4,9 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, DTypeLike, Float
 
-from ouromamba_jax.data.preprocessing import Preprocessing
+from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, height_width
 from ouromamba_jax.models.layers import Head, as_tokens
 from ouromamba_jax.models.trace import Trace
 from ouromamba_jax.ops.meshes import by_samples
@@ -81,16 +82,42 @@ class VisionModel(nnx.Module):
     """A classifier made of stages: a stem, blocks, a head, each mapping one array to the next.
 
     A family supplies `family`, a config (with img_size, num_classes and preprocessing) and `make_stages`; every block
-    has a `trace` of its own, the head `features`. Generation and quantisation use nothing else of it.
+    has a `trace` of its own, the head `features`. Generation and quantisation use nothing else of it; `features` uses
+    `map_blocks`, `to_map` and `for_size`, which a family overrides where they are other than here.
 
     Args:
       config: the family's.
       rngs: for random weights.
       dtype: of the computation; logits and the stream between the blocks are float32.
       param_dtype: of the stored weights.
+
+    Attributes:
+      drop_path: stochastic depth: the rate, in [0, 1), at which a call with `rngs` drops the last block's residual
+        updates, sample by sample, and makes the others 1 / (1 - rate) times as large. It grows linearly from 0 in the
+        first block.
+      remat: whether gradients compute the inside of every block again instead of keeping it in memory.
+
+    Both may be set at any time, of a quantised model, too; no checkpoint holds them.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import ouromamba_jax as om
+      >>> model, images = om.load("vmamba_micro"), jnp.zeros((1, 40, 64, 3))
+      >>> model(images).shape
+      (1, 10)
+      >>> [x.shape for x in model.features(images)]
+      [(1, 10, 16, 32), (1, 5, 8, 64)]
+      >>> model.drop_path = 0.1
+      >>> model(images, rngs=jax.random.key(0)).shape  # in training
+      (1, 10)
+      >>> [x.shape for x in om.load("vim_micro").features(images, (1, -1))]
+      [(1, 10, 16, 64), (1, 10, 16, 64)]
     """
 
     family: ClassVar[str]
+    default_maps: ClassVar[slice] = slice(None)
+    """Which of `map_blocks` `features` gives by default."""
 
     def __init__(
         self,
@@ -101,6 +128,7 @@ class VisionModel(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
     ):
         self.config, self.dtype = config, dtype
+        self.drop_path, self.remat = 0.0, False
         stem, blocks, head = self.make_stages(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.stem: Any = stem
         self.blocks = nnx.List(blocks)
@@ -117,11 +145,15 @@ class VisionModel(nnx.Module):
         blocks = tuple((f"blocks.{i}", block) for i, block in enumerate(self.blocks))
         return (("stem", self.stem), *blocks, ("head", self.head))
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B classes"]:
+    def __call__(
+        self, images: Float[Array, "B H W 3"], *, rngs: nnx.Rngs | Array | None = None
+    ) -> Float[Array, "B classes"]:
         """The forward pass, stage by stage.
 
         Args:
           images: normalised, of the config's `img_size`.
+          rngs: for training, `nnx.Rngs` (its stream `dropout`) or a key: what `drop_path` draws from. None, as for
+            inference, drops nothing.
 
         Returns:
           logits in float32; the features (B, C) of a model with `num_classes` 0.
@@ -129,19 +161,91 @@ class VisionModel(nnx.Module):
         Raises:
           ValueError: if the images have another shape than the model takes.
         """
-        return self._by_samples(VisionModel._logits, images)
+        return self._by_samples(VisionModel._logits, (images, self._kept(images, rngs)))
 
-    def _logits(self, x: Any) -> Array:
-        for _, stage in self.stages:
-            x = stage(x)  # type: ignore[operator]
+    def features(
+        self,
+        images: Float[Array, "B H W 3"],
+        indices: Sequence[int] | None = None,
+        *,
+        rngs: nnx.Rngs | Array | None = None,
+    ) -> tuple[Float[Array, "B h w C"], ...]:
+        """Feature maps for dense heads, before any norm; what comes after the last of them is not computed.
+
+        Of VMamba and MambaVision, the output of every stage, before the next one halves it. Of a Vim, the output of the
+        last block; its class tokens are left out, and its learned positions resized to the images' grid as `load`
+        does. MambaVision pads maps to whole windows of its `window_size`, whatever the images' size.
+
+        Args:
+          images: normalised, of any size; a quantised model takes those that give its sites the tokens that it was
+            calibrated at.
+          indices: which stages, or blocks of a Vim, from 0; negative ones count from the end.
+          rngs: as `__call__` takes it.
+
+        Returns:
+          maps in float32, in the order of `indices`.
+
+        Raises:
+          ValueError: for an index that does not exist, and images that the model cannot take.
+        """
+        check_image_shape(images, None)
+        size, places = (images.shape[1], images.shape[2]), self.map_blocks
+        indices = range(len(places))[self.default_maps] if indices is None else tuple(indices)
+        if not all(-len(places) <= index < len(places) for index in indices):
+            raise ValueError(f"indices are {indices}, but this model has maps 0 to {len(places) - 1}.")
+        chosen = tuple(places[index] for index in indices)
+        model: Any = self if size == height_width(self.config.img_size) else self.for_size(size)
+        return model._by_samples(partial(VisionModel._maps, blocks=chosen), (images, model._kept(images, rngs)))
+
+    @property
+    def map_blocks(self) -> tuple[int, ...]:
+        """Blocks whose outputs the indices of `features` count: the last one of every stage."""
+        return tuple(end - 1 for end in accumulate(self.config.depths))
+
+    def to_map(self, x: Array) -> Float[Array, "B h w C"]:
+        """A block's output as a map."""
         return x
 
-    def _by_samples(self, function: Callable[..., Any], images: Array, **shared: tuple[str, ...]) -> Any:
-        """function(model, images); where a mesh has explicit axes, through `by_samples`."""
+    def for_size(self, size: tuple[int, int]) -> Any:
+        """This model as `features` needs it for images of another (height, width); the arrays are shared."""
+        model: Any = nnx.merge(*nnx.split(self))
+        model.config = dataclasses.replace(self.config, img_size=size)
+        return model
+
+    def _logits(self, x: tuple[Array, Array | None]) -> Array:
+        *_, out = self._outputs(*x)
+        return self.head(out)
+
+    def _maps(self, x: tuple[Array, Array | None], blocks: tuple[int, ...]) -> tuple[Array, ...]:
+        made = dict(zip(range(-1, max(blocks, default=-1) + 1), self._outputs(*x), strict=False))
+        return tuple(self.to_map(made[block]) for block in blocks)
+
+    def _outputs(self, images: Array, kept: Array | None) -> Iterator[Array]:
+        """What the stem makes, then what every block makes, as it is asked for."""
+        x = self.stem(images)
+        yield x
+        for i, block in enumerate(self.blocks):
+            arguments = (x,) if kept is None else (x, kept[:, i])
+            x = _again(block, *arguments) if self.remat else block(*arguments)
+            yield x
+
+    def _kept(self, images: Array, rngs: nnx.Rngs | Array | None) -> Float[Array, "B blocks 2"] | None:
+        """The factors of all residual updates, two per block; None where nothing is dropped."""
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}, but it is a rate from 0 to less than 1; change it.")
+        if rngs is None or not self.drop_path:
+            return None
+        key = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs
+        rates = jnp.linspace(0, self.drop_path, len(self.blocks), dtype=jnp.float32).reshape(1, -1, 1)
+        drawn = jax.random.uniform(key, (images.shape[0], rates.size, 2), jnp.float32)
+        return jnp.where(drawn < rates, 0, 1 / (1 - rates))
+
+    def _by_samples(self, function: Callable[..., Any], x: Any, **shared: tuple[str, ...]) -> Any:
+        """function(model, x); where a mesh has explicit axes, through `by_samples`."""
         if not get_abstract_mesh().explicit_axes:
-            return function(self, images)
+            return function(self, x)
         graphdef, state = nnx.split(self)
-        return by_samples(lambda x, state: function(nnx.merge(graphdef, state), x), images, state, **shared)
+        return by_samples(lambda x, state: function(nnx.merge(graphdef, state), x), x, state, **shared)
 
     def trace(
         self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
@@ -168,6 +272,12 @@ class VisionModel(nnx.Module):
             x, layer = block.trace(x, collect=collect)
             layers.append(layer)
         return self.head(x), Trace(tokens=as_tokens(tokens), layers=tuple(layers), features=self.head.features(x))
+
+
+def _again(block: nnx.Module, *arguments: Array) -> Array:
+    """block(*arguments), whose inside a gradient computes again."""
+    graphdef, state = nnx.split(block)
+    return jax.checkpoint(lambda state, *arguments: nnx.merge(graphdef, state)(*arguments))(state, *arguments)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -233,6 +233,18 @@ def channels_from(start: int, x: Float[Array, "... D"], operand: Any) -> tuple[F
     return (x, start) if type(operand) is Operand else (operand(x[..., start:]), 0)
 
 
+def updated(
+    x: Float32[Array, "B ..."], y: Float32[Array, "B ..."], kept: Float32[Array, "B 2"] | None, branch: int = 0
+) -> Float32[Array, "B ..."]:
+    """y, which a residual branch made of x; of every sample its update y - x times `kept[:, branch]`, if there is one.
+
+    A block has up to two branches; `VisionModel.drop_path` says what the factors are.
+    """
+    if kept is None:
+        return y
+    return x + kept[:, branch].reshape(-1, *(1,) * (x.ndim - 1)) * (y - x)
+
+
 class DotProductAttention(nnx.Module):
     """softmax(q k^T / sqrt(head width)) v with several heads, each a contiguous part of the channels.
 

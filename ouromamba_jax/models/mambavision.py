@@ -29,6 +29,7 @@ from ouromamba_jax.models.layers import (
     normalised,
     projected,
     uniform,
+    updated,
 )
 from ouromamba_jax.models.trace import LayerTrace
 from ouromamba_jax.models.windows import AttentionTrace, WindowOrder, join_windows, split_windows
@@ -185,9 +186,9 @@ class ConvBlock(nnx.Module):
         self.conv1 = Conv3x3(dim, dim, **types)
         self.conv2 = Conv3x3(dim, dim, **types)
 
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
+    def __call__(self, x: Float[Array, "B H W I"], kept: Float[Array, "B 2"] | None = None) -> Float[Array, "B h w C"]:
         x = _enter(self.downsample, x)
-        return self.conv2(self.conv1(x), residual=x, tanh_gelu=True)
+        return updated(x, self.conv2(self.conv1(x), residual=x, tanh_gelu=True), kept)
 
     def trace(
         self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
@@ -309,12 +310,14 @@ class HybridBlock(nnx.Module):
         scale = None if config.layer_scale is None else jnp.full((dim,), config.layer_scale, param_dtype)
         self.gamma1, self.gamma2 = (None if scale is None else nnx.Param(scale) for _ in range(2))
 
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
+    def __call__(self, x: Float[Array, "B H W I"], kept: Float[Array, "B 2"] | None = None) -> Float[Array, "B h w C"]:
         x = self._enter(x)
         windows = split_windows(x, self.window)
-        if self.gamma1 is not None:
-            return self._leave(x + self._scaled(self.gamma1, self._joined(self.mixer(windows, self.norm1))))
-        return self._leave(self._joined(self.mixer(windows, self.norm1, residual=windows)))
+        if self.gamma1 is None:
+            y = self._joined(self.mixer(windows, self.norm1, residual=windows))
+        else:
+            y = x + self._scaled(self.gamma1, self._joined(self.mixer(windows, self.norm1)))
+        return self._leave(updated(x, y, kept), kept)
 
     def trace(
         self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
@@ -333,11 +336,12 @@ class HybridBlock(nnx.Module):
     def _joined(self, windows: Array) -> Array:
         return join_windows(windows, self.window, self.grid)
 
-    def _leave(self, x: Array) -> Array:
+    def _leave(self, x: Array, kept: Array | None = None) -> Array:
         if self.gamma2 is None:
-            x = self.mlp(x, self.norm2, residual=x)
+            y = self.mlp(x, self.norm2, residual=x)
         else:
-            x = x + self._scaled(self.gamma2, self.mlp(x, self.norm2))
+            y = x + self._scaled(self.gamma2, self.mlp(x, self.norm2))
+        x = updated(x, y, kept, 1)
         return x[:, : self.grid[0], : self.grid[1]] if self.crops else x
 
     def _scaled(self, gamma: nnx.Param | None, update: Array) -> Array:
@@ -390,6 +394,15 @@ class MambaVision(VisionModel):
             for index in range(depth)
         ]
         return stem, blocks, MambaVisionHead(config, **types)
+
+    def for_size(self, size: tuple[int, int]) -> "MambaVision":
+        model = super().for_size(size)
+        model.stem.size = size
+        for level, end in enumerate(self.map_blocks):
+            for block in model.blocks[end + 1 - self.config.depths[level] : end + 1]:
+                if isinstance(block, HybridBlock):
+                    block.grid = model.config.grids[level]
+        return model
 
 
 def _downsample(config: MambaVisionConfig, level: int, index: int, **types: Any) -> Conv3x3 | None:

@@ -1,21 +1,25 @@
 """Learned positions of one grid of patches, resized to another as PyTorch's `interpolate` does."""
 
 from functools import reduce
+from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
 _A = -0.75  # of the cubic convolution; PyTorch's value
 
 
-def resize_grid(x: Float[np.ndarray, "H W C"], size: tuple[int, int]) -> Float[np.ndarray, "h w C"]:
-    """`x` at another (height, width), in float64.
+def resize_grid(x: Float[Any, "H W C"], size: tuple[int, int]) -> Float[Any, "h w C"]:
+    """`x`, of NumPy or JAX, at another (height, width), in its own type.
 
     Bicubic with a = -0.75, centres aligned (align_corners=False), borders repeated, no antialiasing, as
     `torch.nn.functional.interpolate(mode="bicubic")`.
     """
-    x = np.tensordot(cubic_weights(x.shape[0], size[0]), x.astype(np.float64), axes=1)
-    return np.tensordot(x, cubic_weights(x.shape[1], size[1]), axes=(1, 1)).swapaxes(1, 2)
+    xp = x.__array_namespace__()
+    rows, columns = (cubic_weights(before, after).astype(x.dtype) for before, after in zip(x.shape, size, strict=False))
+    with jax.default_matmul_precision("highest"):
+        return xp.tensordot(xp.tensordot(rows, x, axes=1), columns, axes=(1, 1)).swapaxes(1, 2)
 
 
 def cubic_weights(source: int, target: int) -> Float[np.ndarray, "target source"]:
@@ -30,19 +34,20 @@ def cubic_weights(source: int, target: int) -> Float[np.ndarray, "target source"
 
 
 def resize_positions(
-    positions: Float[np.ndarray, "L C"],
+    positions: Float[Any, "L C"],
     source: tuple[int, int],
     target: tuple[int, int],
     places: tuple[tuple[int, ...], tuple[int, ...]],
-) -> Float[np.ndarray, "l C"]:
+) -> Float[Any, "l C"]:
     """Positions of a grid `source` of patches for a grid `target`.
 
     Those of the class tokens are kept and moved from `places[0]` to `places[1]`, their places among all tokens.
     """
-    patches = np.delete(positions, places[0], axis=0).reshape(*source, -1)
+    xp = positions.__array_namespace__()
+    patches = xp.delete(positions, np.asarray(places[0], int), axis=0).reshape(*source, -1)
     resized = resize_grid(patches, target).reshape(-1, positions.shape[1])
     ordered = zip(*places, strict=True)  # ascending, so each insertion leaves the places before it alone
-    return reduce(lambda x, place: np.insert(x, place[1], positions[place[0]], axis=0), ordered, resized)
+    return reduce(lambda x, place: xp.insert(x, place[1], positions[place[0]][None], axis=0), ordered, resized)
 
 
 def _kernel(distance: np.ndarray) -> np.ndarray:

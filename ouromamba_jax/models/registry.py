@@ -102,6 +102,8 @@ def create_model(
     rngs: nnx.Rngs | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
+    drop_path: float = 0.0,
+    remat: bool = False,
     **overrides: Any,
 ) -> VisionModel:
     """A freshly initialised model by its published name.
@@ -111,6 +113,8 @@ def create_model(
       rngs: `nnx.Rngs` for the initial parameters; `nnx.Rngs(0)` if None.
       dtype: type of the computation; scans, norms and the residual stream stay in float32.
       param_dtype: type of the stored parameters.
+      drop_path: rate of stochastic depth in the last block, from 0 in the first, in calls with `rngs`.
+      remat: whether gradients compute every block again instead of keeping what is in it.
       **overrides: config fields, and those of their preprocessing, e.g. `img_size=384, num_classes=10, crop_pct=1.0`.
 
     Raises:
@@ -123,13 +127,16 @@ def create_model(
       >>> model(jnp.zeros((1, 32, 32, 3))).shape
       (1, 5)
     """
-    return build_model(model_config(name, **overrides), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    model = build_model(model_config(name, **overrides), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    model.drop_path, model.remat = drop_path, remat
+    return model
 
 
-def pure(model: VisionModel) -> tuple[Callable[[nnx.State, Array], Array], nnx.State]:
+def pure(model: VisionModel) -> tuple[Callable[..., Array], nnx.State]:
     """(fn, state) with fn(state, images) -> logits, ready for `jax.jit`, `jax.grad` and `jax.vmap`.
 
-    The module graph is fixed here, once; a jitted fn dispatches as fast as any function of a plain pytree.
+    The module graph is fixed here, once; a jitted fn dispatches as fast as any function of a plain pytree. For training
+    with `drop_path`, fn(state, images, rngs=key) takes a new key in every step.
 
     Gradients of a quantised model are straight-through: roundings have slope 1 where nothing is clipped, and the levels
     of weights are held fixed. They reach the images, all steps and scales, and the parameters that stayed float. Levels
@@ -150,7 +157,7 @@ def pure(model: VisionModel) -> tuple[Callable[[nnx.State, Array], Array], nnx.S
     """
     graphdef, state = nnx.split(model)
 
-    def fn(state: nnx.State, images: Array) -> Array:
-        return nnx.merge(graphdef, state)(images)
+    def fn(state: nnx.State, images: Array, *, rngs: Array | None = None) -> Array:
+        return nnx.merge(graphdef, state)(images, rngs=rngs)
 
     return fn, state

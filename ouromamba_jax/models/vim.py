@@ -24,7 +24,9 @@ from ouromamba_jax.models.layers import (
     normalised,
     projected,
     uniform,
+    updated,
 )
+from ouromamba_jax.models.positions import resize_positions
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 from ouromamba_jax.ops.producers import gated_mean
 
@@ -217,8 +219,8 @@ class VimBlock(nnx.Module):
         self.norm = RMSNorm(config.embed_dim, dtype=dtype, param_dtype=param_dtype)
         self.mixer = VimMixer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        return self.mixer(x, self.norm)
+    def __call__(self, x: Float[Array, "B L C"], kept: Float[Array, "B 2"] | None = None) -> Float[Array, "B L C"]:
+        return updated(x, self.mixer(x, self.norm), kept)
 
     def trace(
         self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None
@@ -247,11 +249,30 @@ class VimHead(Head):
 
 
 class Vim(VisionModel):
-    """Vision Mamba classifier."""
+    """Vision Mamba classifier. `features` counts its blocks, and gives the map of the last one."""
 
     family = "vim"
+    default_maps = slice(-1, None)
 
     @staticmethod
     def make_stages(config: VimConfig, **types: Any) -> tuple[VimStem, list[Any], VimHead]:
         stem = VimStem(config, **types)
         return stem, [VimBlock(config, **types) for _ in range(config.depth)], VimHead(config, **types)
+
+    @property
+    def map_blocks(self) -> tuple[int, ...]:
+        return tuple(range(self.config.depth))
+
+    def to_map(self, x: Float[Array, "B L C"]) -> Float[Array, "B h w C"]:
+        height, width = self.config.grid
+        return ScanOrder(height, width, self.config.class_indices).to_map(x)[0]
+
+    def for_size(self, size: tuple[int, int]) -> "Vim":
+        model, before = super().for_size(size), self.config
+        model.stem.config = config = model.config
+        if self.stem.positions is not None:
+            places = before.class_indices, config.class_indices
+            positions = self.stem.positions[...].astype(jnp.float32)
+            resized = resize_positions(positions, before.grid, config.grid, places)
+            model.stem.positions = self.stem.positions.replace(resized)
+        return model

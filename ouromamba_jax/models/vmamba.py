@@ -25,6 +25,7 @@ from ouromamba_jax.models.layers import (
     projected,
     scan_map,
     uniform,
+    updated,
 )
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 from ouromamba_jax.ops.producers import gelu, merged_routes, route, silu_once, summed_routes
@@ -208,10 +209,10 @@ class VMambaBlock(nnx.Module):
         self.norm2 = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
         self.mlp = MLP(dim, int(config.mlp_ratio * dim), **types)
 
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
+    def __call__(self, x: Float[Array, "B H W I"], kept: Float[Array, "B 2"] | None = None) -> Float[Array, "B h w C"]:
         x = self._enter(x)
-        x = self.mixer(x, self.norm)
-        return self.mlp(x, self.norm2, residual=x)
+        x = updated(x, self.mixer(x, self.norm), kept)
+        return updated(x, self.mlp(x, self.norm2, residual=x), kept, 1)
 
     def trace(
         self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None

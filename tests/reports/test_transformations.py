@@ -242,6 +242,11 @@ def with_an_explicit_axis(expected_of_ops, expected_attention):
     np.testing.assert_allclose(jax.jit(ops)(placed), expected_of_ops, rtol=1e-5, atol=1e-5)
     images = images_of("vim", 2)
 
-    trace, maps = jax.jit(attention)(jax.device_put(images, PartitionSpec("data")))
+    placed = jax.device_put(images, PartitionSpec("data"))
+    model.drop_path = 0.5
+    (map_,) = jax.jit(lambda x: model.features(x, rngs=jax.random.key(0)))(placed)
+    assert jax.typeof(map_).sharding.spec[0] == "data"
+    model.drop_path = 0.0
+    trace, maps = jax.jit(attention)(placed)
     assert jax.typeof(maps).sharding.spec[0] == jax.typeof(trace.layers[0].scans[0].states).sharding.spec[0] == "data"
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), (trace, maps), expected_attention)
