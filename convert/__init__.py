@@ -21,6 +21,7 @@ from ouromamba_jax.convert.recognise import (
 from ouromamba_jax.convert.source import CheckpointNote, load_tensors, read_source, tell
 from ouromamba_jax.convert.torch_file import TorchFileError, read_torch
 from ouromamba_jax.convert.vim import fill_vim
+from ouromamba_jax.convert.vit import fill_vit
 from ouromamba_jax.convert.vmamba import fill_vmamba
 from ouromamba_jax.models import VisionModel, create_model
 from ouromamba_jax.models.layers import classifier
@@ -39,6 +40,7 @@ _FILL: dict[str, Callable[..., VisionModel]] = {
     "vim": fill_vim,
     "vmamba": fill_vmamba,
     "mambavision": fill_mambavision,
+    "vit": fill_vit,
 }
 
 
@@ -73,8 +75,8 @@ def from_torch(
       head: "fresh" for a new last layer of `num_classes`, whatever the checkpoint's; with `num_classes=0` there is
         none, and the model returns its features.
       interpolate_positions: resize the positional embeddings of a checkpoint of another input size, bicubically as
-        torch does. Their grid is taken as square where their number allows it, else as shaped like the model's. Only
-        Vim has any.
+        torch does; for Vim without antialiasing, for ViT with it, as their published code does. Their grid is taken as
+        square where their number allows it, else as shaped like the model's. Other families have none.
       **overrides: config fields, `dtype` and `param_dtype`, as `create_model` takes them.
 
     Raises:
@@ -102,10 +104,11 @@ def from_torch(
     check_release(family, tensors)
     other_head = head == "fresh" or not config.num_classes
     check_facts(name, family, config, read.says, given=overrides, other_head=other_head)
-    last = model.head.proj
+    last = {name: layer for name in ("proj", "proj_dist") if (layer := getattr(model.head, name, None)) is not None}
     if other_head:
         tensors = {key: value for key, value in tensors.items() if not HEAD.fullmatch(key)}
-        model.head.proj = None
+        for layer in last:
+            setattr(model.head, layer, None)
         config = dataclasses.replace(config, num_classes=0)
     try:
         filled: Any = _FILL[family](model, tensors, interpolate_positions=interpolate_positions)
@@ -113,7 +116,9 @@ def from_torch(
         reason = main_difference(name, config, family, tensors)
         raise (error if reason is None else ConversionError(f"{reason}; {error}")) from error.__cause__
     if head == "fresh":
-        types = dict(dtype=last.dtype, param_dtype=last.param_dtype, rngs=nnx.Rngs(0))
-        filled.head.proj = classifier(*last.kernel.shape, kernel_init=nnx.initializers.normal(0.02), **types)
+        rngs, init = nnx.Rngs(0), nnx.initializers.normal(0.02)
+        for layer, old in last.items():
+            types = dict(dtype=old.dtype, param_dtype=old.param_dtype)
+            setattr(filled.head, layer, classifier(*old.kernel.shape, kernel_init=init, rngs=rngs, **types))
     tell(read.name, [*read.notes, *notes])
     return filled

@@ -20,6 +20,11 @@ _SIZES = {
     "mambavision": (
         "img_size", "dim", "in_dim", "depths", "window_size", "num_heads", "mlp_ratio", "layer_scale", "num_classes",
     ),
+    "vit": (  # the value of a layer scale matters in training alone
+        "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "class_token",
+        "reg_tokens", "no_embed_class", "pre_norm", "qkv_bias", "qk_norm", "global_pool", "pool_include_prefix",
+        "fc_norm", "norm_eps",
+    ),
 }  # fmt: skip
 _SYNONYMS = {"nb_classes": "num_classes", "input_size": "img_size", "resolution": "img_size"}
 _SYNONYMS |= {"ssm_d_state": "d_state"}
@@ -43,6 +48,15 @@ _BUILT: dict[str, dict[str, tuple[Any, ...]]] = {
         "gmlp": (False,),
     },
     "mambavision": {"qk_scale": (None,), "use_kan": (False,)},
+    "vit": {
+        "pos_embed": ("learn",),
+        "global_pool": ("token", "avg"),
+        "proj_bias": (True,),
+        "final_norm": (True,),
+        "scale_attn_norm": (False,),
+        "scale_mlp_norm": (False,),
+        "act_layer": (None, "gelu"),
+    },
 }
 _YACS = {
     "EMBED_DIM": "dims", "DEPTHS": "depths", "SSM_RATIO": "ssm_ratio", "SSM_D_STATE": "d_state",
@@ -169,9 +183,8 @@ def _of_settings(family: str, where: str, settings: Mapping[str, Any]) -> list[C
             continue
         words = f"{shown(key)}={shown(value)}"
         field = _SYNONYMS.get(key, key)
-        if key in _BUILT[family]:
-            if value not in _BUILT[family][key]:
-                claims.append(Claim(where, words, None))
+        if value not in _BUILT[family].get(key, (value,)):
+            claims.append(Claim(where, words, None))
         elif field in _SIZES[family] and value is not None:
             value = tuple(value) if isinstance(value, list) else value
             if field == "img_size" and isinstance(value, tuple) and len(value) == 3:
@@ -229,6 +242,10 @@ def _of_name(family: str, where: str, settings: Mapping[str, Any]) -> list[Claim
             said = model_config(preset)
             fields = ("img_size", "window_size", "num_heads")
             claims += [Claim(where, words, field, getattr(said, field)) for field in fields]
+        published = re.fullmatch(r"(?:deit3?|vit)_(tiny|small|base)(?:_distilled)?_patch\d+_\d+(?:\..*)?", name)
+        if family == "vit" and published:
+            heads = model_config(f"vit_{published[1]}").num_heads  # what the tensors do not show
+            claims.append(Claim(where, words, "num_heads", heads))
     return claims
 
 

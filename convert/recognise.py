@@ -9,17 +9,21 @@ import numpy as np
 
 from ouromamba_jax.convert.keymap import ConversionError
 from ouromamba_jax.convert.unpickle import shown
-from ouromamba_jax.models import list_models, model_config
+from ouromamba_jax.models import config_class, list_models, model_config
 
 _WRAPPER = re.compile(r"(?:(?:module|model|_orig_mod|backbone|encoder|net)\.)*")
-_ROOT = re.compile(r"(?:patch_embed|layers|levels|norm_f|norm|head|classifier)\.|(?:cls_token|pos_embed)")
+_ROOT = re.compile(
+    r"(?:patch_embed|layers|levels|blocks|norm|norm_f|norm_pre|fc_norm|head|head_dist|classifier)\."
+    r"|(?:cls_token|dist_token|reg_token|pos_embed)"
+)
 # A key that only this family's checkpoints have.
 _SIGNATURES = {
     "vim": re.compile(r"layers\.\d+\.mixer\..+"),
     "vmamba": re.compile(r"layers\.\d+\.blocks\.\d+\..+"),
     "mambavision": re.compile(r"levels\.\d+\..+"),
+    "vit": re.compile(r"blocks\.\d+\.(?:attn|norm1)\..+"),
 }
-HEAD = re.compile(r"(?:classifier\.)?head\.(?:weight|bias)")
+HEAD = re.compile(r"(?:classifier\.)?head(?:_dist)?\.(?:weight|bias)")
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -112,11 +116,25 @@ def check_release(family: str, tensors: Tensors) -> None:
             what = "a VMamba with patch merging (downsample v1 or v2)", "patch merging"
         elif has("pos_embed"):
             what = "a VMamba with positions (posembed=True)", "positions in VMamba"
+    elif family == "vit":
+        what = next((names for pattern, names in _OTHER_TRANSFORMERS.items() if has(pattern)), None)
     if what is not None:
         raise ConversionError(
             f"the checkpoint is {what[0]}, and this library does not build {what[1]}; take a released one that "
             f"list_models() names, such as {list_models(f'{family}_tiny*')[0]}."
         )
+
+
+# Keys of transformers that share timm's names: (what they are, what of it is not built).
+_OTHER_TRANSFORMERS = {
+    r"attn_pool\..+": ("a ViT with attention pooling (global_pool map)", "that pooling"),
+    r"rope\..+|.*relative_position_bias_table": ("a transformer with relative positions", "relative positions"),
+    r"blocks\.\d+\.attn\.(?:norm|q_proj|[qkv]_bias|in_proj)(?:\..+)?": (
+        "a transformer with another attention",
+        "that attention",
+    ),
+    r"blocks\.\d+\.mlp\.(?!fc[12]\.).+": ("a transformer with another MLP (mlp_layer, scale_mlp_norm)", "that MLP"),
+}
 
 
 def _is_gated(tensors: Tensors, key: str) -> bool:
@@ -145,7 +163,7 @@ def main_difference(name: str, config: Any, family: str, tensors: Tensors) -> st
         return _positions_of_another(name, config, family, tensors, found)
     theirs = " and ".join(f"{field}={value}" for field, value in differ.items())
     ours = " and ".join(f"{field}={_value(config, field)}" for field in differ)
-    same = [other for other in list_models(f"{family}_*") if _has(model_config(other), found)]
+    same = [other for other in _models_of(family) if _has(model_config(other), found)]
     way_out = f"pass {', '.join(f'{field}={value}' for field, value in differ.items())} (--set on the command line)"
     if same and same[0] != name:
         way_out = f"take {' or '.join(same[:3])}"
@@ -159,12 +177,18 @@ def matching_models(tensors: Tensors) -> list[tuple[str, dict[str, Any]]]:
     tensors, _ = without_prefix(tensors, None)
     families = [family for family, sign in _SIGNATURES.items() if any(map(sign.fullmatch, tensors))]
     found = []
-    for name in (name for family in families for name in list_models(f"{family}_*")):
-        config, family = model_config(name), name.split("_")[0]
-        fields = _fields(family, config, tensors)
-        fields |= _img_size(config, fields, tensors)
-        found.append((name, {field: value for field, value in fields.items() if _value(config, field) != value}))
+    for family in families:
+        for name in _models_of(family):
+            config = model_config(name)
+            fields = _fields(family, config, tensors)
+            fields |= _img_size(family, config, fields, tensors)
+            found.append((name, {field: value for field, value in fields.items() if _value(config, field) != value}))
     return sorted(found, key=lambda model: (sum(field != "num_classes" for field in model[1]), len(model[1])))
+
+
+def _models_of(family: str) -> list[str]:
+    kind = config_class(family)
+    return [name for name in list_models() if isinstance(model_config(name), kind)]
 
 
 def _positions_of_another(name: str, config: Any, family: str, tensors: Tensors, found: dict[str, Any]) -> str | None:
@@ -213,6 +237,8 @@ def _fields(family: str, config: Any, tensors: Tensors) -> dict[str, Any]:
         blocks = [_count(rf"layers\.{i}\.blocks\.(\d+)\..+", tensors) for i in range(stages)]
         widths = [_first(size, f"layers.{i}.blocks.0.", ("norm.weight", "ln_1.weight")) for i in range(stages)]
         found["depths"], found["dims"] = _whole(blocks), _whole(widths)
+    elif family == "vit":
+        found |= _of_vit(config, tensors, size)
     else:
         stages = _count(r"levels\.(\d+)\..+", tensors)
         found["depths"] = _whole([_count(rf"levels\.{i}\.blocks\.(\d+)\..+", tensors) for i in range(stages)])
@@ -221,15 +247,57 @@ def _fields(family: str, config: Any, tensors: Tensors) -> dict[str, Any]:
     return {field: value for field, value in found.items() if value or value is False}
 
 
-def _img_size(config: Any, fields: dict[str, Any], tensors: Tensors) -> dict[str, int]:
-    """The side of the square images that a Vim's positions are for, and the stride of its patches.
+def _of_vit(config: Any, tensors: Tensors, size: Any) -> dict[str, Any]:
+    """`_fields` of a ViT; heads show where q is normalised alone, a hidden width only where no ratio gives it."""
+    dim, hidden = size("blocks.0.norm1.weight"), size("blocks.0.mlp.fc1.weight")
+    depth = _count(r"blocks\.(\d+)\..+", tensors)
+    if not (dim and hidden and depth):
+        return {}
+    scaled = {"blocks.0.ls1.gamma", "blocks.0.gamma_1"} & set(tensors)
+    per_head = size("blocks.0.attn.q_norm.weight")
+    found = {
+        "embed_dim": dim,
+        "depth": depth,
+        "patch_size": size("patch_embed.proj.weight", 2),
+        "num_heads": dim // per_head if per_head else None,
+        "mlp_ratio": config.mlp_ratio if int(dim * config.mlp_ratio) == hidden else hidden / dim,
+        "class_token": "cls_token" in tensors,
+        "distilled": "dist_token" in tensors,
+        "reg_tokens": size("reg_token", 1),
+        "pre_norm": "norm_pre.weight" in tensors,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "qk_norm": per_head is not None,
+        "init_values": (config.init_values or 1e-6) if scaled else None,
+    }
+    if "fc_norm.weight" in tensors and config.norm_before_pooling:
+        found["global_pool"] = "avg"
+    rows, prefix = size("pos_embed", 1) or 0, _prefix_tokens(tensors)
+    if prefix and _is_square(rows) != _is_square(rows - prefix):
+        found["no_embed_class"] = _is_square(rows)
+    return found
 
-    Patches of another size than the config's are taken not to overlap.
+
+def _prefix_tokens(tensors: Tensors) -> int:
+    tokens = (tensors.get(f"{name}_token") for name in ("cls", "dist", "reg"))
+    return sum(token.shape[1] for token in tokens if token is not None and token.ndim > 1)
+
+
+def _is_square(n: int) -> bool:
+    return n > 0 and math.isqrt(n) ** 2 == n
+
+
+def _img_size(family: str, config: Any, fields: dict[str, Any], tensors: Tensors) -> dict[str, int]:
+    """The side of the square images that positions are for, and the stride of a Vim's patches.
+
+    A Vim's patches of another size than the config's are taken not to overlap.
     """
     positions = tensors.get("pos_embed")
     if positions is None or positions.ndim != 3:
         return {}
     patch = fields.get("patch_size", config.patch_size)
+    if family == "vit":
+        beside = 0 if fields.get("no_embed_class") else _prefix_tokens(tensors)
+        return {"img_size": math.isqrt(max(positions.shape[1] - beside, 1)) * patch}
     stride = config.stride if patch == config.patch_size else patch
     if (stride, positions.shape[1]) == (config.stride, config.num_tokens):
         return {}

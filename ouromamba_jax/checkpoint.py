@@ -27,9 +27,7 @@ from ouromamba_jax.data.preprocessing import Preprocessing
 from ouromamba_jax.files import check_writable, local_path
 from ouromamba_jax.models import build_model, config_class, list_models
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.positions import resize_positions
 from ouromamba_jax.models.registry import override_config
-from ouromamba_jax.models.vim import VimConfig
 from ouromamba_jax.ops.qtensor import max_level, pack_levels, packed_rows, unpack_levels
 from ouromamba_jax.quantize.activation import KernelLayout, Levels, SiteSpec
 from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
@@ -255,12 +253,10 @@ def _with_config(model: VisionModel, config: Any, path: Path) -> VisionModel:
     """The parameters of a float model in one of another config."""
     arrays = {name: leaf[...] for name, leaf in _leaves(nnx.state(model)).items()}
     before = model.config
-    if isinstance(before, VimConfig) and "stem.positions" in arrays and config.grid != before.grid:
-        positions = arrays["stem.positions"]
-        if config.class_token == before.class_token:
-            places = before.class_indices, config.class_indices
-            resized = resize_positions(np.asarray(positions, np.float64), before.grid, config.grid, places)
-            arrays["stem.positions"] = jnp.asarray(resized.astype(positions.dtype))
+    positions = arrays.get("stem.positions")
+    if positions is not None and config.grid != before.grid and config.class_token == before.class_token:
+        resized = config.resize_positions(np.asarray(positions, np.float64), before.grid)
+        arrays["stem.positions"] = jnp.asarray(resized.astype(positions.dtype))
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config, dtype=model.dtype)))
     stored = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
     if problems := _mismatches(stored, _leaves(state)):

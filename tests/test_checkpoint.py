@@ -228,7 +228,7 @@ def test_a_damaged_description(copy, text, what):
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        (dict(family="vit"), "no model family 'vit'"),
+        (dict(family="swin"), "no model family 'swin'"),
         (dict(config={}), "does not describe a model"),
         (dict(config=None), "does not describe a model"),
         (dict(dtype="float33"), "float33"),

@@ -22,7 +22,9 @@ FORBIDDEN = {
     "pallas": ("flax", "models", "quantize", "gen", "convert"),
     "models": ("quantize", "gen", "convert", "pallas", "checkpoint"),
     "gen": ("quantize", "pallas", "convert"),
-    "quantize": ("gen", "convert", "pallas", "checkpoint", "models.vim", "models.vmamba", "models.mambavision"),
+    "quantize": (
+        "gen", "convert", "pallas", "checkpoint", "models.vim", "models.vmamba", "models.mambavision", "models.vit",
+    ),
     "baselines": ("gen", "convert", "pallas"),
     "data": ("flax", "models"),
     "report": ("models",),
@@ -30,7 +32,7 @@ FORBIDDEN = {
     "export": ("gen", "convert", "cli", "checkpoint"),
     "convert": ("torch", "gen", "quantize", "checkpoint", "cli"),
     "evaluation": ("cli", "gen", "convert"),
-}
+}  # fmt: skip
 MAX_LINES = 500
 
 

@@ -18,8 +18,7 @@ from ouromamba_jax.gen.losses import (
     total_variation,
 )
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.models.trace import LayerTrace
-from ouromamba_jax.models.windows import AttentionTrace
+from ouromamba_jax.models.trace import AttentionTrace, LayerTrace
 from ouromamba_jax.ops.attention import implicit_attention, patched_readout
 
 

@@ -3,10 +3,11 @@
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.mambavision import MambaVision, MambaVisionConfig
 from ouromamba_jax.models.registry import build_model, config_class, create_model, list_models, model_config, pure
-from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace, Trace
+from ouromamba_jax.models.trace import AttentionTrace, LayerTrace, ScanOrder, ScanTrace, Trace
 from ouromamba_jax.models.vim import Vim, VimConfig
+from ouromamba_jax.models.vit import ViT, ViTConfig
 from ouromamba_jax.models.vmamba import VMamba, VMambaConfig
-from ouromamba_jax.models.windows import AttentionTrace, WindowOrder
+from ouromamba_jax.models.windows import WindowOrder
 
 __all__ = [
     "AttentionTrace",
@@ -18,6 +19,8 @@ __all__ = [
     "Trace",
     "VMamba",
     "VMambaConfig",
+    "ViT",
+    "ViTConfig",
     "Vim",
     "VimConfig",
     "VisionModel",

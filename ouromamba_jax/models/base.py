@@ -30,6 +30,7 @@ _RULES: dict[Any, str] = {  # what a field of this annotation must be
     float: "it must be a positive number",
     float | None: "it must be a positive number or None",
     bool: "it must be True or False",
+    bool | None: "it must be True, False or None",
     Preprocessing: "it must be a Preprocessing",
 }
 

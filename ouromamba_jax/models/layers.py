@@ -120,6 +120,12 @@ class MLP(nnx.Module):
         return after(self.fc2, gelu, normalised(self.fc1, norm, x), approximate=False, residual=residual)
 
 
+def scaled(gamma: nnx.Param | None, update: Float[Array, "... C"]) -> Float32[Array, "... C"]:
+    """A residual update in float32, times its layer scale if there is one."""
+    update = update.astype(jnp.float32)
+    return update if gamma is None else update * broadcast_last(gamma[...].astype(jnp.float32), update)
+
+
 class SelectiveScan(nnx.Module):
     """The scan of one mixer with its parameters, all directions at once as groups of channels.
 

@@ -12,11 +12,11 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32
 
 from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, height_width
+from ouromamba_jax.models.attention import SelfAttention
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import Conv3x3, DepthwiseConv1d, convolved
 from ouromamba_jax.models.layers import (
     MLP,
-    DotProductAttention,
     Head,
     LayerNorm,
     Operand,
@@ -28,11 +28,12 @@ from ouromamba_jax.models.layers import (
     nan_unless_finite,
     normalised,
     projected,
+    scaled,
     uniform,
     updated,
 )
 from ouromamba_jax.models.trace import LayerTrace
-from ouromamba_jax.models.windows import AttentionTrace, WindowOrder, join_windows, split_windows
+from ouromamba_jax.models.windows import WindowOrder, join_windows, split_windows
 from ouromamba_jax.ops.producers import beside_conv_silu
 
 _D_STATE, _D_CONV = 8, 3
@@ -251,32 +252,6 @@ class MambaVisionMixer(nnx.Module):
         return after(self.out_proj, lambda x: x, jnp.concatenate([y, z], axis=-1), residual=residual)
 
 
-class MambaVisionAttention(nnx.Module):
-    """Multi-head self-attention between the tokens of a window."""
-
-    def __init__(self, dim: int, heads: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        types: dict[str, Any] = dict(kernel_init=_INIT, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.qkv = nnx.Linear(dim, 3 * dim, **types)
-        self.attention = DotProductAttention(heads, dtype=dtype)
-        self.proj = nnx.Linear(dim, dim, **types)
-
-    def __call__(
-        self, x: Float[Array, "BW L C"], norm: LayerNorm | None = None, residual: Float32[Array, "BW L C"] | None = None
-    ) -> Float[Array, "BW L C"]:
-        """As `MambaVisionMixer`."""
-        out = self.attention(*jnp.split(normalised(self.qkv, norm, x), 3, axis=-1))
-        return after(self.proj, lambda x: x, out, residual=residual)
-
-    def trace(
-        self, x: Float[Array, "BW L C"], order: WindowOrder, *, collect: Callable[[Array], Any] | None = None
-    ) -> tuple[Float[Array, "BW L C"], AttentionTrace]:
-        """(output, AttentionTrace)."""
-        del collect
-        out, attention = self.attention.trace(*jnp.split(self.qkv(x), 3, axis=-1))
-        update = self.proj(out)
-        return update, AttentionTrace((), x, update, attention, order)
-
-
 class HybridBlock(nnx.Module):
     """x + mixer(norm1(x)), then x + mlp(norm2(x)), either update times its layer scale if there is one.
 
@@ -302,7 +277,7 @@ class HybridBlock(nnx.Module):
         self.downsample = _downsample(config, level, index, **types)
         self.norm1 = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
         if config.is_attention(level, index):
-            self.mixer: Any = MambaVisionAttention(dim, config.num_heads[level], **types)
+            self.mixer: Any = SelfAttention(dim, config.num_heads[level], **types)
         else:
             self.mixer = MambaVisionMixer(dim, **types)
         self.norm2 = LayerNorm(dim, dtype=dtype, param_dtype=param_dtype)
@@ -316,7 +291,7 @@ class HybridBlock(nnx.Module):
         if self.gamma1 is None:
             y = self._joined(self.mixer(windows, self.norm1, residual=windows))
         else:
-            y = x + self._scaled(self.gamma1, self._joined(self.mixer(windows, self.norm1)))
+            y = x + scaled(self.gamma1, self._joined(self.mixer(windows, self.norm1)))
         return self._leave(updated(x, y, kept), kept)
 
     def trace(
@@ -326,7 +301,7 @@ class HybridBlock(nnx.Module):
         x = self._enter(x)
         order = WindowOrder(self.window, self.window, map_height=self.grid[0], map_width=self.grid[1])
         update, layer = self.mixer.trace(split_windows(self.norm1(x), self.window), order, collect=collect)
-        return self._leave(x + self._scaled(self.gamma1, self._joined(update))), layer
+        return self._leave(x + scaled(self.gamma1, self._joined(update))), layer
 
     def _enter(self, x: Array) -> Array:
         x = _enter(self.downsample, x)
@@ -340,13 +315,9 @@ class HybridBlock(nnx.Module):
         if self.gamma2 is None:
             y = self.mlp(x, self.norm2, residual=x)
         else:
-            y = x + self._scaled(self.gamma2, self.mlp(x, self.norm2))
+            y = x + scaled(self.gamma2, self.mlp(x, self.norm2))
         x = updated(x, y, kept, 1)
         return x[:, : self.grid[0], : self.grid[1]] if self.crops else x
-
-    def _scaled(self, gamma: nnx.Param | None, update: Array) -> Array:
-        update = update.astype(jnp.float32)
-        return update if gamma is None else update * broadcast_last(gamma[...].astype(jnp.float32), update)
 
 
 class Affine(nnx.Module):

@@ -14,10 +14,11 @@ from ouromamba_jax.data.preprocessing import Preprocessing
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.mambavision import MAMBAVISION_PRESETS, MambaVision, MambaVisionConfig
 from ouromamba_jax.models.vim import VIM_PRESETS, Vim, VimConfig
+from ouromamba_jax.models.vit import VIT_PRESETS, ViT, ViTConfig
 from ouromamba_jax.models.vmamba import VMAMBA_PRESETS, VMamba, VMambaConfig
 
-_FAMILIES: dict[type, Any] = {VimConfig: Vim, VMambaConfig: VMamba, MambaVisionConfig: MambaVision}
-_PRESETS: dict[str, Any] = {**VIM_PRESETS, **VMAMBA_PRESETS, **MAMBAVISION_PRESETS}
+_FAMILIES: dict[type, Any] = {VimConfig: Vim, VMambaConfig: VMamba, MambaVisionConfig: MambaVision, ViTConfig: ViT}
+_PRESETS: dict[str, Any] = {**VIM_PRESETS, **VMAMBA_PRESETS, **MAMBAVISION_PRESETS, **VIT_PRESETS}
 _PIXELS = tuple(field.name for field in dataclasses.fields(Preprocessing))
 
 

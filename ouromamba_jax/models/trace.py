@@ -108,6 +108,15 @@ class LayerTrace:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class AttentionTrace(LayerTrace):
+    """An attention block: no scans, but the attention between its tokens; `order` says where they lie in the image."""
+
+    attention: Float[Array, "B heads L L"]
+    order: ScanOrder = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Trace:
     """A whole forward pass: tokens entering the first block, one LayerTrace per block, and the head's input.
 

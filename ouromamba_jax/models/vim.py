@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
@@ -87,6 +88,13 @@ class VimConfig:
     @property
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1] + len(self.class_indices)
+
+    def resize_positions(
+        self, positions: Float[np.ndarray, "L C"], source: tuple[int, int]
+    ) -> Float[np.ndarray, "l C"]:
+        """Positions of a grid `source` of patches for this model's, bicubic without antialiasing."""
+        places = class_indices(self.class_token, source[0] * source[1]), self.class_indices
+        return resize_positions(positions, source, self.grid, places)
 
 
 def class_indices(class_token: str, patches: int) -> tuple[int, ...]:

@@ -1,11 +1,10 @@
-"""Maps cut into square windows, each a sample of its own: there, back, and what a trace shows of them."""
+"""Maps cut into square windows, each a sample of its own: there, back, and the order of their tokens."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import jax
 from jaxtyping import Array, Float
 
-from ouromamba_jax.models.trace import LayerTrace, ScanOrder
+from ouromamba_jax.models.trace import ScanOrder
 
 
 def split_windows(x: Float[Array, "B H W C"], window: int) -> Float[Array, "BW L C"]:
@@ -38,12 +37,3 @@ class WindowOrder(ScanOrder):
         x = join_windows(self.to_image(x), self.height, (self.map_height, self.map_width))
         x = x[:, : self.map_height, : self.map_width]
         return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AttentionTrace(LayerTrace):
-    """An attention block: no scans, but the attention between the tokens of every window, in row-major order."""
-
-    attention: Float[Array, "BW heads L L"]
-    order: WindowOrder = field(metadata={"static": True})

@@ -162,7 +162,7 @@ def test_inspect_lists_a_pytorch_file(capsys):
             ("convert", "vim_tiny", GOLDEN / "checkpoint.pth", "out", *SIZES, "--set", "img_size=40"),
             "interpolate_positions=True (--interpolate-positions on the command line)",
         ),
-        (("convert", "qqq", GOLDEN / "checkpoint.pth", "out"), "no model named 'qqq'; choose one of mambavision_"),
+        (("convert", "qqq", GOLDEN / "checkpoint.pth", "out"), "no model named 'qqq'; choose one of deit3_base"),
         (("generate", "vim_micro", "out.txt"), "must end in .npz"),
         (("generate", "vim_micro", "out.npz", "--figure", "out.jpg"), "out.jpg must end in .png"),
         (("generate", "vim_tiny", "out.npz"), "vim_tiny is a model's name; convert its checkpoint first"),

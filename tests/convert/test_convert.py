@@ -187,7 +187,11 @@ def test_the_model_keeps_its_own_copy(tensors):
 
 @pytest.mark.parametrize(
     ("family", "key"),
-    [("vmamba", "layers.0.blocks.0.op.in_proj.weight"), ("mambavision", "levels.0.blocks.0.conv1.weight")],
+    [
+        ("vmamba", "layers.0.blocks.0.op.in_proj.weight"),
+        ("mambavision", "levels.0.blocks.0.conv1.weight"),
+        ("vit", "blocks.0.attn.qkv.weight"),
+    ],
 )
 def test_another_family_is_named(family, key):
     with pytest.raises(ConversionError, match=f"of the {family} family"):

@@ -29,6 +29,8 @@ FAMILIES = {
         img_size=(40, 52), dim=12, in_dim=8, depths=(1, 2), window_size=(4, 4), num_heads=(1, 2), layer_scale=1e-5,
         num_classes=7,
     ),
+    # A class token before 3 x 4 patches.
+    "vit": dict(img_size=(12, 16), patch_size=4, embed_dim=20, depth=1, num_heads=2, num_classes=7),
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ MODELS = {
             mlp_ratio=2.0,
         ),
     ),
+    "vit": ("vit_tiny", dict(img_size=32, patch_size=8, embed_dim=48, depth=3)),
 }  # fmt: skip
 TINY = dict(img_size=16, embed_dim=16, depth=1, d_state=3, num_classes=5)
 

@@ -18,6 +18,7 @@ FAMILIES = {
     "vim_micro": dict(img_size=12, patch_size=4, stride=4, embed_dim=16, depth=1, num_classes=5),
     "vmamba_micro": dict(img_size=24, dims=(16,), depths=(1,), num_classes=5),
     "mambavision_micro": dict(img_size=48, dim=8, in_dim=4, depths=(1, 1), window_size=(12, 3), num_heads=(1, 1)),
+    "vit_micro": dict(img_size=12, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=5),
 }
 
 
