@@ -23,6 +23,7 @@ MODELS = {
     "vim": dict(img_size=32, patch_size=4, stride=4, embed_dim=64, depth=1),
     "vmamba": dict(img_size=32, dims=(64,), depths=(1,)),
     "mambavision": dict(img_size=64, dim=64, in_dim=16, depths=(1, 2), window_size=(8, 4), num_heads=(1, 2)),
+    "vit": dict(img_size=32, patch_size=4, embed_dim=64, depth=1),
 }
 GRID = (8, 8)
 

@@ -176,7 +176,7 @@ class ViTStem(nnx.Module):
         if config.no_embed_class:
             x = x + positions
         prefix = [tokens for tokens in (self.class_token, self.dist_token, self.reg_tokens) if tokens is not None]
-        before = [jnp.broadcast_to(p[...].astype(jnp.float32), (len(x), *p.shape)) for p in prefix]
+        before = [jnp.broadcast_to(p[...].astype(jnp.float32), (x.shape[0], *p.shape)) for p in prefix]
         x = jnp.concatenate([*before, x], axis=1)
         if not config.no_embed_class:
             x = x + positions

@@ -16,6 +16,7 @@ CASES = [
     ("vim", QuantConfig.preset("w4a4", operands=OPERANDS)),
     pytest.param("vmamba", QuantConfig.preset("w4a8"), marks=pytest.mark.slow),
     pytest.param("mambavision", QuantConfig.preset("w4a4"), marks=pytest.mark.slow),
+    pytest.param("vit", QuantConfig.preset("w4a4"), marks=pytest.mark.slow),
 ]
 
 

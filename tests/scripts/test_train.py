@@ -83,12 +83,13 @@ SMALL = {
         *(("img_size", 24), ("dim", 8), ("in_dim", 4), ("depths", (1, 2)), ("num_classes", 2)),
         *(("window_size", (8, 2)), ("num_heads", (1, 2))),
     ),
+    "vit_micro": (("img_size", 8), ("embed_dim", 16), ("depth", 1), ("num_heads", 2), ("num_classes", 2)),
 }
 """One block of every kind of each family."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vmamba_micro", "mambavision_micro"])
+@pytest.mark.parametrize("name", ["vmamba_micro", "mambavision_micro", "vit_micro"])
 def test_other_families_learn_with_all_their_parameters(name, script, striped):
     config = tiny(
         script, striped, model=name, overrides=SMALL[name], limit=20, batch_size=9, epochs=1, weight_decay=0.0,
@@ -116,8 +117,9 @@ def test_only_matrices_and_convolutions_decay(name, script):
     names = [".".join(map(str, key)) for key, _ in nnx.to_flat_state(state)]
     mask = dict(zip(names, jax.tree.leaves(script.decayed(state)), strict=True))
     kept = {name.rsplit(".", 1)[-1] for name, decays in mask.items() if not decays}
-    extra = {"positions", "class_token"} if name == "vim_micro" else set()
-    assert kept == {"bias", "scale", "A_log", "D", "dt_bias"} | extra
+    extra = {"positions", "class_token"} if name in ("vim_micro", "vit_micro") else set()
+    extra |= {"A_log", "D", "dt_bias"} if name != "vit_micro" else set()
+    assert kept == {"bias", "scale"} | extra
     assert sum(mask.values()) == sum(name.endswith(".kernel") for name in mask) > 5
 
 
@@ -175,7 +177,12 @@ def test_errors_are_one_sentence(script, striped, change, message):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "vim_micro" else []) for name in SMALL]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name != "vim_micro" else [])
+        for name in SMALL
+        if name != "vit_micro"  # which is not embedded
+    ],
 )
 def test_embedded_models_read_the_digits(name):
     pytest.importorskip("sklearn")
