@@ -45,8 +45,7 @@ class OutlierConfig:
       outlier_bits: bits of outliers, act_bits..8, or 16.
       n_refresh: tokens per window.
       sigma: standard deviations above the mean magnitude at which calibration sets the threshold theta.
-      detection: "dynamic" is Algorithm 2; "static" a fixed list of channels; "none" has inliers only, as has any
-        detection where outliers have no more bits than inliers.
+      detection: "dynamic" is Algorithm 2; "static" a fixed list of channels; "none" has inliers only.
       static_list: statistic of the magnitude by which calibration picks the channels of detection="static".
 
     Examples:
@@ -76,8 +75,6 @@ class OutlierConfig:
         for name, kind in (("detection", Detection), ("static_list", StaticList)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
-        if self.outlier_bits == self.act_bits:  # nothing sets outliers apart: plain rounding
-            object.__setattr__(self, "detection", "none")
 
     @property
     def largest_inlier(self) -> int:

@@ -100,7 +100,8 @@ def calibrating(
     def ask(function: Callable[..., Any], *args: Any, join: Any = jnp.add) -> Ask:
         return Ask(lambda batch: function(of(batch), *args), join)
 
-    plain = config.detection == "none"
+    equal = config.largest_outlier == config.largest_inlier
+    plain = config.detection == "none" or (equal and config.detection == "dynamic")
     dynamic = replace(config, detection="dynamic")
     first = yield {
         "finite": ask(lambda x: jnp.isfinite(x).all(), join=jnp.logical_and),

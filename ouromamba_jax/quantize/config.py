@@ -148,6 +148,8 @@ class QuantConfig(OutlierConfig):
             fields["act_bits"] = 8
         if self.detection == "none":  # there are no outliers, whatever their bits
             fields["outlier_bits"] = fields["act_bits"]
+        if fields["outlier_bits"] == fields["act_bits"]:  # nothing sets outliers apart: plain rounding
+            fields["detection"] = "none"
         return OutlierConfig(**fields)
 
     @property

@@ -178,7 +178,7 @@ def test_missing_or_misshapen_arguments_are_named():
         split_outliers(x, scale, config, theta=scale[:4])
     with pytest.raises(ValueError, match="shift must be of scale's shape"):
         fake_quant(x, scale, config, shift=jnp.zeros(4, jnp.int8))
-    with pytest.raises(ValueError, match="calibrate_channels"):
+    with pytest.raises(ValueError, match=r"Calibration\.channels"):
         split_outliers(x, scale, replace(config, detection="static"))
     with pytest.raises(ValueError, match=r"choose one of .*xla"):
         split_outliers(x, scale, config, implementation="cuda")
