@@ -144,7 +144,8 @@ def test_importing_starts_no_backend():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-SOURCE_FILES = sorted([*MODULES.values(), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+OTHERS = [path for folder in ("examples", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+SOURCE_FILES = sorted([*MODULES.values(), *OTHERS])
 
 
 @pytest.mark.parametrize("path", SOURCE_FILES, ids=lambda p: str(p.relative_to(ROOT)))

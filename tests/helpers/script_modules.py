@@ -1,18 +1,19 @@
-"""The files of scripts/ as modules."""
+"""The files of scripts/ and examples/ as modules."""
 
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
-FOLDER = Path(__file__).parents[2] / "scripts"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "scripts"
 
 
-def load_script(name: str) -> ModuleType:
-    """scripts/NAME.py, imported without running its `main`; it may import its neighbours, as it may when run."""
-    if str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+def load_script(name: str, folder: str = "scripts") -> ModuleType:
+    """NAME.py of a folder, imported without running its `main`; it may import its neighbours, as it may when run."""
+    if str(ROOT / folder) not in sys.path:
+        sys.path.append(str(ROOT / folder))
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
