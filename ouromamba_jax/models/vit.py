@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
@@ -15,7 +14,7 @@ from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, h
 from ouromamba_jax.models.attention import SelfAttention
 from ouromamba_jax.models.base import VisionModel, check_fields
 from ouromamba_jax.models.convolution import extract_patches
-from ouromamba_jax.models.layers import MLP, Head, LayerNorm, classifier, nan_unless_finite, scaled
+from ouromamba_jax.models.layers import MLP, Head, LayerNorm, classifier, nan_unless_finite, scaled, updated
 from ouromamba_jax.models.trace import AttentionTrace, ScanOrder
 
 _INIT = nnx.initializers.truncated_normal(0.02)
@@ -110,9 +109,7 @@ class ViTConfig:
         """Whether the last norm is of the tokens, or of what pooling makes of them."""
         return self.global_pool == "token" if self.fc_norm is None else not self.fc_norm
 
-    def resize_positions(
-        self, positions: Float[np.ndarray, "L C"], source: tuple[int, int]
-    ) -> Float[np.ndarray, "l C"]:
+    def resize_positions(self, positions: Float[Any, "L C"], source: tuple[int, int]) -> Float[Any, "l C"]:
         """Positions of a grid `source` of patches for this model's, bicubic with antialiasing, as timm resizes them.
 
         Those of the tokens before the patches are kept.
@@ -120,7 +117,8 @@ class ViTConfig:
         first = len(positions) - math.prod(source)
         patches = positions[first:].reshape(*source, -1)
         resized = jax.image.resize(patches, (*self.grid, patches.shape[-1]), "bicubic", antialias=True)
-        return np.concatenate([positions[:first], np.asarray(resized).reshape(-1, patches.shape[-1])])
+        xp = positions.__array_namespace__()
+        return xp.concatenate([positions[:first], xp.asarray(resized).reshape(-1, patches.shape[-1])])
 
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -202,8 +200,8 @@ class ViTBlock(nnx.Module):
         gammas = (None if scale is None else nnx.Param(jnp.full((dim,), scale, param_dtype)) for _ in range(2))
         self.gamma1, self.gamma2 = gammas
 
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        return self._leave(x, self.mixer(x, self.norm1))
+    def __call__(self, x: Float[Array, "B L C"], kept: Float[Array, "B 2"] | None = None) -> Float[Array, "B L C"]:
+        return self._leave(x, self.mixer(x, self.norm1), kept)
 
     def trace(
         self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None
@@ -213,11 +211,13 @@ class ViTBlock(nnx.Module):
         update, layer = self.mixer.trace(self.norm1(x), order, collect=collect)
         return self._leave(x, update), layer
 
-    def _leave(self, x: Array, update: Array) -> Array:
-        x = x + scaled(self.gamma1, update)
+    def _leave(self, x: Array, update: Array, kept: Array | None = None) -> Array:
+        x = updated(x, x + scaled(self.gamma1, update), kept)
         if self.gamma2 is None:
-            return self.mlp(x, self.norm2, residual=x)
-        return x + scaled(self.gamma2, self.mlp(x, self.norm2))
+            y = self.mlp(x, self.norm2, residual=x)
+        else:
+            y = x + scaled(self.gamma2, self.mlp(x, self.norm2))
+        return updated(x, y, kept, 1)
 
 
 class ViTHead(Head):
@@ -253,11 +253,27 @@ class ViTHead(Head):
 
 
 class ViT(VisionModel):
-    """Vision transformer. Its trace shows attention in place of scans."""
+    """Vision transformer. Its trace shows attention in place of scans; `features` counts its blocks."""
 
     family = "vit"
+    default_maps = slice(-1, None)
 
     @staticmethod
     def make_stages(config: ViTConfig, **types: Any) -> tuple[ViTStem, list[Any], ViTHead]:
         stem = ViTStem(config, **types)
         return stem, [ViTBlock(config, **types) for _ in range(config.depth)], ViTHead(config, **types)
+
+    @property
+    def map_blocks(self) -> tuple[int, ...]:
+        return tuple(range(self.config.depth))
+
+    def to_map(self, x: Float[Array, "B L C"]) -> Float[Array, "B h w C"]:
+        return x[:, self.config.prefix_tokens :].reshape(x.shape[0], *self.config.grid, x.shape[2])
+
+    def for_size(self, size: tuple[int, int]) -> "ViT":
+        model = super().for_size(size)
+        model.stem.config = model.config
+        positions = self.stem.positions[...].astype(jnp.float32)
+        resized = model.config.resize_positions(positions, self.config.grid)
+        model.stem.positions = self.stem.positions.replace(resized)
+        return model

@@ -17,6 +17,7 @@ FIELDS = {
     "vim": {**tiny_models.TINY, "depth": 2},
     "vmamba": dict(img_size=(12, 16), dims=(8,), depths=(2,), num_classes=7),
     "mambavision": {**tiny_models.FAMILIES["mambavision"], "depths": (1, 1), "layer_scale": None},
+    "vit": {**tiny_models.FAMILIES["vit"], "depth": 2},
 }
 
 
@@ -36,6 +37,9 @@ def by_hand(model, images, factors):
             x = x + first * block.mixer(block.norm(x))
         elif model.family == "vmamba":
             x = x + first * block.mixer(block.norm(x))
+            x = x + second * block.mlp(block.norm2(x))
+        elif model.family == "vit":
+            x = x + first * block.mixer(block.norm1(x))
             x = x + second * block.mlp(block.norm2(x))
         elif i == 0:
             x = x + first * block.conv2(jax.nn.gelu(block.conv1(x), approximate=True))

@@ -22,9 +22,10 @@ FIELDS = {
     "vim": {**tiny_models.TINY, "depth": 2},
     "vmamba": dict(img_size=(20, 12), dims=(8, 12), depths=(2, 1), num_classes=3),
     "mambavision": tiny_models.FAMILIES["mambavision"],
+    "vit": {**tiny_models.FAMILIES["vit"], "depth": 2},
 }
-ENDS = {"vim": (0, 1), "vmamba": (1, 2), "mambavision": (0, 2)}
-OTHER_SIZE = {"vim": (22, 13), "vmamba": (13, 26), "mambavision": (28, 70)}
+ENDS = {"vim": (0, 1), "vmamba": (1, 2), "mambavision": (0, 2), "vit": (0, 1)}
+OTHER_SIZE = {"vim": (22, 13), "vmamba": (13, 26), "mambavision": (28, 70), "vit": (8, 20)}
 
 
 @pytest.fixture(scope="module", params=FIELDS)
@@ -52,7 +53,8 @@ def by_hand(model, images):
 
 
 def patches(config, x):
-    kept = [t for t in range(x.shape[1]) if t not in config.class_indices]
+    others = config.class_indices if hasattr(config, "class_indices") else range(config.prefix_tokens)
+    kept = [t for t in range(x.shape[1]) if t not in others]
     return x[:, np.asarray(kept)].reshape(len(x), *config.grid, -1)
 
 
@@ -73,7 +75,7 @@ def test_maps_are_the_outputs_of_the_stages(model, images, family):
     expected = by_hand(model, images)
     check_close(features(model, images, (-1, 0)), [expected[end] for end in (ENDS[family][-1], ENDS[family][0])])
     program = {i: str(jax.make_jaxpr(lambda x, i=i: model.features(x, i))(images)) for i in (None, (-1,), (0, 1), (0,))}
-    assert program[None] == program[(-1,) if family == "vim" else (0, 1)]
+    assert program[None] == program[(-1,) if family in ("vim", "vit") else (0, 1)]
     assert len(program[(0,)]) < len(program[(0, 1)])  # later blocks are not computed
     for indices in ((2,), (0, -3)):
         with pytest.raises(ValueError, match=r"this model has maps 0 to 1\."):
@@ -86,6 +88,9 @@ def for_size(model, size):
     state = nnx.state(model)
     if model.family == "vim":
         state["stem"]["positions"] = state["stem"]["positions"].replace(resized(model.config, other.config, model))
+    if model.family == "vit":
+        positions = other.config.resize_positions(np.asarray(model.stem.positions[...]), model.config.grid)
+        state["stem"]["positions"] = state["stem"]["positions"].replace(jnp.asarray(positions))
     return nnx.merge(nnx.graphdef(other), state)
 
 
