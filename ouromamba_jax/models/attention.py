@@ -31,6 +31,7 @@ class SelfAttention(nnx.Module):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
+        self.heads = heads
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         linear: dict[str, Any] = dict(kernel_init=nnx.initializers.normal(0.02), rngs=rngs, **types)
         self.qkv = nnx.Linear(dim, 3 * dim, use_bias=qkv_bias, **linear)
@@ -57,8 +58,7 @@ class SelfAttention(nnx.Module):
 
     def _operands(self, qkv: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
         q, k, v = jnp.split(qkv, 3, axis=-1)
-        return _by_heads(self.q_norm, q), _by_heads(self.k_norm, k), v
+        return self._by_heads(self.q_norm, q), self._by_heads(self.k_norm, k), v
 
-
-def _by_heads(norm: LayerNorm | None, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-    return x if norm is None else norm(x.reshape(*x.shape[:2], -1, *norm.scale.shape)).reshape(x.shape)
+    def _by_heads(self, norm: LayerNorm | None, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        return x if norm is None else norm(x.reshape(*x.shape[:2], self.heads, -1)).reshape(x.shape)
