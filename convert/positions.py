@@ -31,7 +31,7 @@ def fill_with_positions(
         grid = _source_grid(len(positions) - beside, model.config.grid)
         if grid != model.config.grid:
             with np.errstate(over="ignore", invalid="ignore"):  # `fill` refuses what is not finite
-                positions = model.config.resize_positions(positions.astype(np.float64), grid)
+                positions = np.asarray(model.config.resize_positions(positions.astype(np.float64), grid))
             tensors = {**tensors, "pos_embed": positions[None]}
     try:
         return fill(model, tensors, rules)

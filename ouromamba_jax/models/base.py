@@ -173,9 +173,9 @@ class VisionModel(nnx.Module):
     ) -> tuple[Float[Array, "B h w C"], ...]:
         """Feature maps for dense heads, before any norm; what comes after the last of them is not computed.
 
-        Of VMamba and MambaVision, the output of every stage, before the next one halves it. Of a Vim or
-        ViT, the output of the last block; class tokens are left out, and learned positions resized to the images' grid
-        as `load` does. MambaVision pads maps to whole windows of its `window_size`, whatever the images' size.
+        Of VMamba and MambaVision, the output of every stage, before the next one halves it. Of a Vim or ViT, the output
+        of the last block; tokens that are no patches are left out, and learned positions resized to the images' grid as
+        `load` does. MambaVision pads maps to whole windows of its `window_size`, whatever the images' size.
 
         Args:
           images: normalised, of any size; a quantised model takes those that give its sites the tokens that it was

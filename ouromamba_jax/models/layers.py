@@ -126,6 +126,11 @@ def scaled(gamma: nnx.Param | None, update: Float[Array, "... C"]) -> Float32[Ar
     return update if gamma is None else update * broadcast_last(gamma[...].astype(jnp.float32), update)
 
 
+def added(module: Any, norm: Any, gamma: nnx.Param | None, x: Float32[Array, "... C"]) -> Float32[Array, "... C"]:
+    """x + module(norm(x)), the update times its layer scale if there is one; the module takes (x, norm, residual)."""
+    return module(x, norm, residual=x) if gamma is None else x + scaled(gamma, module(x, norm))
+
+
 class SelectiveScan(nnx.Module):
     """The scan of one mixer with its parameters, all directions at once as groups of channels.
 

@@ -21,6 +21,7 @@ from ouromamba_jax.models.layers import (
     LayerNorm,
     Operand,
     SelectiveScan,
+    added,
     after,
     as_tokens,
     broadcast_last,
@@ -312,11 +313,7 @@ class HybridBlock(nnx.Module):
         return join_windows(windows, self.window, self.grid)
 
     def _leave(self, x: Array, kept: Array | None = None) -> Array:
-        if self.gamma2 is None:
-            y = self.mlp(x, self.norm2, residual=x)
-        else:
-            y = x + scaled(self.gamma2, self.mlp(x, self.norm2))
-        x = updated(x, y, kept, 1)
+        x = updated(x, added(self.mlp, self.norm2, self.gamma2, x), kept, 1)
         return x[:, : self.grid[0], : self.grid[1]] if self.crops else x
 
 

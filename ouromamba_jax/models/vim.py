@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, height_width
-from ouromamba_jax.models.base import VisionModel, check_fields
+from ouromamba_jax.models.base import check_fields
 from ouromamba_jax.models.convolution import DepthwiseConv1d, convolved, extract_patches
 from ouromamba_jax.models.layers import (
     Head,
@@ -28,6 +27,7 @@ from ouromamba_jax.models.layers import (
     updated,
 )
 from ouromamba_jax.models.positions import resize_positions
+from ouromamba_jax.models.tokens import TokenModel
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
 from ouromamba_jax.ops.producers import gated_mean
 
@@ -89,9 +89,7 @@ class VimConfig:
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1] + len(self.class_indices)
 
-    def resize_positions(
-        self, positions: Float[np.ndarray, "L C"], source: tuple[int, int]
-    ) -> Float[np.ndarray, "l C"]:
+    def resize_positions(self, positions: Float[Any, "L C"], source: tuple[int, int]) -> Float[Any, "l C"]:
         """Positions of a grid `source` of patches for this model's, bicubic without antialiasing."""
         places = class_indices(self.class_token, source[0] * source[1]), self.class_indices
         return resize_positions(positions, source, self.grid, places)
@@ -256,31 +254,12 @@ class VimHead(Head):
         return jnp.mean(self.norm(x), axis=1)
 
 
-class Vim(VisionModel):
-    """Vision Mamba classifier. `features` counts its blocks, and gives the map of the last one."""
+class Vim(TokenModel):
+    """Vision Mamba classifier."""
 
     family = "vim"
-    default_maps = slice(-1, None)
 
     @staticmethod
     def make_stages(config: VimConfig, **types: Any) -> tuple[VimStem, list[Any], VimHead]:
         stem = VimStem(config, **types)
         return stem, [VimBlock(config, **types) for _ in range(config.depth)], VimHead(config, **types)
-
-    @property
-    def map_blocks(self) -> tuple[int, ...]:
-        return tuple(range(self.config.depth))
-
-    def to_map(self, x: Float[Array, "B L C"]) -> Float[Array, "B h w C"]:
-        height, width = self.config.grid
-        return ScanOrder(height, width, self.config.class_indices).to_map(x)[0]
-
-    def for_size(self, size: tuple[int, int]) -> "Vim":
-        model, before = super().for_size(size), self.config
-        model.stem.config = config = model.config
-        if self.stem.positions is not None:
-            places = before.class_indices, config.class_indices
-            positions = self.stem.positions[...].astype(jnp.float32)
-            resized = resize_positions(positions, before.grid, config.grid, places)
-            model.stem.positions = self.stem.positions.replace(resized)
-        return model

@@ -12,9 +12,10 @@ from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, height_width
 from ouromamba_jax.models.attention import SelfAttention
-from ouromamba_jax.models.base import VisionModel, check_fields
+from ouromamba_jax.models.base import check_fields
 from ouromamba_jax.models.convolution import extract_patches
-from ouromamba_jax.models.layers import MLP, Head, LayerNorm, classifier, nan_unless_finite, scaled, updated
+from ouromamba_jax.models.layers import MLP, Head, LayerNorm, added, classifier, nan_unless_finite, scaled, updated
+from ouromamba_jax.models.tokens import TokenModel
 from ouromamba_jax.models.trace import AttentionTrace, ScanOrder
 
 _INIT = nnx.initializers.truncated_normal(0.02)
@@ -96,6 +97,11 @@ class ViTConfig:
         return self.class_token + self.distilled + self.reg_tokens
 
     @property
+    def class_indices(self) -> tuple[int, ...]:
+        """Places of the tokens that are no patches among all tokens."""
+        return tuple(range(self.prefix_tokens))
+
+    @property
     def num_tokens(self) -> int:
         return self.prefix_tokens + math.prod(self.grid)
 
@@ -109,7 +115,7 @@ class ViTConfig:
         """Whether the last norm is of the tokens, or of what pooling makes of them."""
         return self.global_pool == "token" if self.fc_norm is None else not self.fc_norm
 
-    def resize_positions(self, positions: Float[Any, "L C"], source: tuple[int, int]) -> Float[Any, "l C"]:
+    def resize_positions(self, positions: Float[Any, "L C"], source: tuple[int, int]) -> Float[Array, "l C"]:
         """Positions of a grid `source` of patches for this model's, bicubic with antialiasing, as timm resizes them.
 
         Those of the tokens before the patches are kept.
@@ -117,8 +123,7 @@ class ViTConfig:
         first = len(positions) - math.prod(source)
         patches = positions[first:].reshape(*source, -1)
         resized = jax.image.resize(patches, (*self.grid, patches.shape[-1]), "bicubic", antialias=True)
-        xp = positions.__array_namespace__()
-        return xp.concatenate([positions[:first], xp.asarray(resized).reshape(-1, patches.shape[-1])])
+        return jnp.concatenate([positions[:first], resized.reshape(-1, patches.shape[-1])])
 
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -201,23 +206,18 @@ class ViTBlock(nnx.Module):
         self.gamma1, self.gamma2 = gammas
 
     def __call__(self, x: Float[Array, "B L C"], kept: Float[Array, "B 2"] | None = None) -> Float[Array, "B L C"]:
-        return self._leave(x, self.mixer(x, self.norm1), kept)
+        return self._leave(updated(x, added(self.mixer, self.norm1, self.gamma1, x), kept), kept)
 
     def trace(
         self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None
     ) -> tuple[Float[Array, "B L C"], AttentionTrace]:
         """(output, AttentionTrace)."""
-        order = ScanOrder(*self.config.grid, tuple(range(self.config.prefix_tokens)))
+        order = ScanOrder(*self.config.grid, self.config.class_indices)
         update, layer = self.mixer.trace(self.norm1(x), order, collect=collect)
-        return self._leave(x, update), layer
+        return self._leave(x + scaled(self.gamma1, update)), layer
 
-    def _leave(self, x: Array, update: Array, kept: Array | None = None) -> Array:
-        x = updated(x, x + scaled(self.gamma1, update), kept)
-        if self.gamma2 is None:
-            y = self.mlp(x, self.norm2, residual=x)
-        else:
-            y = x + scaled(self.gamma2, self.mlp(x, self.norm2))
-        return updated(x, y, kept, 1)
+    def _leave(self, x: Array, kept: Array | None = None) -> Array:
+        return updated(x, added(self.mlp, self.norm2, self.gamma2, x), kept, 1)
 
 
 class ViTHead(Head):
@@ -252,28 +252,12 @@ class ViTHead(Head):
         return nan_unless_finite((seen[0] + seen[1]) / 2, x)
 
 
-class ViT(VisionModel):
-    """Vision transformer. Its trace shows attention in place of scans; `features` counts its blocks."""
+class ViT(TokenModel):
+    """Vision transformer. Its trace shows attention in place of scans."""
 
     family = "vit"
-    default_maps = slice(-1, None)
 
     @staticmethod
     def make_stages(config: ViTConfig, **types: Any) -> tuple[ViTStem, list[Any], ViTHead]:
         stem = ViTStem(config, **types)
         return stem, [ViTBlock(config, **types) for _ in range(config.depth)], ViTHead(config, **types)
-
-    @property
-    def map_blocks(self) -> tuple[int, ...]:
-        return tuple(range(self.config.depth))
-
-    def to_map(self, x: Float[Array, "B L C"]) -> Float[Array, "B h w C"]:
-        return x[:, self.config.prefix_tokens :].reshape(x.shape[0], *self.config.grid, x.shape[2])
-
-    def for_size(self, size: tuple[int, int]) -> "ViT":
-        model = super().for_size(size)
-        model.stem.config = model.config
-        positions = self.stem.positions[...].astype(jnp.float32)
-        resized = model.config.resize_positions(positions, self.config.grid)
-        model.stem.positions = self.stem.positions.replace(resized)
-        return model

@@ -35,11 +35,11 @@ def by_hand(model, images, factors):
         first, second = (factors[:, i, k].reshape(-1, *(1,) * (x.ndim - 1)) for k in range(2))
         if model.family == "vim":
             x = x + first * block.mixer(block.norm(x))
-        elif model.family == "vmamba":
-            x = x + first * block.mixer(block.norm(x))
-            x = x + second * block.mlp(block.norm2(x))
         elif model.family == "vit":
             x = x + first * block.mixer(block.norm1(x))
+            x = x + second * block.mlp(block.norm2(x))
+        elif model.family == "vmamba":
+            x = x + first * block.mixer(block.norm(x))
             x = x + second * block.mlp(block.norm2(x))
         elif i == 0:
             x = x + first * block.conv2(jax.nn.gelu(block.conv1(x), approximate=True))
