@@ -92,7 +92,8 @@ def selective_scan(
         u, delta = (floats(x, B.dtype) for x in (u, arrays["delta"]))
         return selective_scan(u, **{**arrays, "delta": delta}, **options)
 
-    is_float = backend is BACKENDS["xla"]  # which takes floats alone
+    # Of floats, every backend has derivatives of its own.
+    is_float = backend is BACKENDS["xla"] or not any(isinstance(x, tuple) for x in (u, delta))
     return by_samples(run if is_float else straight_through(run, smooth), u, arrays)
 
 

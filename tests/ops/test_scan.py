@@ -386,3 +386,21 @@ def test_reasons_against_the_kernel():
         selective_scan(**inputs, state_transform=lambda h, t: h, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="17 states of a channel do not fit"):
         selective_scan(**make_inputs(2, 9, 12, 17), implementation="mosaic_gpu")
+
+
+def test_floats_are_differentiated_by_the_backend_that_ran_them(monkeypatch):
+    calls = []
+
+    def run(u, **call):
+        calls.append(u.shape)
+        return scan.BACKENDS["xla"].run(u=u, **call)
+
+    monkeypatch.setattr(scan, "BACKENDS", {"first": Backend(lambda **call: None, run), **scan.BACKENDS})
+    inputs = make_inputs(1, 5, 4, 2)
+
+    def loss(inputs, implementation=None):
+        return jnp.sum(selective_scan(**inputs, implementation=implementation).y ** 2)
+
+    gradients = jax.grad(loss)(inputs)
+    assert calls == [(1, 5, 4)]
+    jax.tree.map(np.testing.assert_array_equal, gradients, jax.grad(partial(loss, implementation="xla"))(inputs))
