@@ -48,8 +48,8 @@ def add_verbs(verb: Verb) -> None:
     sub.add_argument("--seed", type=parse_seed, help="of the generation, by default 0: same seed, same images")
     sub.add_argument("--no-keep-images", action="store_true", help="leave the generated images out of OUT")
     sub.add_argument("--bits", help="of weights and activations, e.g. w4a4, w8a8, w3a8; a16 leaves activations float")
-    sub.add_argument("--weight-bits", type=int, help="with --act-bits the same as --bits")
-    sub.add_argument("--act-bits", type=int, help="with --weight-bits the same as --bits")
+    sub.add_argument("--weight-bits", type=int, help="instead of those in --bits")
+    sub.add_argument("--act-bits", type=int, help="instead of those in --bits")
     sub.add_argument("--outlier-bits", type=int, help="by default 8 with activations of up to 6 bits, else 16")
     sub.add_argument(
         "--rule",
@@ -180,16 +180,16 @@ def quant_config(arguments: argparse.Namespace) -> QuantConfig:
     Raises:
       ValueError: for bits or rules that mean nothing.
     """
-    spelled = {name: getattr(arguments, name) for name in ("weight_bits", "act_bits")}
+    spelled = {}
     if arguments.bits is not None:
         match = re.fullmatch(r"w(\d+)a(\d+)", arguments.bits.lower())
-        if match is None or any(spelled.values()):
+        if match is None:
             raise ValueError(
-                f"--bits {arguments.bits} {'stands beside others' if match else 'means nothing'}; give the bits of "
-                "weights and activations once, e.g. --bits w4a4."
+                f"--bits {arguments.bits} means nothing; give the bits of weights and activations, e.g. --bits w4a4."
             )
         spelled = {"weight_bits": int(match[1]), "act_bits": int(match[2])}
-    elif None in spelled.values():
+    spelled |= {name: value for name in ("weight_bits", "act_bits") if (value := getattr(arguments, name)) is not None}
+    if len(spelled) < 2:
         raise ValueError("the bits are missing; give those of weights and activations, e.g. --bits w4a4.")
     if not 2 <= spelled["act_bits"] <= 8 and spelled["act_bits"] != 16:
         raise ValueError(f"activations cannot have {spelled['act_bits']} bits; give 2 to 8, or 16 to leave them float.")

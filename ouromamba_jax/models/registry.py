@@ -159,6 +159,7 @@ def pure(model: VisionModel) -> tuple[Callable[..., Array], nnx.State]:
     graphdef, state = nnx.split(model)
 
     def fn(state: nnx.State, images: Array, *, rngs: Array | None = None) -> Array:
-        return nnx.merge(graphdef, state)(images, rngs=rngs)
+        options = {} if rngs is None else {"rngs": rngs}  # which a part of a model does not take
+        return nnx.merge(graphdef, state)(images, **options)
 
     return fn, state

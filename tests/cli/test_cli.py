@@ -171,7 +171,6 @@ def test_inspect_lists_a_pytorch_file(capsys):
         (("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out"), "nowhere"),
         (("quantize", "vim_micro", "out", "--bits", "w4a9"), "cannot have 9 bits; give 2 to 8, or 16"),
         (("quantize", "vim_micro", "out"), "the bits are missing"),
-        ((*QUANTIZE, "--weight-bits", 8), "--bits w4a4 stands beside others"),
         ((*QUANTIZE, "--seed", 1), "--seed needs no --images"),
         (("quantize", "vim_micro", "out", "--bits", "w4a4", "--limit", 4), "--limit needs --images"),
         (("quantize", "vim_micro", "out", "--bits", "w4a4", "--entry", "model"), "--entry needs --model"),

@@ -1,5 +1,6 @@
 """Timing, the breakdown of a block, and what a quantised model weighs by its shapes."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -18,9 +19,10 @@ from tiny_models import TINY
 from ouromamba_jax.evaluation import bench, breakdown
 from ouromamba_jax.models import create_model
 from ouromamba_jax.models.layers import Operand
+from ouromamba_jax.ops import matmul, producers, scan
 from ouromamba_jax.ops import split as outliers
 from ouromamba_jax.ops.dispatch import Backend
-from ouromamba_jax.ops.split import OutlierConfig, Split
+from ouromamba_jax.ops.split import OutlierConfig
 from ouromamba_jax.quantize import QuantConfig, memory_report
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.kinds import apply_specs, quantized_specs
@@ -209,20 +211,32 @@ def test_the_breakdown_of_a_model_counts_equal_blocks(kind, monkeypatch):
 
 def test_a_preferred_backend_is_taken_where_it_supports_the_call(monkeypatch):
     x = normal(0, (1, 2, 3))
-    marked = Backend(
-        lambda x, config, **_: None if x.shape[1] == 2 else "it wants two tokens", lambda x, *_, **__: x + 1
-    )
+    xla = outliers.BACKENDS["xla"].run
+
+    def run(*arguments, **call):
+        split = xla(*arguments, **call)
+        return dataclasses.replace(split, low=split.low + 1)
+
+    marked = Backend(lambda x, config, **_: None if x.shape[1] == 2 else "it wants two tokens", run)
     monkeypatch.setitem(outliers.BACKENDS, "marked", marked)
     before = list(outliers.BACKENDS)
-    split = jax.jit(lambda x: outliers.split_outliers(x, jnp.ones(x.shape[1]), OutlierConfig()))
-    assert not isinstance(split(x), jax.Array)
+    low = jax.jit(lambda x: outliers.split_outliers(x, jnp.ones(x.shape[1]), OutlierConfig()).low)
+    plain, first = low(x), low(x[:, :1])
     with bench.preferring("marked"):
-        np.testing.assert_array_equal(split(x), x + 1)
-        assert isinstance(split(x[:, :1]), Split)
-        compiled = split.lower(x).compile()
-    assert not isinstance(split(x), jax.Array)
-    np.testing.assert_array_equal(compiled(x), x + 1)
+        np.testing.assert_array_equal(low(x), plain + 1)
+        np.testing.assert_array_equal(low(x[:, :1]), first)
+        compiled = low.lower(x).compile()
+    np.testing.assert_array_equal(low(x), plain)
+    np.testing.assert_array_equal(compiled(x), plain + 1)
     assert list(outliers.BACKENDS) == before
+
+
+def test_whole_models_prefer_a_backend_of_every_operation():
+    """Producers are operations, too: else "xla" would leave kernels in a model."""
+    tables = (outliers.BACKENDS, producers.BACKENDS, matmul.BACKENDS, scan.BACKENDS)
+    with bench.preferring("xla"):
+        assert [next(iter(table)) for table in tables] == ["xla"] * 4
+    assert [next(iter(table)) for table in tables] == ["mosaic_gpu"] * 4
 
 
 def test_an_unknown_preferred_backend_is_refused():

@@ -34,7 +34,6 @@ def test_presets_in_any_case(name, spell, monkeypatch):
         (("--bits", "w3a8"), (3, 8, 16)),
         (("--bits", "W2A5"), (2, 5, 8)),
         (("--bits", "w4a4", "--act-bits", "8"), (4, 8, 16)),
-        (("--bits", "w8a8", "--outlier-bits", "8"), (8, 8, 8)),
         (("--bits", "w8a8", "--weight-bits", "3", "--act-bits", "6"), (3, 6, 8)),
         (("--bits", "w4a4", "--outlier-bits", "16"), (4, 4, 16)),
     ],
@@ -44,6 +43,11 @@ def test_any_bits_keep_the_edges_at_eight(options, bits, monkeypatch):
     inside, head = config.resolve("blocks.0.mixer.in_proj"), config.resolve("head.proj")
     assert (inside.weight_bits, inside.act_bits, inside.outlier_bits) == bits
     assert (head.weight_bits, head.act_bits, head.outlier_bits) == (8, 8, 16)
+
+
+def test_plain_int8_is_plain_everywhere(monkeypatch):
+    config = config_of(monkeypatch, "--bits", "w8a8", "--outlier-bits", "8")
+    assert {config.resolve(path).outlier_bits for path in ("blocks.0.mixer.in_proj", "head.proj")} == {8}
 
 
 def test_rules_come_after_those_of_the_presets(monkeypatch):
@@ -64,10 +68,10 @@ def test_rules_come_after_those_of_the_presets(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--bits", "4"), "--bits 4 means nothing; give the bits of weights and activations, e.g. w4a4."),
+        (("--bits", "4"), "--bits 4 means nothing; give the bits of weights and activations, e.g. --bits w4a4."),
         (("--bits", "w4a4x"), "--bits w4a4x means nothing"),
         (("--bits", "w9a4"), "weight_bits must be 2 to 8, not 9"),
-        (("--bits", "w4a9"), "act_bits must lie in 2..8, not 9"),
+        (("--bits", "w4a9"), "activations cannot have 9 bits; give 2 to 8, or 16"),
         (("--bits", "w4a4", "--rule", "in_proj"), "'in_proj' in the rule 'in_proj' sets nothing; write PATTERN:FIELD="),
         (("--bits", "w4a4", "--rule", "in_proj:bits=8"), "'bits=8' in the rule"),
         (("--bits", "w4a4", "--rule", "in_proj:act_bits=many"), "'act_bits=many' in the rule"),

@@ -67,7 +67,7 @@ def other_weights():
 )
 def test_stages_of_another_run_are_refused(fields, says, finished):
     call = dict(model=float_model, images=images, config=lambda: CONFIG) | fields
-    with pytest.raises(ValueError, match=rf"stem\.npz is of a run with {says}; use another folder or delete it\.$"):
+    with pytest.raises(ValueError, match=rf"holds an unfinished run with {says}; delete that folder\.$"):
         quantize(*(make() for make in call.values()), resume=finished[0])
 
 

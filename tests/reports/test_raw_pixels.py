@@ -83,7 +83,7 @@ def test_one_value_that_is_not_finite_is_found_among_many(value, xp):
 def test_every_door_refuses_them(kind):
     images, says = RAW[kind]
     model = create_model("vim_micro", rngs=nnx.Rngs(0), img_size=8, patch_size=4, stride=4, embed_dim=16, depth=1)
-    stand_in = SimpleNamespace(config=SimpleNamespace(preprocessing=model.config.preprocessing))
+    stand_in = SimpleNamespace(config=model.config)
     for door in (
         lambda: predict(stand_in, images),
         lambda: evaluate(stand_in, [(images, np.zeros(3, np.int32))]),

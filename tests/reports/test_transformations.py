@@ -243,6 +243,7 @@ def with_an_explicit_axis(expected_of_ops, expected_attention):
     images = images_of("vim", 2)
 
     placed = jax.device_put(images, PartitionSpec("data"))
+    model = model_of("vim", "float")
     model.drop_path = 0.5
     (map_,) = jax.jit(lambda x: model.features(x, rngs=jax.random.key(0)))(placed)
     assert jax.typeof(map_).sharding.spec[0] == "data"
