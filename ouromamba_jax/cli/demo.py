@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from ouromamba_jax.checkpoint import load
-from ouromamba_jax.cli.common import Verb, console, parse_seed
+from ouromamba_jax.cli.common import ShownTable, Verb, add_formats, console, parse_seed, print_tables
 from ouromamba_jax.data import load_images, to_pixels
 from ouromamba_jax.evaluation.evaluate import Score, predict, score
 from ouromamba_jax.files import check_writable, local_path
@@ -23,7 +23,6 @@ from ouromamba_jax.models import Trace, VisionModel
 from ouromamba_jax.quantize import PRESETS, MemoryReport, QuantConfig, QuantLinear, memory_report, quantize
 from ouromamba_jax.report.charts import dot_chart
 from ouromamba_jax.report.figures import image_grid, outlier_map
-from ouromamba_jax.report.tables import print_table
 
 BITS = tuple(PRESETS)
 HEADERS = ("images", "bits", "top-1", "agree", "SQNR", "sites", "outl.", "MB", "FP16/")
@@ -66,6 +65,7 @@ def add_verbs(verb: Verb) -> None:
     sub.add_argument("--out", default="ouromamba-demo", help="folder for the figures")
     sub.add_argument("--num-images", type=int, default=64, help="images to generate")
     sub.add_argument("--seed", type=parse_seed, default=0, help="same seed, same result")
+    add_formats(sub)
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -83,13 +83,11 @@ def demo(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             say=say,
         )
-    print_table(
-        [run.row() for run in runs],
-        HEADERS,
-        title=f"{arguments.model}: float top-1 {100 * float_top1:.1f} %; shares in %, SQNR in dB",
-    )
-    figures = ", ".join(sorted(p.name for p in local_path(arguments.out).glob("*.png")))
-    print(f"{arguments.out}: {figures}; {time.perf_counter() - start:.0f} s")
+    title = f"{arguments.model}: float top-1 {100 * float_top1:.1f} %; shares in %, SQNR in dB"
+    print_tables([ShownTable([run.row() for run in runs], HEADERS, title)], arguments.format)
+    if arguments.format == "terminal":
+        figures = ", ".join(sorted(p.name for p in local_path(arguments.out).glob("*.png")))
+        print(f"{arguments.out}: {figures}; {time.perf_counter() - start:.0f} s")
 
 
 def run_demo(

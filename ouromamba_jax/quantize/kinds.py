@@ -16,7 +16,7 @@ from ouromamba_jax.quantize.sites import iter_sites, named_modules, set_module
 _KINDS: dict[type, ModuleType] = {nnx.Linear: linear, SelectiveScan: scan, Operand: operand}
 _QUANTIZED = (QuantLinear, QuantSelectiveScan, QuantOperand)
 
-Calibrated = dict[str, dict[str, Any]]
+StageCalibration = dict[str, dict[str, Any]]
 """What calibration found, {site: {name: ...}}, as a pytree; each kind of site says what it holds."""
 
 
@@ -25,7 +25,7 @@ def kind_of(site: Any) -> Any:
     return _KINDS[type(site)]
 
 
-def install_fakes(stage: nnx.Module, specs: dict[str, SiteSpec], calibrated: Calibrated) -> nnx.Module:
+def install_fakes(stage: nnx.Module, specs: dict[str, SiteSpec], calibrated: StageCalibration) -> nnx.Module:
     """Replaces the sites of a float stage by trainable stand-ins, in place. Only for use inside a traced function."""
     for path, site in list(iter_sites(stage)):
         if path in specs:

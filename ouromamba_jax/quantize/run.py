@@ -16,7 +16,7 @@ from ouromamba_jax.ops.passes import Asking, gather, together
 from ouromamba_jax.ops.split_calibration import Calibration, count_quiet
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.quantize.kinds import Calibrated, kind_of
+from ouromamba_jax.quantize.kinds import StageCalibration, kind_of
 from ouromamba_jax.quantize.measure import measure
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.resume import keep_stage, kept_stage, run_identity
@@ -60,7 +60,7 @@ def quantize(
     return quantize_stages(model, images, config, fit, progress=progress)
 
 
-def calibrate_sites(stage: nnx.Module, inputs: StageInputs) -> tuple[dict[str, SiteSpec], Calibrated]:
+def calibrate_sites(stage: nnx.Module, inputs: StageInputs) -> tuple[dict[str, SiteSpec], StageCalibration]:
     """What every site of a float stage is calibrated to, by path.
 
     Raises:
@@ -78,7 +78,7 @@ def _calibrating(site: Any, path: str, inputs: StageInputs) -> Asking[tuple[Site
         raise ValueError(f"{inputs.name}.{path} cannot be calibrated: {error}") from error
 
 
-def quiet_tokens(calibrated: Calibrated) -> Counter[str]:
+def quiet_tokens(calibrated: StageCalibration) -> Counter[str]:
     """Tokens that calibration hardly excites, by the path that a report gives to the activation."""
     found: Counter[str] = Counter()
     for path, of_site in calibrated.items():
@@ -93,7 +93,7 @@ def fitted(
     stage: nnx.Module,
     inputs: StageInputs,
     specs: dict[str, SiteSpec],
-    calibrated: Calibrated,
+    calibrated: StageCalibration,
     losses: list[float] | None = None,
 ) -> Fitted:
     """The quantised modules of a stage, and what each costs."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from ouromamba_jax.ops.split_calibration import Calibration
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
-from ouromamba_jax.quantize.kinds import Calibrated, install_fakes
+from ouromamba_jax.quantize.kinds import StageCalibration, install_fakes
 from ouromamba_jax.sharding import data_mesh, replicate
 
 
@@ -34,11 +34,11 @@ def cosine_loss(update: Float[Array, "... C"], target: Float[Array, "... C"]) ->
 def tune_scales(
     stage: nnx.Module,
     specs: dict[str, SiteSpec],
-    calibrated: Calibrated,
+    calibrated: StageCalibration,
     x: Array,
     target: Array,
     config: QuantConfig,
-) -> tuple[Calibrated, list[float]]:
+) -> tuple[StageCalibration, list[float]]:
     """`calibrated` with scales that bring the quantised stage's update on x close to `target`, the float stage's.
 
     Each scale is s0 * exp(factor): it stays positive, and one learning rate suits scales of any size. Minimises the
@@ -66,7 +66,7 @@ def _is_calibration(leaf: Any) -> bool:
     return isinstance(leaf, Calibration)
 
 
-def log_factors(calibrated: Calibrated) -> Any:
+def log_factors(calibrated: StageCalibration) -> Any:
     """Zeros, one for each scale of activations, weights, parameters and states."""
 
     def zeros(c: Any) -> Array:
@@ -75,7 +75,7 @@ def log_factors(calibrated: Calibrated) -> Any:
     return jax.tree.map(zeros, calibrated, is_leaf=_is_calibration)
 
 
-def rescaled(calibrated: Calibrated, factors: Any) -> Calibrated:
+def rescaled(calibrated: StageCalibration, factors: Any) -> StageCalibration:
     """`calibrated`, every scale multiplied by exp(factor)."""
 
     def rescale(c: Any, factor: Array) -> Any:
