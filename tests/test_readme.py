@@ -8,6 +8,8 @@ from statistics import mean
 import pytest
 from script_modules import load_script
 
+from ouromamba_jax import list_models
+
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "docs" / "study" / "vim_micro_cifar10"
 
@@ -120,3 +122,8 @@ def test_every_link_of_the_pages_leads_somewhere():
         missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
         broken += [f"{page.relative_to(ROOT)}: {link}" for link in missing]
     assert broken == []
+
+
+def test_the_readme_names_every_model():
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in list_models() if f"`{name}`" not in text] == []
