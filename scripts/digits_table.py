@@ -29,6 +29,7 @@ from ouromamba_jax.report.tables import markdown_table, print_table
 
 SETTINGS = (
     ("w8a8", {}),
+    ("w8a8", dict(outlier_bits=8)),
     ("w6a6", {}),
     ("w4a8", {}),
     ("w4a4", dict(detection="none")),

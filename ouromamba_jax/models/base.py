@@ -135,8 +135,7 @@ class VisionModel(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.head: Any = head
 
-    @staticmethod
-    def make_stages(config: Any, **types: Any) -> tuple[nnx.Module, list[Any], Head]:
+    def make_stages(self, config: Any, **types: Any) -> tuple[nnx.Module, list[Any], Head]:
         """(stem, blocks, head), made in this order; `types` holds dtype, param_dtype and rngs."""
         raise NotImplementedError
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.models.layers import LayerNorm, after, broadcast_last, uniform
+from ouromamba_jax.models.unlisted import unlisted
 from ouromamba_jax.ops.producers import conv_silu, conv_taps, depthwise_conv, patches3x3, silu_once
 
 
@@ -36,6 +37,7 @@ class DepthwiseConv1d(nnx.Module):
         parameters, options = self.into()
         return depthwise_conv(x, *parameters, **options)
 
+    @unlisted
     def into(self) -> tuple[tuple[Array, Array | None], dict[str, Any]]:
         """(arrays, options) of a producer that begins with this convolution."""
         bias = None if self.bias is None else self.bias[...]

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32
 
 from ouromamba_jax.models.trace import ScanOrder, ScanTrace
+from ouromamba_jax.models.unlisted import unlisted
 from ouromamba_jax.ops.producers import gelu, layer_norm, rms_norm, route
 from ouromamba_jax.ops.scan import selective_scan
 from ouromamba_jax.ops.scan_types import ScanOutput
@@ -51,6 +52,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         return rms_norm(x, self.scale[...], eps=self.eps, dtype=self.dtype)
 
+    @unlisted
     def into(self, linear: nnx.Module, x: Float[Array, "... C"]) -> Float[Array, "... O"]:
         """linear of the normalised x."""
         return after(linear, rms_norm, x, self.scale[...], eps=self.eps, dtype=self.dtype)
@@ -68,6 +70,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         return layer_norm(x, self.scale[...], self.bias[...], eps=self.eps, dtype=self.dtype)
 
+    @unlisted
     def into(self, linear: nnx.Module, x: Float[Array, "... C"]) -> Float[Array, "... O"]:
         """linear of the normalised x."""
         return after(linear, layer_norm, x, self.scale[...], self.bias[...], eps=self.eps, dtype=self.dtype)
@@ -128,7 +131,7 @@ def scaled(gamma: nnx.Param | None, update: Float[Array, "... C"]) -> Float32[Ar
 
 def added(module: Any, norm: Any, gamma: nnx.Param | None, x: Float32[Array, "... C"]) -> Float32[Array, "... C"]:
     """x + module(norm(x)), the update times its layer scale if there is one; the module takes (x, norm, residual)."""
-    return module(x, norm, residual=x) if gamma is None else x + scaled(gamma, module(x, norm))
+    return module(x, norm=norm, residual=x) if gamma is None else x + scaled(gamma, module(x, norm=norm))
 
 
 class SelectiveScan(nnx.Module):
@@ -186,6 +189,7 @@ class SelectiveScan(nnx.Module):
     ) -> ScanOutput:
         return self.scan(*self.operands(u, delta, B, C), collect=collect)
 
+    @unlisted
     def scan(self, u, delta, A, B, C, D, *, collect=None, state_transform=None) -> ScanOutput:
         """Runs the scan on ready operands; y comes back as (B, L, G, E)."""
         out = selective_scan(

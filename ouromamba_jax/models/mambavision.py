@@ -290,9 +290,9 @@ class HybridBlock(nnx.Module):
         x = self._enter(x)
         windows = split_windows(x, self.window)
         if self.gamma1 is None:
-            y = self._joined(self.mixer(windows, self.norm1, residual=windows))
+            y = self._joined(self.mixer(windows, norm=self.norm1, residual=windows))
         else:
-            y = x + scaled(self.gamma1, self._joined(self.mixer(windows, self.norm1)))
+            y = x + scaled(self.gamma1, self._joined(self.mixer(windows, norm=self.norm1)))
         return self._leave(updated(x, y, kept), kept)
 
     def trace(
@@ -353,8 +353,9 @@ class MambaVision(VisionModel):
 
     family = "mambavision"
 
-    @staticmethod
-    def make_stages(config: MambaVisionConfig, **types: Any) -> tuple[MambaVisionStem, list[Any], MambaVisionHead]:
+    def make_stages(
+        self, config: MambaVisionConfig, **types: Any
+    ) -> tuple[MambaVisionStem, list[Any], MambaVisionHead]:
         stem = MambaVisionStem(config, **types)
         blocks = [
             (ConvBlock if level < config.conv_levels else HybridBlock)(config, level, index, **types)

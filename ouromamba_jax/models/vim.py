@@ -29,6 +29,7 @@ from ouromamba_jax.models.layers import (
 from ouromamba_jax.models.positions import resize_positions
 from ouromamba_jax.models.tokens import TokenModel
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
+from ouromamba_jax.models.unlisted import unlisted
 from ouromamba_jax.ops.producers import gated_mean
 
 
@@ -162,6 +163,7 @@ class VimDirection(nnx.Module):
             config.dt_rank, width, use_bias=False, kernel_init=uniform(config.dt_rank**-0.5), **types
         )
 
+    @unlisted
     def __call__(self, x: Float[Array, "B L D"], *, reverse: bool = False) -> tuple[Array, Array, Array, Array]:
         """(u, what dt_proj makes delta of, B, C) in scan order, of the first channels of x.
 
@@ -226,7 +228,7 @@ class VimBlock(nnx.Module):
         self.mixer = VimMixer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L C"], kept: Float[Array, "B 2"] | None = None) -> Float[Array, "B L C"]:
-        return updated(x, self.mixer(x, self.norm), kept)
+        return updated(x, self.mixer(x, norm=self.norm), kept)
 
     def trace(
         self, x: Float[Array, "B L C"], *, collect: Callable[[Array], Any] | None = None
@@ -259,7 +261,6 @@ class Vim(TokenModel):
 
     family = "vim"
 
-    @staticmethod
-    def make_stages(config: VimConfig, **types: Any) -> tuple[VimStem, list[Any], VimHead]:
+    def make_stages(self, config: VimConfig, **types: Any) -> tuple[VimStem, list[Any], VimHead]:
         stem = VimStem(config, **types)
         return stem, [VimBlock(config, **types) for _ in range(config.depth)], VimHead(config, **types)

@@ -257,7 +257,6 @@ class ViT(TokenModel):
 
     family = "vit"
 
-    @staticmethod
-    def make_stages(config: ViTConfig, **types: Any) -> tuple[ViTStem, list[Any], ViTHead]:
+    def make_stages(self, config: ViTConfig, **types: Any) -> tuple[ViTStem, list[Any], ViTHead]:
         stem = ViTStem(config, **types)
         return stem, [ViTBlock(config, **types) for _ in range(config.depth)], ViTHead(config, **types)

@@ -28,6 +28,7 @@ from ouromamba_jax.models.layers import (
     updated,
 )
 from ouromamba_jax.models.trace import LayerTrace, ScanOrder, ScanTrace
+from ouromamba_jax.models.unlisted import unlisted
 from ouromamba_jax.ops.producers import gelu, merged_routes, route, silu_once, summed_routes
 
 # Row by row, column by column, and both again from the last token: (transpose, reverse) of every scan direction.
@@ -131,6 +132,7 @@ class VMambaDirection(nnx.Module):
         self.x_proj = nnx.Linear(width, rank + 2 * config.d_state, kernel_init=uniform(width**-0.5), **types)
         self.dt_proj = nnx.Linear(rank, width, kernel_init=uniform(rank**-0.5), **types)
 
+    @unlisted
     def __call__(self, x: Float[Array, "B H W E"], **order: Any) -> tuple[Array, Array, Array]:
         """(what dt_proj makes delta of, B, C) of a map, in this direction's scan order."""
         dt, B, C = jnp.split(after(self.x_proj, route, x, **order), self.splits, axis=-1)
@@ -211,8 +213,8 @@ class VMambaBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W I"], kept: Float[Array, "B 2"] | None = None) -> Float[Array, "B h w C"]:
         x = self._enter(x)
-        x = updated(x, self.mixer(x, self.norm), kept)
-        return updated(x, self.mlp(x, self.norm2, residual=x), kept, 1)
+        x = updated(x, self.mixer(x, norm=self.norm), kept)
+        return updated(x, self.mlp(x, norm=self.norm2, residual=x), kept, 1)
 
     def trace(
         self, x: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
@@ -228,7 +230,7 @@ class VMambaBlock(nnx.Module):
 
     def _leave(self, x: Array, mixer_out: Array) -> Array:
         x = x + mixer_out.astype(jnp.float32)
-        return self.mlp(x, self.norm2, residual=x)
+        return self.mlp(x, norm=self.norm2, residual=x)
 
 
 class VMambaHead(Head):
@@ -250,8 +252,7 @@ class VMamba(VisionModel):
 
     family = "vmamba"
 
-    @staticmethod
-    def make_stages(config: VMambaConfig, **types: Any) -> tuple[VMambaStem, list[Any], VMambaHead]:
+    def make_stages(self, config: VMambaConfig, **types: Any) -> tuple[VMambaStem, list[Any], VMambaHead]:
         stem = VMambaStem(config, **types)
         blocks = []
         before = None

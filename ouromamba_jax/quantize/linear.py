@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32
 
 from ouromamba_jax.models.layers import as_tokens
+from ouromamba_jax.models.unlisted import unlisted
 from ouromamba_jax.ops.matmul import KernelWeight, outlier_matmul, prepare
 from ouromamba_jax.ops.passes import Asking, together
 from ouromamba_jax.ops.producers import split_after
@@ -77,12 +78,14 @@ class QuantLinear(nnx.Module):
         check_tokens(as_tokens(x), self.act.scale.shape[0])
         return self.after(lambda x: x, x)
 
+    @unlisted
     def promise(self, x: Float[Array, "B L K"]) -> Product | None:
         """What the layer makes of x, for a scan that multiplies itself; None where that takes more than levels."""
         if self.act is None or self.bias is not None or self.spec.config.weight_group is not None:
             return None
         return Product(self(x), self.act.split(x), self.weight, self.dtype)
 
+    @unlisted
     def after(
         self,
         producer: Callable[..., Array],

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ouromamba_jax.models.layers import SelectiveScan, apart
+from ouromamba_jax.models.unlisted import unlisted
 from ouromamba_jax.ops.passes import Ask, Asking, together
 from ouromamba_jax.ops.qtensor import MIN_SCALE, QTensor, max_level
 from ouromamba_jax.ops.scan_types import Product, Routed, ScanOutput, Unsplit
@@ -72,6 +73,7 @@ class RoundedOperands:
         A = self.decay_rates() if A is None else A
         return A, B, C, self.D[...].astype(jnp.float32) if D is None else D[:, 0]
 
+    @unlisted
     def scan(self: Any, u, delta, A, B, C, D, *, collect=None) -> ScanOutput:
         transform = self.state_transform(u)
         out = SelectiveScan.scan(self, u, delta, A, B, C, D, collect=collect, state_transform=transform)
@@ -100,12 +102,14 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
         self.parameter_levels = nnx.Dict({name: Levels(q.values, bits=q.bits) for name, q in parameters.items()})
         self.parameter_scale = nnx.Dict({name: Calibrated(q.scale) for name, q in parameters.items()})
 
+    @unlisted
     def __call__(self, u: Array, delta: Array, B: Array, C: Array, *, collect: Any = None) -> ScanOutput:
         if self.state_scale is not None:  # the states are rounded, too, for which no kernel stops
             return super().__call__(u, delta, B, C, collect=collect)
         others = self.all_but_tokens(B, C)
         return self.scan(self._unsplit("u", u), self._unsplit("delta", delta), *others, collect=collect)
 
+    @unlisted
     def of_map(self, x: Float[Array, "B H W E"], orders: Any, delta: Array, B: Array, C: Array) -> ScanOutput:
         """`models.layers.scan_map`: u is read from the map."""
         tokens, grid = x.reshape(x.shape[0], -1, x.shape[3]), (x.shape[1], x.shape[2])
@@ -125,18 +129,21 @@ class QuantSelectiveScan(RoundedOperands, SelectiveScan):
             return x
         return tuple(quantizer.unsplit(part) for quantizer, part in zip(self.act[name], apart(x), strict=True))
 
+    @unlisted
     def round_operand(self, name: str, x: Any) -> Array:
         if name not in self.act:
             return x
         parts = [part.value if isinstance(part, Product) else part for part in apart(x)]
         return jnp.stack([quantizer.round(part) for quantizer, part in zip(self.act[name], parts, strict=True)], axis=2)
 
+    @unlisted
     def parameter(self, name: str) -> Array | None:
         if name not in self.parameter_levels:
             return None
         levels, scale = self.parameter_levels[name][...], self.parameter_scale[name][...]
         return QTensor(levels, scale, bits=8, group=levels.shape[0] // self.directions).dequantize()
 
+    @unlisted
     def state_transform(self, u: Array):
         if self.state_scale is None:
             return None

@@ -70,6 +70,17 @@ def test_transformations_gradients_with_debug_nans(family, kind):
 
 
 @EVERY
+def test_tabulate(family, kind):
+    """Flax's summary has a row for the stem, every block and the classifier, and leaves the classes as they were."""
+    model, images = model_of(family, kind), images_of(family)[:1]
+    before = {type(module): type(module).__call__ for _, module in nnx.iter_modules(model)}
+    rows = nnx.tabulate(model, images, depth=2, console_kwargs=dict(force_terminal=False, width=200)).splitlines()
+    paths = {row.split("│")[1].strip() for row in rows if row.startswith("│")}
+    assert {"stem", "head/proj", *(f"blocks/{index}" for index in range(len(model.blocks)))} <= paths
+    assert before == {type(module): type(module).__call__ for _, module in nnx.iter_modules(model)}
+
+
+@EVERY
 def test_transformations_donated_images_and_predict(family, kind):
     fn, state, images, expected = program(family, kind)
     donated = jax.tree.map(jnp.copy, (state, images))
