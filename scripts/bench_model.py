@@ -1,13 +1,11 @@
-"""Whole models: on CPU our scan against associative_scan, and quantised against float; on a GPU the kernels.
+"""Whole models: on CPU our scan against associative_scan; on a GPU the kernels.
 
-    python scripts/bench_model.py associative --model vim_tiny --batch 4
-    python scripts/bench_model.py quantised --model vim_base --batch 2 --json scripts/results/bench_model_cpu.json
+    python scripts/bench_model.py --model vim_tiny --batch 4
     python scripts/bench_model.py --device gpu --json scripts/results/bench_model_h100.json    # needs an NVIDIA GPU
 
-`associative` times a model against the same model on `jax.lax.associative_scan` (the usual parallel formulation in
-JAX, which holds (B, L, D, N) arrays). `quantised` times a float model against its W8A8 and W4A4 versions, and then
-says which parts of one block take the time. Without a name both run. Weights are random and images Gaussian; models
-take turns and the ratios are medians over rounds, so that other work on the machine hits all of them.
+On a CPU a model is timed against the same one on `jax.lax.associative_scan` (the usual parallel formulation in JAX,
+which holds (B, L, D, N) arrays). Weights are random and images Gaussian; models take turns and the ratios are medians
+over rounds, so that other work on the machine hits all of them. Quantised models on CPUs: `ouromamba bench`.
 
 `--device gpu` times six published models at batch 32 in bfloat16, W8A8 and W4A4, through XLA and on our kernels
 (`bench.preferring`), below Hopper also on 4-bit tensor cores, then says what share of the time on the kernels goes into
@@ -33,8 +31,6 @@ from memory import with_gaussian_weights
 
 from ouromamba_jax.evaluation.bench import (
     HEADERS,
-    compare_speed,
-    models_to_compare,
     preferring,
     random_images,
     speed_rows,
@@ -43,7 +39,7 @@ from ouromamba_jax.evaluation.bench import (
     time_ratio,
     write_results,
 )
-from ouromamba_jax.evaluation.breakdown import BREAKDOWN_HEADERS, KINDS, block_breakdown, model_breakdown
+from ouromamba_jax.evaluation.breakdown import KINDS, model_breakdown
 from ouromamba_jax.models import VisionModel, create_model, model_config, pure
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.ops.scan_types import ScanOutput
@@ -105,15 +101,6 @@ def shortened(name: str, depth: int | None) -> dict[str, Any]:
 def bench_associative(model: nnx.Module, batch: int, repeats: int) -> list[list]:
     models = {"associative_scan": with_associative_scan(model), "ours": model}
     return speed_rows(time_models(models, batch, repeats=repeats), batch)
-
-
-def bench_quantised(
-    model: VisionModel, batch: int, repeats: int, bits: list[str]
-) -> tuple[list[list], dict[str, list]]:
-    models = models_to_compare(model, tuple(bits))
-    parts = {name: block_breakdown(m, batch, repeats=repeats) for name, m in models.items()}
-    print("compiling and timing the whole models", flush=True)
-    return compare_speed(models, batch, repeats=repeats), parts
 
 
 def gpu_models(name: str, bits: list[str], **overrides: Any) -> dict[str, nnx.Module]:
@@ -195,46 +182,22 @@ def main_gpu(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [WHAT] [options]"
-    )
-    parser.add_argument(
-        "what", nargs="?", choices=("associative", "quantised"), help="one comparison; both if left out"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="gpu: the kernels (default: cpu)")
-    parser.add_argument("--model", help="vim_tiny for associative, vim_base for quantised, six for gpu if left out")
-    parser.add_argument(
-        "--batch", type=int, help="images per call; 4 for associative, 2 for quantised, 32 for gpu if left out"
-    )
+    parser.add_argument("--model", help="vim_tiny on a CPU, six on a GPU if left out")
+    parser.add_argument("--batch", type=int, help="images per call; 4 on a CPU, 32 on a GPU if left out")
     parser.add_argument("--depth", type=int, help="at most so many blocks (per stage), for a quick look")
-    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a4"], help="presets to compare (default: w8a8 w4a4)")
+    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a4"], help="presets on a GPU (default: w8a8 w4a4)")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of each model (default: 10)")
     parser.add_argument("--json", type=Path, help="also write the numbers, the machine and the command to this file")
     arguments = parser.parse_args()
     if arguments.device == "gpu":
-        if arguments.what is not None:
-            parser.error(f"{arguments.what} is a comparison on CPU: leave it out with --device gpu.")
         return main_gpu(arguments)
-    results: dict = {"depth": arguments.depth}
-
-    if arguments.what in (None, "associative"):
-        name, batch = arguments.model or "vim_tiny", arguments.batch or 4
-        model = create_model(name, **shortened(name, arguments.depth))
-        rows = bench_associative(model, batch, arguments.repeats)
-        print_table(rows, HEADERS, title=f"{name}, batch {batch}")
-        results["associative"] = dict(model=name, batch=batch, headers=HEADERS, rows=rows)
-    if arguments.what in (None, "quantised"):
-        name, batch = arguments.model or "vim_base", arguments.batch or 2
-        model = create_model(name, **shortened(name, arguments.depth))
-        rows, parts = bench_quantised(model, batch, arguments.repeats, arguments.bits)
-        print_table(rows, HEADERS, title=f"{name}, batch {batch}")
-        for bits, table in parts.items():
-            print_table(table, BREAKDOWN_HEADERS, title=f"one block of {name}, {bits}")
-        results["quantised"] = dict(
-            model=name, batch=batch, headers=HEADERS, rows=rows, breakdown_headers=BREAKDOWN_HEADERS, breakdown=parts
-        )
+    name, batch = arguments.model or "vim_tiny", arguments.batch or 4
+    rows = bench_associative(create_model(name, **shortened(name, arguments.depth)), batch, arguments.repeats)
+    print_table(rows, HEADERS, title=f"{name}, batch {batch}")
     if arguments.json is not None:
-        write_results(arguments.json, results)
+        write_results(arguments.json, dict(model=name, depth=arguments.depth, batch=batch, headers=HEADERS, rows=rows))
         print(f"wrote {arguments.json}")
     return 0
 

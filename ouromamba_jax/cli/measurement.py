@@ -11,7 +11,7 @@ from ouromamba_jax.checkpoint import load
 from ouromamba_jax.cli.common import ShownTable, Verb, add_formats, bar, chosen_split, console, print_tables
 from ouromamba_jax.data import iterate_batches
 from ouromamba_jax.data.classes import read_class_names
-from ouromamba_jax.evaluation.bench import HEADERS, compare_speed, models_to_compare
+from ouromamba_jax.evaluation.bench import HEADERS, compare_speed, machine, models_to_compare
 from ouromamba_jax.evaluation.breakdown import BREAKDOWN_HEADERS, block_breakdown
 from ouromamba_jax.evaluation.evaluate import Accuracy, compare
 from ouromamba_jax.evaluation.stand_in import stand_in
@@ -121,7 +121,8 @@ def bench(arguments: argparse.Namespace) -> None:
             models = models_to_compare(model)
             status.update(f"compiling and timing {', '.join(models)}")
             rows = compare_speed(models, batch_size, repeats=5)
-            devices = f"{data_mesh(batch_size).size} of {jax.device_count()} {jax.devices()[0].platform} devices"
+            of, kind = jax.device_count(), jax.devices()[0].platform
+            devices = f"{data_mesh(batch_size).size} of {of} {kind} devices ({machine()['cpu']})"
             yield ShownTable(rows, HEADERS, f"{name}, batch {batch_size} on {devices}")
             for kind, compared in models.items():
                 status.update(f"taking one block apart, {kind}")

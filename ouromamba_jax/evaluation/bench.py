@@ -179,15 +179,22 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     write_json(path, {**provenance(), **results})
 
 
-def models_to_compare(model: VisionModel, bits: tuple[str, ...] = ("w8a8", "w4a4")) -> dict[str, VisionModel]:
+COMPARED = {
+    "w8a8": QuantConfig.preset("w8a8"),
+    "w8a8, 8-bit outliers": QuantConfig.preset("w8a8", outlier_bits=8),
+    "w4a4": QuantConfig.preset("w4a4"),
+}
+
+
+def models_to_compare(model: VisionModel, configs: Mapping[str, QuantConfig] = COMPARED) -> dict[str, VisionModel]:
     """The float model and quantised ones, by name, float first.
 
-    Beside a float model stand ones of random levels at `bits`, presets of `QuantConfig`: speed does not depend on them.
+    Beside a float model stand ones of random levels, quantised as `configs` say: speed does not depend on the levels.
     Beside a quantised one stands a float model of its config and of random weights.
     """
     if quantized_specs(model):
         return {"float": float_stand_in(model), "quantised": model}
-    return {"float": model, **{name: quantised_stand_in(model, QuantConfig.preset(name)) for name in bits}}
+    return {"float": model, **{name: quantised_stand_in(model, config) for name, config in configs.items()}}
 
 
 def time_models(models: Mapping[str, VisionModel], batch_size: int, *, repeats: int = 10) -> dict[str, Timing]:

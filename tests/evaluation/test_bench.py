@@ -96,7 +96,7 @@ def test_results_name_the_machine_but_no_folder_of_it(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_float_model_is_compared_with_quantised_ones(model):
-    models = bench.models_to_compare(model, ("w4a4",))
+    models = bench.models_to_compare(model, {"w4a4": QuantConfig.preset("w4a4")})
     rows = bench.compare_speed(models, 2, repeats=2)
     assert [row[0] for row in rows] == ["float", "w4a4"]
     assert all(len(row) == len(bench.HEADERS) for row in rows)

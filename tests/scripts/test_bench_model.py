@@ -45,10 +45,10 @@ def test_without_a_gpu_it_says_so_in_one_sentence(script, capsys, monkeypatch):
     assert said.err.count("\n") == said.err.count(". ") + 1 == 1
 
 
-def test_a_comparison_on_cpu_is_refused(script, capsys, monkeypatch):
-    with pytest.raises(SystemExit):
-        run(script, monkeypatch, "quantised")
-    assert "leave it out with --device gpu" in capsys.readouterr().err
+def test_on_a_cpu_the_scan_stands_beside_associative_scan(script, monkeypatch, tmp_path):
+    path = tmp_path / "results.json"
+    assert run(script, monkeypatch, "--device", "cpu", "--batch", "1", "--repeats", "1", "--json", str(path)) == 0
+    assert [row[0] for row in json.loads(path.read_text())["rows"]] == ["associative_scan", "ours"]
 
 
 def test_models_are_quantised_to_what_the_kernels_take(script, monkeypatch):
