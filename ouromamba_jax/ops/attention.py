@@ -6,7 +6,6 @@ neighbourhood before the readout C gives the patched form, which is no longer ca
 image order, without class token.
 """
 
-import functools
 from typing import Any, Literal
 
 import jax
@@ -16,31 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from ouromamba_jax.ops.meshes import by_samples, vary_alike
 
-Padding = Literal["clip", "replicate"]
 Weighting = Literal["delta", "uniform"]
-
-
-def neighbourhood_sum(
-    x: Float[Array, "B M ..."], *, grid: tuple[int, int], neighbourhood: int, padding: Padding = "clip"
-) -> Float[Array, "B M ..."]:
-    """Sum over the neighbourhood x neighbourhood window around every token.
-
-    Args:
-      x: tokens in row-major image order on axis 1.
-      grid: (height, width) in tokens; M = height * width.
-      neighbourhood: odd side of the window.
-      padding: "clip" cuts the window at the border; "replicate" repeats the border tokens outside of it.
-    """
-    _check_window(neighbourhood)
-    radius = neighbourhood // 2
-    out = x.reshape(x.shape[0], *grid, *x.shape[2:])
-    for axis in (1, 2):
-        widths = [(radius, radius) if a == axis else (0, 0) for a in range(out.ndim)]
-        padded = jnp.pad(out, widths, mode="constant" if padding == "clip" else "edge")
-        length = out.shape[axis]
-        shifted = (jax.lax.slice_in_dim(padded, k, k + length, axis=axis) for k in range(neighbourhood))
-        out = functools.reduce(jnp.add, shifted)
-    return out.reshape(x.shape)
 
 
 def neighbourhood_mask(grid: tuple[int, int], neighbourhood: int) -> Bool[np.ndarray, "M M"]:
@@ -56,20 +31,10 @@ def token_weights(delta: Float[Array, "B L E"], *, weighting: Weighting = "delta
     return jnp.mean(delta, axis=-1) if weighting == "delta" else jnp.ones(delta.shape[:2], delta.dtype)
 
 
-def patched_state(
-    h: Float[Array, "B M E N"],
-    w: Float[Array, "B M"],
-    *,
-    grid: tuple[int, int],
-    neighbourhood: int,
-    padding: Padding = "clip",
-) -> Float[Array, "B M E N"]:
-    """h_p(t) = sum over k in N(t) of w_k h(k), tokens in image order (OuroMamba, Algorithm 1)."""
-    return neighbourhood_sum(h * w[:, :, None, None], grid=grid, neighbourhood=neighbourhood, padding=padding)
-
-
 def patched_readout(scan: Any, *, neighbourhood: int = 5, weighting: Weighting = "delta") -> Float[Array, "B M E"]:
     """f_t = C_t h_p(t) in image order: what the patched attention makes of u, without the attention of any channel.
+
+    h_p(t) = sum over k in N(t) of w_k h(k), N the window around a token, cut at the border (OuroMamba, Algorithm 1).
 
     Args:
       scan: a `ScanTrace` whose `states` are the hidden states (B, L, E, N), traced with `collect=lambda h: h`.

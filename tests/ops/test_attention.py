@@ -13,9 +13,7 @@ from ouromamba_jax.models import LayerTrace, ScanOrder, ScanTrace
 from ouromamba_jax.ops.attention import (
     implicit_attention,
     neighbourhood_mask,
-    neighbourhood_sum,
     patched_readout,
-    patched_state,
     scan_attention,
     token_weights,
 )
@@ -65,20 +63,18 @@ def naive_sum(x, grid, neighbourhood, padding):
     return out
 
 
-def test_patched_state_matches_the_recorded_fusion():
+def patched_state(h, w, grid, neighbourhood, padding="clip"):
+    """The patched state in image order, as that loop; h (B, M, E, N), w (B, M)."""
+    weighted = np.moveaxis(np.asarray(h) * np.asarray(w)[:, :, None, None], 1, 0)
+    return np.moveaxis(naive_sum(weighted, grid, neighbourhood, padding), 0, 1)
+
+
+def test_the_loop_gives_the_recorded_fusion():
     golden = np.load(GOLDEN)
-    h = jnp.moveaxis(jnp.asarray(golden["h"]), 3, 1)  # (B, D, N, L) -> (B, L, D, N)
-    fused = patched_state(h, jnp.asarray(golden["delta_norm"]), grid=(6, 6), neighbourhood=3, padding="replicate")
+    h = np.moveaxis(golden["h"], 3, 1)  # (B, D, N, L) -> (B, L, D, N)
+    fused = patched_state(h, golden["delta_norm"], (6, 6), 3, padding="replicate")
     expected = np.moveaxis(golden["h_fused"], 3, 1)
     assert np.max(np.abs(fused - expected)) <= tolerances.ATTENTION_ROUNDING * np.max(np.abs(expected))
-
-
-@pytest.mark.parametrize("padding", ["clip", "replicate"])
-@pytest.mark.parametrize("neighbourhood", [1, 3, 5, 7])
-def test_neighbourhood_sum_equals_a_loop(padding, neighbourhood):
-    x = np.random.default_rng(1).integers(-9, 9, size=(12, 2)).astype(np.float32)
-    out = neighbourhood_sum(jnp.asarray(x)[None], grid=(3, 4), neighbourhood=neighbourhood, padding=padding)[0]
-    np.testing.assert_array_equal(out, naive_sum(x, (3, 4), neighbourhood, padding))
 
 
 @pytest.mark.parametrize("neighbourhood", [1, 3, 5])
@@ -117,6 +113,10 @@ def test_patched_attention_equals_the_readout_of_the_patched_state(order, neighb
     alpha = scan_attention(scan, per_channel=True, **options)
     attended = order.to_image(jnp.einsum("betj,bje->bte", alpha, scan.u))
     readout = patched_readout(scan, **options)
+    h, C = order.to_image(scan.states), order.to_image(scan.C)
+    weights = order.to_image(token_weights(scan.delta, weighting=weighting))
+    looped = np.einsum("btn,bten->bte", C, patched_state(h, weights, (order.height, order.width), neighbourhood))
+    assert np.max(np.abs(readout - looped)) <= tolerances.ATTENTION_ROUNDING * np.max(np.abs(looped))
     assert np.max(np.abs(attended - readout)) <= tolerances.ATTENTION_ROUNDING * np.max(np.abs(readout))
 
 
