@@ -77,7 +77,10 @@ def from_torch(
       interpolate_positions: resize the positional embeddings of a checkpoint of another input size, bicubically as
         torch does; for Vim without antialiasing, for ViT with it, as their published code does. Their grid is taken as
         square where their number allows it, else as shaped like the model's. Other families have none.
-      **overrides: config fields, `dtype` and `param_dtype`, as `create_model` takes them.
+      **overrides: config fields, `dtype` and `param_dtype`, as `create_model` takes them. With `in_channels=1` the
+        first weights of a checkpoint of three channels are summed over them, as timm does: one channel gets the logits
+        that three times the same one would get. `mean` and `std`, unless they are given, are the averages of the three,
+        as in timm's loader.
 
     Raises:
       TorchFileError: the file cannot be read; the message says why.

@@ -89,6 +89,18 @@ def patches(w: Shaped[np.ndarray, "O I kh kw"]) -> Shaped[np.ndarray, "P O"]:
     return _of_rank(w, 4).transpose(2, 3, 1, 0).reshape(-1, w.shape[0])
 
 
+def pixel_patches(channels: int) -> Callable[[np.ndarray], np.ndarray]:
+    """`patches` of a convolution of images with so many channels; for one, the sum over three, as timm has it."""
+
+    def transform(w: Shaped[np.ndarray, "O I kh kw"]) -> Shaped[np.ndarray, "P O"]:
+        if channels == 1 and _of_rank(w, 4).shape[1] == 3:
+            with np.errstate(invalid="ignore"):  # `fill` refuses what is not finite
+                w = w.astype(np.float64).sum(axis=1, keepdims=True)
+        return patches(w)
+
+    return transform
+
+
 def depthwise1d(w: Shaped[np.ndarray, "C 1 k"]) -> Shaped[np.ndarray, "k C"]:
     """A depthwise 1-D convolution, taps first."""
     return np.squeeze(_of_rank(w, 3), 1).T

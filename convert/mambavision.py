@@ -16,7 +16,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Shaped
 
-from ouromamba_jax.convert.keymap import ConversionError, Rule, StageRule, depthwise1d, fill, linear, patches
+from ouromamba_jax.convert.keymap import (
+    ConversionError,
+    Rule,
+    StageRule,
+    depthwise1d,
+    fill,
+    linear,
+    patches,
+    pixel_patches,
+)
 from ouromamba_jax.convert.unpickle import shown
 from ouromamba_jax.models.convolution import Conv3x3
 from ouromamba_jax.models.mambavision import ConvBlock, MambaVisionConfig
@@ -32,7 +41,7 @@ def twice(w: Shaped[np.ndarray, " E"]) -> Shaped[np.ndarray, " E"]:
 def mambavision_rules(config: MambaVisionConfig) -> tuple[Rule, ...]:
     """The table for a model of this config that still has its BatchNorms."""
     ends = [
-        Rule("patch_embed.conv_down.0.weight", "stem.first.proj.kernel", patches),
+        Rule("patch_embed.conv_down.0.weight", "stem.first.proj.kernel", pixel_patches(config.in_channels)),
         *_batch_norm("patch_embed.conv_down.1", "stem.first.norm"),
         Rule("patch_embed.conv_down.3.weight", "stem.second.proj.kernel", patches),
         *_batch_norm("patch_embed.conv_down.4", "stem.second.norm"),

@@ -23,6 +23,7 @@ _SIGNATURES = {
     "mambavision": re.compile(r"levels\.\d+\..+"),
     "vit": re.compile(r"blocks\.\d+\.(?:attn|norm1)\..+"),
 }
+_OF_ANY_MODEL = ("num_classes", "in_channels")
 HEAD = re.compile(r"(?:classifier\.)?head(?:_dist)?\.(?:weight|bias)")
 
 Tensors = Mapping[str, np.ndarray]
@@ -148,13 +149,11 @@ def main_difference(name: str, config: Any, family: str, tensors: Tensors) -> st
     Returns:
       a clause, or None if the shapes tell no difference.
     """
-    images = tensors.get("patch_embed.proj.weight", tensors.get("patch_embed.0.weight"))
-    if images is None:
-        images = tensors.get("patch_embed.conv_down.0.weight")
-    if images is not None and images.ndim == 4 and images.shape[1] not in (0, 3):
-        one = images.shape[1] == 1
-        way_out = "repeat its first weight three times and divide it by three" if one else "train it on 3"
-        return f"the checkpoint takes images of {images.shape[1]} channel{'s' * (not one)} and {name} of 3: {way_out}"
+    channels = _channels(tensors)
+    if channels not in (None, 1, 3):
+        return (
+            f"the checkpoint takes images of {channels} channels and {name} of {config.in_channels}: train it on 1 or 3"
+        )
     found = _fields(family, config, tensors)
     differ = {field: value for field, value in found.items() if _value(config, field) != value}
     if not any(HEAD.fullmatch(key) for key in tensors) and config.num_classes:
@@ -165,7 +164,7 @@ def main_difference(name: str, config: Any, family: str, tensors: Tensors) -> st
     ours = " and ".join(f"{field}={_value(config, field)}" for field in differ)
     same = [other for other in _models_of(family) if _has(model_config(other), found)]
     way_out = f"pass {', '.join(f'{field}={value}' for field, value in differ.items())} (--set on the command line)"
-    if same and same[0] != name:
+    if same and name not in same:
         way_out = f"take {' or '.join(same[:3])}"
     elif set(differ) == {"num_classes"}:
         way_out += ', or head="fresh" for a new head'
@@ -183,7 +182,7 @@ def matching_models(tensors: Tensors) -> list[tuple[str, dict[str, Any]]]:
             fields = _fields(family, config, tensors)
             fields |= _img_size(family, config, fields, tensors)
             found.append((name, {field: value for field, value in fields.items() if _value(config, field) != value}))
-    return sorted(found, key=lambda model: (sum(field != "num_classes" for field in model[1]), len(model[1])))
+    return sorted(found, key=lambda model: (sum(field not in _OF_ANY_MODEL for field in model[1]), len(model[1])))
 
 
 def _models_of(family: str) -> list[str]:
@@ -207,7 +206,7 @@ def _positions_of_another(name: str, config: Any, family: str, tensors: Tensors,
 
 
 def _has(config: Any, fields: dict[str, Any]) -> bool:
-    return all(_value(config, field) == value for field, value in fields.items() if field != "num_classes")
+    return all(_value(config, field) == value for field, value in fields.items() if field not in _OF_ANY_MODEL)
 
 
 def _value(config: Any, field: str) -> Any:
@@ -244,7 +243,15 @@ def _fields(family: str, config: Any, tensors: Tensors) -> dict[str, Any]:
         found["depths"] = _whole([_count(rf"levels\.{i}\.blocks\.(\d+)\..+", tensors) for i in range(stages)])
         found["dim"], found["in_dim"] = size("levels.0.blocks.0.norm1.weight"), size("patch_embed.conv_down.0.weight")
     found["num_classes"] = _first(size, "", ("head.weight", "classifier.head.weight"))
+    found["in_channels"] = 1 if _channels(tensors) == 1 else None  # three fit a model of one, too
     return {field: value for field, value in found.items() if value or value is False}
+
+
+def _channels(tensors: Tensors) -> int | None:
+    """Of the images that the first convolution takes."""
+    names = (f"patch_embed.{name}.weight" for name in ("proj", "0", "conv_down.0"))
+    first = next((tensors[name] for name in names if name in tensors), None)
+    return first.shape[1] if first is not None and first.ndim == 4 else None
 
 
 def _of_vit(config: Any, tensors: Tensors, size: Any) -> dict[str, Any]:

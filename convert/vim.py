@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ouromamba_jax.convert.keymap import Rule, depthwise1d, linear, patches, squeeze
+from ouromamba_jax.convert.keymap import Rule, depthwise1d, linear, pixel_patches, squeeze
 from ouromamba_jax.convert.positions import fill_with_positions
 from ouromamba_jax.models.vim import VimConfig
 
@@ -31,7 +31,7 @@ def vim_rules(config: VimConfig) -> tuple[Rule, ...]:
     """The table for a model of this config."""
     token = {"ends": ((), ("_head", "_tail")), "none": ((), ())}.get(config.class_token, (("",), ()))
     return (
-        Rule("patch_embed.proj.weight", "stem.proj.kernel", patches),
+        Rule("patch_embed.proj.weight", "stem.proj.kernel", pixel_patches(config.in_channels)),
         Rule("patch_embed.proj.bias", "stem.proj.bias"),
         *(Rule(f"cls_token{end}", "stem.class_token", squeeze(0, 1)) for end in token[0]),
         *(Rule(f"cls_token{end}", "stem.class_token", squeeze(0), part=(i, 2)) for i, end in enumerate(token[1])),

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ouromamba_jax.convert.keymap import Rule, linear, patches, squeeze
+from ouromamba_jax.convert.keymap import Rule, linear, pixel_patches, squeeze
 from ouromamba_jax.convert.positions import fill_with_positions
 from ouromamba_jax.models.vit import ViTConfig
 
@@ -15,7 +15,7 @@ def vit_rules(config: ViTConfig) -> tuple[Rule, ...]:
     block, mixer = "blocks.{i}", "blocks.{i}.mixer"
     linears = {"attn.qkv": "mixer.qkv", "attn.proj": "mixer.proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
     return (
-        Rule("patch_embed.proj.weight", "stem.proj.kernel", patches),
+        Rule("patch_embed.proj.weight", "stem.proj.kernel", pixel_patches(config.in_channels)),
         Rule("patch_embed.proj.bias", "stem.proj.bias"),
         Rule("cls_token", "stem.class_token", squeeze(0)),
         Rule("dist_token", "stem.dist_token", squeeze(0)),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from ouromamba_jax.convert.keymap import Rule, StageRule, fill, linear, patches, same
+from ouromamba_jax.convert.keymap import Rule, StageRule, fill, linear, patches, pixel_patches, same
 from ouromamba_jax.models.vmamba import DIRECTIONS, VMambaConfig
 
 
@@ -64,9 +64,10 @@ def vmamba_rules(config: VMambaConfig) -> tuple[Rule, ...]:
     for fc in ("fc1", "fc2"):
         block += [(f"mlp.{fc}.weight", f"mlp.{fc}.kernel", linear2d), (f"mlp.{fc}.bias", f"mlp.{fc}.bias", same)]
     downsample = [*_conv("downsample.1", "proj"), *_norm("downsample.3", "norm")]
+    of_pixels = pixel_patches(config.in_channels)
     ends = [
-        *_conv("patch_embed.0", "stem.first.proj"),
-        *_conv("patch_embed.proj", "stem.first.proj"),
+        *_conv("patch_embed.0", "stem.first.proj", of_pixels),
+        *_conv("patch_embed.proj", "stem.first.proj", of_pixels),
         *_norm("patch_embed.2", "stem.first.norm"),
         *_norm("patch_embed.norm", "stem.first.norm"),
         *_conv("patch_embed.5", "stem.second.proj"),
@@ -107,5 +108,5 @@ def _norm(key: str, path: str) -> list[Entry]:
     return [(f"{key}.weight", f"{path}.scale", same), (f"{key}.bias", f"{path}.bias", same)]
 
 
-def _conv(key: str, path: str) -> list[Entry]:
-    return [(f"{key}.weight", f"{path}.kernel", patches), (f"{key}.bias", f"{path}.bias", same)]
+def _conv(key: str, path: str, to: Callable[[np.ndarray], np.ndarray] = patches) -> list[Entry]:
+    return [(f"{key}.weight", f"{path}.kernel", to), (f"{key}.bias", f"{path}.bias", same)]

@@ -104,7 +104,7 @@ def load(path: str | Path, **overrides: Any) -> VisionModel:
     Args:
       path: the folder, or the name of a shipped checkpoint.
       **overrides: config fields of a float model to change, e.g. `img_size=384`. Learned positions are resized as
-        `from_torch(..., interpolate_positions=True)` does.
+        `from_torch(..., interpolate_positions=True)` does, and weights summed as it does for `in_channels=1`.
 
     Raises:
       CheckpointError: if the folder is missing, damaged or does not fit the config it holds, or if its parameters do
@@ -257,6 +257,10 @@ def _with_config(model: VisionModel, config: Any, path: Path) -> VisionModel:
     if positions is not None and config.grid != before.grid and config.class_token == before.class_token:
         resized = config.resize_positions(np.asarray(positions, np.float64), before.grid)
         arrays["stem.positions"] = jnp.asarray(resized.astype(positions.dtype))
+    for name in {"stem.proj.kernel", "stem.first.proj.kernel"} & arrays.keys():
+        if (config.in_channels, before.in_channels) == (1, 3):
+            patches = arrays[name].astype(jnp.float32).reshape(-1, 3, arrays[name].shape[-1])
+            arrays[name] = patches.sum(axis=1).astype(arrays[name].dtype)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config, dtype=model.dtype)))
     stored = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
     if problems := _mismatches(stored, _leaves(state)):

@@ -16,7 +16,7 @@ from ouromamba_jax.quantize.stages import Progress
 
 def quantize(
     model: VisionModel,
-    images: Float[Array, "N H W 3"] | None,
+    images: Float[Array, "N H W I"] | None,
     config: QuantConfig,
     *,
     generation: GenConfig | None = None,

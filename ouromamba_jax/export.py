@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from ouromamba_jax.data.preprocessing import height_width
+from ouromamba_jax.data.preprocessing import image_shape
 from ouromamba_jax.files import check_writable, local_path, whole_file
 from ouromamba_jax.models import pure
 from ouromamba_jax.models.base import VisionModel
@@ -39,9 +39,10 @@ def export(
     """Writes `model`, float or quantised, as a program for CPUs, NVIDIA GPUs and TPUs that JAX alone can run.
 
     `jax.export.deserialize(file.read()).call(images)` gives the logits; images are normalised, float32 (batch, H, W,
-    3). What is quantised is computed in integers, through XLA; kernels of one GPU are left out, which an `ExportNote`
-    says where the model would take them. With weights="beside" the call is `.call(arrays, images)`, with the arrays of
-    the .safetensors by name: what `safetensors.numpy.load_file` returns. docs/guides/export.md has their layout.
+    in_channels). What is quantised is computed in integers, through XLA; kernels of one GPU are left out, which an
+    `ExportNote` says where the model would take them. With weights="beside" the call is `.call(arrays, images)`, with
+    the arrays of the .safetensors by name: what `safetensors.numpy.load_file` returns. docs/guides/export.md has their
+    layout.
 
     Args:
       path: a new file whose name ends in .stablehlo.
@@ -119,7 +120,7 @@ def _program(
         return fn(nnx.from_flat_state(flat), images)
 
     count = jax.export.symbolic_shape(batch)[0] if isinstance(batch, str) else int(batch)
-    images = jax.ShapeDtypeStruct((count, *height_width(model.config.img_size), 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((count, *image_shape(model.config)), jnp.float32)
     if weights == "inside":
         program = jax.export.export(jax.jit(lambda images: call(arrays, images)), platforms=PLATFORMS)(images)
     else:

@@ -34,7 +34,7 @@ from compile_kernels import DEVICES, compiling_for
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ouromamba_jax.data.preprocessing import height_width
+from ouromamba_jax.data.preprocessing import image_shape
 from ouromamba_jax.evaluation.bench import random_images, write_results
 from ouromamba_jax.models import VisionModel
 from ouromamba_jax.ops.qtensor import quantize_with_scale, search_weight_scale
@@ -106,7 +106,7 @@ def compiled(model: VisionModel, target: str, batch: int) -> str:
     with mock.patch("ouromamba_jax.pallas.device.default_device", return_value=gpu):
         prepare_weights(model)  # here: what is computed within `compiling_for` would run on that GPU
     (_, stem), *blocks, _ = model.stages
-    images = jax.ShapeDtypeStruct((batch, *height_width(model.config.img_size), 3), "float32")
+    images = jax.ShapeDtypeStruct((batch, *image_shape(model.config)), "float32")
     x = jax.eval_shape(lambda images: stem(images), images)
     definitions, states = zip(*(nnx.split(block) for _, block in blocks), strict=True)
 

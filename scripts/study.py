@@ -42,7 +42,7 @@ from study_runs import HEADERS, OPTIONAL, OURS, Run, read_runs, summarise, table
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, load, quantize
 from ouromamba_jax.baselines import quantize_baseline
 from ouromamba_jax.data import iterate_batches, load_images
-from ouromamba_jax.data.preprocessing import height_width
+from ouromamba_jax.data.preprocessing import image_shape
 from ouromamba_jax.evaluation.bench import machine, provenance
 from ouromamba_jax.evaluation.evaluate import predict, score
 from ouromamba_jax.files import whole_file, write_json, write_text
@@ -108,7 +108,7 @@ class Study:
                 self.data, self.train_split, config.img_size, config.preprocessing, limit=run.images, seed=seed
             ).images
         if run.source == "noise":
-            noise = jax.random.normal(jax.random.key(seed), (run.images, *height_width(config.img_size), 3))
+            noise = jax.random.normal(jax.random.key(seed), (run.images, *image_shape(config)))
             mean, std = (np.asarray(v, np.float32) for v in (config.preprocessing.mean, config.preprocessing.std))
             return np.clip(np.asarray(noise), -mean / std, (1 - mean) / std)
         differing = "-".join(f"{name}-{value}" for name, value in (*run.common, *run.gen)) or "default"

@@ -103,8 +103,8 @@ class TrainConfig:
 
 
 def augment(
-    key: Array, images: Float[Array, "B H W 3"], config: Augmentation, black: Float[Array, " 3"]
-) -> Float[Array, "B H W 3"]:
+    key: Array, images: Float[Array, "B H W I"], config: Augmentation, black: Float[Array, " I"]
+) -> Float[Array, "B H W I"]:
     """Each picture shifted, rotated, scaled, flipped and partly erased at random; `black` is a black pixel's value."""
     keys = jax.random.split(key, images.shape[0])
     return jax.vmap(lambda k, image: _augment_one(k, image, config, black))(keys, images)
@@ -225,7 +225,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> tuple[VisionModel, d
     per_epoch = len(data.images) // batch
     tx = optimizer(config, config.epochs * per_epoch)
     mean, std = model.config.preprocessing.mean_and_std()
-    black = jnp.asarray(-mean / std).reshape(3)
+    black = jnp.asarray(-mean / std).reshape(-1)
 
     @jax.jit
     def step(state, averaged, opt_state, images, labels, key):

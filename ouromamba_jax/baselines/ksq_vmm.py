@@ -50,7 +50,7 @@ class KSQConfig(BaselineConfig):
 
 def quantize_ksq_vmm(
     model: VisionModel,
-    images: Float[Array, "N H W 3"],
+    images: Float[Array, "N H W I"],
     config: KSQConfig,
     *,
     progress: Progress | None = None,

@@ -80,7 +80,7 @@ class PTQ4VMConfig(BaselineConfig):
 
 def quantize_ptq4vm(
     model: VisionModel,
-    images: Float[Array, "N H W 3"],
+    images: Float[Array, "N H W I"],
     config: PTQ4VMConfig,
     *,
     progress: Progress | None = None,

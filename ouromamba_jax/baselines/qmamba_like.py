@@ -66,7 +66,7 @@ class QMambaLikeConfig(BaselineConfig):
 
 def quantize_qmamba_like(
     model: VisionModel,
-    images: Float[Array, "N H W 3"],
+    images: Float[Array, "N H W I"],
     config: QMambaLikeConfig,
     *,
     progress: Progress | None = None,

@@ -56,7 +56,7 @@ BASELINES: dict[str, Baseline] = {
 
 def quantize_baseline(
     model: VisionModel,
-    images: Float[Array, "N H W 3"],
+    images: Float[Array, "N H W I"],
     name: str,
     *,
     weight_bits: int,

@@ -67,7 +67,7 @@ class ReleasedConfig(BaselineConfig):
 
 def quantize_released(
     model: VisionModel,
-    images: Float[Array, "N H W 3"],
+    images: Float[Array, "N H W I"],
     config: ReleasedConfig,
     *,
     progress: Progress | None = None,

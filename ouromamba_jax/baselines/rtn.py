@@ -42,7 +42,7 @@ class RTNConfig(BaselineConfig):
 
 def quantize_rtn(
     model: VisionModel,
-    images: Float[Array, "N H W 3"],
+    images: Float[Array, "N H W I"],
     config: RTNConfig,
     *,
     progress: Progress | None = None,

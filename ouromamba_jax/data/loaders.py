@@ -17,7 +17,7 @@ from ouromamba_jax.data.transform import preprocess
 class Dataset(NamedTuple):
     """Normalised images, their classes (None where the source has none) and, if known, the names of the classes."""
 
-    images: Float[np.ndarray, "N H W 3"]
+    images: Float[np.ndarray, "N H W I"]
     labels: Int[np.ndarray, " N"] | None
     classes: tuple[str, ...] | None = None
 
@@ -46,7 +46,7 @@ def load_images(
         A "{split}" in a path is replaced by `split`.
       split: e.g. "train" or "test"; paths without "{split}" have only one.
       img_size: input side of the model, or (height, width).
-      preprocessing: the model's `config.preprocessing`.
+      preprocessing: the model's `config.preprocessing`; its channels are the images'.
       limit: take this many images, evenly spaced over the source.
       seed: draw those at random instead, by this seed.
       labelled: refuse images without a class (no labels, or negative ones): nothing can be scored on them.
@@ -127,16 +127,17 @@ def _read(
     preprocessing: Preprocessing,
     pool: ThreadPoolExecutor,
 ) -> Dataset:
-    height, width = height_width(img_size)
+    shape = (*height_width(img_size), preprocessing.channels)
 
     def load(i: int) -> tuple[np.ndarray, int | None]:
         picture, label = source.example(i)
         if not (isinstance(picture, np.ndarray) and picture.dtype == np.float32):
             return preprocess(picture, img_size, preprocessing), label
-        if picture.shape != (height, width, 3):
+        if picture.shape != shape:
             raise ValueError(
-                f"the float images of {name} are {picture.shape[0]}x{picture.shape[1]}, but the model takes "
-                f"{height}x{width}; store uint8 pixels, which are resized, or build the model with another img_size."
+                f"the float images of {name} are {'x'.join(map(str, picture.shape))}, but the model takes "
+                f"{'x'.join(map(str, shape))}; store uint8 pixels, which are resized, or build the model with another "
+                "img_size or in_channels."
             )
         return picture, label
 

@@ -1,8 +1,9 @@
 """What every model's config says about its input: how pixels become images of its size."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ class Preprocessing:
     """Evaluation transform of a published model: resize, centre crop, scale to [0, 1], normalise.
 
     Args:
-      mean, std: per RGB channel, in units of [0, 1] pixels.
+      mean, std: per channel, red, green and blue or gray alone, in units of [0, 1] pixels.
       crop_pct: side of the centre crop over the side that the image is resized to.
       interpolation: one of `INTERPOLATIONS`; crop_mode "center" resizes to inputs that are not square bilinearly.
       crop_mode: "center" resizes with the picture's proportions kept, "squash" each side to its own target.
@@ -28,8 +29,8 @@ class Preprocessing:
       ValueError: for values that no picture can be prepared with.
     """
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
     crop_mode: str = "center"
@@ -39,9 +40,13 @@ class Preprocessing:
             value = getattr(self, name)
             # Lists, as JSON has them, cannot be hashed, and JSON takes no number of NumPy's.
             value = tuple(value) if isinstance(value, list | np.ndarray) else value
-            if not isinstance(value, tuple) or len(value) != 3 or not all(map(_is_finite, value)):
-                raise ValueError(f"{name} is {value}, but it must be three numbers, one per channel; change it.")
+            if not isinstance(value, tuple) or len(value) not in (1, 3) or not all(map(_is_finite, value)):
+                raise ValueError(f"{name} is {value}, but it must be three numbers, or one for gray; change it.")
             object.__setattr__(self, name, tuple(map(float, value)))
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean is {self.mean} and std {self.std}, but both have one number per channel; change one."
+            )
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}, but pixels are divided by it; use positive numbers.")
         if not _is_finite(self.crop_pct) or not 0 < self.crop_pct <= 1:
@@ -54,8 +59,19 @@ class Preprocessing:
         if self.crop_mode not in CROP_MODES:
             raise ValueError(f"there is no crop_mode {self.crop_mode!r}; use one of {', '.join(CROP_MODES)}.")
 
-    def mean_and_std(self) -> tuple[Float32[np.ndarray, "1 1 1 3"], Float32[np.ndarray, "1 1 1 3"]]:
-        """Both as arrays, for images (N, H, W, 3)."""
+    @property
+    def channels(self) -> int:
+        """3 for pictures in colour, 1 for gray ones."""
+        return len(self.mean)
+
+    def for_channels(self, channels: int) -> "Preprocessing":
+        """The same for images of so many channels; others than its own get the averages of mean and std, as in timm."""
+        if channels == self.channels:
+            return self
+        return replace(self, mean=(fmean(self.mean),) * channels, std=(fmean(self.std),) * channels)
+
+    def mean_and_std(self) -> tuple[Float32[np.ndarray, "1 1 1 I"], Float32[np.ndarray, "1 1 1 I"]]:
+        """Both as arrays, for images (N, H, W, I)."""
         mean, std = (np.asarray(values, np.float32)[None, None, None] for values in (self.mean, self.std))
         return mean, std
 
@@ -104,25 +120,37 @@ def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return (int(size), int(size)) if isinstance(size, int | np.integer) else (int(size[0]), int(size[1]))
 
 
-def check_image_shape(images: Any, size: tuple[int, int] | None) -> None:
-    """Refuses images that are not (batch, height, width, 3), of `size` if there is one.
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """(height, width, channels) of the images of a model with this config."""
+    return (*height_width(config.img_size), config.in_channels)
+
+
+def check_image_shape(images: Any, size: tuple[int, int] | None, channels: int) -> None:
+    """Refuses images that are not (batch, height, width, channels), of `size` if there is one.
 
     Raises:
-      ValueError: with the way out for channels that come first, a missing batch, and gray pictures.
+      ValueError: with the way out for channels that come first or are missing, a missing batch, and gray pictures.
     """
     shape = tuple(images.shape)
-    if len(shape) == 4 and shape[3] == 3 and 0 not in shape[1:3] and size in (None, shape[1:3]):
+    if len(shape) == 4 and shape[3] == channels and 0 not in shape[1:3] and size in (None, shape[1:3]):
         return
-    if len(shape) == 3 and shape[2] == 3:
+    if len(shape) == 3 and shape[2] == channels:
         way_out = "one image is a batch of its own, images[None]"
-    elif len(shape) == 4 and shape[1] == 3 != shape[3]:
+    elif len(shape) == 3 and channels == 1:
+        way_out = "gray pictures have one channel, images[..., None]"
+    elif len(shape) == 4 and shape[1] == channels != shape[3]:
         way_out = "channels come last, jnp.moveaxis(images, 1, -1)"
-    elif len(shape) == 4 and shape[3] == 1:
-        way_out = "a gray picture is one of three equal channels, jnp.repeat(images, 3, axis=-1)"
+    elif len(shape) == 4 and (channels, shape[3]) == (3, 1):
+        way_out = (
+            "a gray picture is one of three equal channels, jnp.repeat(images, 3, axis=-1), or is for a model with "
+            "in_channels=1"
+        )
+    elif len(shape) == 4 and (channels, shape[3]) == (1, 3):
+        way_out = "colours are for a model with in_channels=3, and load_images makes them gray"
     else:
         way_out = "resize them or build the model with another img_size"
     takes = ", ".join(map(str, size)) if size else "height, width"
-    raise ValueError(f"images have shape {shape}, but this model takes (batch, {takes}, 3); {way_out}.")
+    raise ValueError(f"images have shape {shape}, but this model takes (batch, {takes}, {channels}); {way_out}.")
 
 
 def _is_finite(value: Any) -> bool:

@@ -163,8 +163,8 @@ def _open_npz(path: Path) -> Source:
 
 
 def _pixel_reader(path: Path, images: np.ndarray) -> tuple[int, Callable[[int], Any]]:
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"`images` in {path} has shape {images.shape}; (N, height, width, 3) is needed.")
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"`images` in {path} has shape {images.shape}; (N, height, width, 3 or 1) is needed.")
     if images.dtype == np.uint8:
         return len(images), lambda i: images[i]
     if images.dtype.kind != "f":
@@ -209,8 +209,8 @@ def _open_tfds(source: str, split: str) -> Source:
         record = examples[i]
         if "image" not in record:
             raise ValueError(f"{source} has no field `image`, only {', '.join(record)}; use a classification set.")
-        picture, label = record["image"], record.get("label")
-        return picture[..., 0] if picture.shape[-1] == 1 else picture, None if label is None else int(label)
+        label = record.get("label")
+        return record["image"], None if label is None else int(label)
 
     return Source(len(examples), example)
 

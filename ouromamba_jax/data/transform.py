@@ -16,13 +16,14 @@ def preprocess(
     image: "Image.Image | UInt8[np.ndarray, '...']",
     img_size: int | tuple[int, int],
     preprocessing: Preprocessing,
-) -> Float[np.ndarray, "H W 3"]:
+) -> Float[np.ndarray, "H W I"]:
     """One picture to model input: timm's evaluation transform.
 
-    The picture is resized, keeping its proportions, so that it just covers floor(img_size / crop_pct), or exactly to
-    that with crop_mode "squash"; the centre is cropped, scaled to [0, 1] and normalised per channel. As in timm,
-    crop_mode "center" resizes to a target that is not square bilinearly, whatever `preprocessing.interpolation`
-    (timm.data.transforms_imagenet_eval). Unlike there, a picture is turned first if its EXIF orientation says so.
+    For a model of one channel the picture becomes gray as Pillow's mode L has it (ITU-R 601-2). It is resized, keeping
+    its proportions, so that it just covers floor(img_size / crop_pct), or exactly to that with crop_mode "squash"; the
+    centre is cropped, scaled to [0, 1] and normalised per channel. As in timm, crop_mode "center" resizes to a target
+    that is not square bilinearly, whatever `preprocessing.interpolation` (timm.data.transforms_imagenet_eval). Unlike
+    there, a picture is turned first if its EXIF orientation says so.
 
     Examples:
       >>> import numpy as np
@@ -34,9 +35,12 @@ def preprocess(
     """
     from PIL import Image  # only who reads pictures waits for it
 
+    channels = preprocessing.channels
     if not isinstance(image, Image.Image):
-        image = Image.fromarray(image)
+        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
     image = to_rgb(image)
+    if channels == 1:
+        image = image.convert("L")  # which gives gray levels back as they were
     height, width = height_width(img_size)
     target = math.floor(height / preprocessing.crop_pct), math.floor(width / preprocessing.crop_pct)
     squashed = preprocessing.crop_mode == "squash"
@@ -46,7 +50,7 @@ def preprocess(
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / np.float32(255)
     mean, std = preprocessing.mean_and_std()
-    return (pixels - mean[0]) / std[0]
+    return (pixels.reshape(height, width, channels) - mean[0]) / std[0]
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
@@ -71,7 +75,7 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-def to_pixels(images: Float[Any, "N H W 3"], preprocessing: Preprocessing) -> UInt8[np.ndarray, "N H W 3"]:
+def to_pixels(images: Float[Any, "N H W I"], preprocessing: Preprocessing) -> UInt8[np.ndarray, "N H W I"]:
     """Model input back to uint8 pixels, for pictures: the inverse of the normalisation.
 
     Examples:

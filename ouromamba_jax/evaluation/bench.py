@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ouromamba_jax.data.preprocessing import height_width
+from ouromamba_jax.data.preprocessing import image_shape
 from ouromamba_jax.evaluation.evaluate import StageRunner
 from ouromamba_jax.evaluation.limit import with_bare_products
 from ouromamba_jax.evaluation.stand_in import float_stand_in, quantised_stand_in
@@ -243,6 +243,6 @@ def speed_rows(
     ]
 
 
-def random_images(model: VisionModel, batch_size: int, *, seed: int = 0) -> Float[Array, "B H W 3"]:
+def random_images(model: VisionModel, batch_size: int, *, seed: int = 0) -> Float[Array, "B H W I"]:
     """Gaussian images of the model's input size."""
-    return jax.random.normal(jax.random.key(seed), (batch_size, *height_width(model.config.img_size), 3))
+    return jax.random.normal(jax.random.key(seed), (batch_size, *image_shape(model.config)))

@@ -36,7 +36,7 @@ class StageRunner:
         batch = np.concatenate([images, np.repeat(images[:1], self.size - len(images), axis=0)])
         return to_host(self.mesh, self.run(self.place(batch)))[: len(images)]
 
-    def place(self, images: Array | np.ndarray) -> Float[Array, "B H W 3"]:
+    def place(self, images: Array | np.ndarray) -> Float[Array, "B H W I"]:
         """A whole batch, where `run` takes it from."""
         return split_samples(self.mesh, images) if self.mesh.size > 1 else jnp.asarray(images)
 
@@ -49,7 +49,7 @@ class StageRunner:
 
 @without_mesh
 def predict(
-    model: VisionModel, images: Float[Array | np.ndarray, "N H W 3"], *, batch_size: int = 128
+    model: VisionModel, images: Float[Array | np.ndarray, "N H W I"], *, batch_size: int = 128
 ) -> Float[np.ndarray, "N classes"]:
     """Logits of all images, in batches under `jax.jit`, spread over all devices. NaN where a pixel is not finite.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ouromamba_jax.data.preprocessing import height_width
+from ouromamba_jax.data.preprocessing import image_shape
 from ouromamba_jax.models import VisionModel, build_model, create_model
 from ouromamba_jax.quantize import QuantConfig
 from ouromamba_jax.quantize.activation import SiteSpec
@@ -42,7 +42,7 @@ def quantised_stand_in(model: VisionModel, config: QuantConfig) -> VisionModel:
 def find_specs(model: VisionModel, config: QuantConfig) -> dict[str, SiteSpec]:
     """Every site that `config` quantises, with the shape of what enters it; nothing is computed."""
     configs, specs = resolve_sites(model, config), {}
-    x = jax.ShapeDtypeStruct((1, *height_width(model.config.img_size), 3), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, *image_shape(model.config)), jnp.float32)
     for name, stage in model.stages:
         prefix = f"{name}."
         local = {path.removeprefix(prefix): c for path, c in configs.items() if path.startswith(prefix)}

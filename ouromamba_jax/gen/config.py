@@ -22,7 +22,8 @@ class GenConfig:
       learning_rate: Adam's at the start of a cosine schedule that ends at 0; in units of normalised pixels.
       scales: resolutions that noise and updates are the sum of (see `prior.py`), each half the one before; 1 is plain
         pixels, None goes down to about 4 x 4 cells.
-      chroma: share of noise and updates that is independent between the colours, between 0 (grey images) and 1.
+      chroma: share of noise and updates that is independent between the colours, between 0 (gray images) and 1;
+        images of one channel have none.
       contrastive: weight of the patch-contrastive loss, which is 1 where all similarities are equal.
       output: weight of the output loss, the cross-entropy to the image's target.
       pse: weight of PSAQ-ViT's patch-similarity entropy, the loss that the contrastive one replaces.

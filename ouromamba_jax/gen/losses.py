@@ -114,7 +114,7 @@ def output_loss(logits: Float[Array, "B K"], targets: Int[Array, " B"]) -> Float
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
-def total_variation(images: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
+def total_variation(images: Float[Array, "B H W I"]) -> Float[Array, " B"]:
     """Mean absolute difference of vertical and of horizontal neighbours, one value per image.
 
     Examples:

@@ -75,7 +75,7 @@ def has_contrast(grid: tuple[int, int], config: GenConfig) -> bool:
 
 
 def image_losses(
-    network: Network, weights: Any, images: Float[Array, "B H W 3"], targets: Int[Array, " B"], config: GenConfig
+    network: Network, weights: Any, images: Float[Array, "B H W I"], targets: Int[Array, " B"], config: GenConfig
 ) -> dict[str, Float[Array, " B"]]:
     """Every loss with a weight, unweighted, one value per image; patch losses are means over the layers."""
     stem, blocks, head = weights

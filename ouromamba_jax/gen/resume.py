@@ -26,7 +26,7 @@ class Unfinished:
 
 @dataclass
 class RunState:
-    """What a run has made so far: finished images (N, H, W, 3), the losses of all iterations; all targets."""
+    """What a run has made so far: finished images (N, H, W, I), the losses of all iterations; all targets."""
 
     done: np.ndarray
     history: dict[str, np.ndarray]

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
-from ouromamba_jax.data.preprocessing import Preprocessing, height_width
+from ouromamba_jax.data.preprocessing import Preprocessing, image_shape
 from ouromamba_jax.files import local_path
 from ouromamba_jax.gen.config import GenConfig
 from ouromamba_jax.gen.network import Network, image_losses, split
@@ -41,13 +41,13 @@ class Generated(NamedTuple):
       ('images', 'targets', 'history')
     """
 
-    images: Float[Array, "N H W 3"]
+    images: Float[Array, "N H W I"]
     targets: Int[Array, " N"]
     history: dict[str, Float[np.ndarray, "batches iterations"]]
 
 
 def _pixel_range(preprocessing: Preprocessing) -> tuple[Array, Array]:
-    """Normalised values of black and white, (1, 1, 1, 3) each."""
+    """Normalised values of black and white, (1, 1, 1, I) each."""
     mean, std = (jnp.asarray(x) for x in preprocessing.mean_and_std())
     return (0.0 - mean) / std, (1.0 - mean) / std
 
@@ -154,14 +154,14 @@ def generate_images(
     wanted = _checked_targets(targets, config, classes)
     batch_size = config.batch_size
     batches = -(-config.num_images // batch_size)
-    image_shape = (*height_width(model.config.img_size), 3)
+    one = image_shape(model.config)
     low, high = _pixel_range(network.preprocessing)
     names = (*config.loss_names, "total", "gradient")
     # Without the fields that no update depends on, so that they do not compile it again.
     update = dataclasses.replace(config, num_images=1, batch_size=1, checkpoint_every=1)
 
     run = RunState(
-        done=np.zeros((0, *image_shape), np.float32),
+        done=np.zeros((0, *one), np.float32),
         history={name: np.zeros((batches, config.iterations), np.float32) for name in names},
         targets=wanted,
     )
@@ -174,7 +174,7 @@ def generate_images(
         mesh = None
         for batch in range(-(-len(run.done) // batch_size), batches):
             batch_targets = wanted[batch * batch_size : (batch + 1) * batch_size]
-            shape = (len(batch_targets), *image_shape)
+            shape = (len(batch_targets), *one)
             if mesh is None or len(batch_targets) < batch_size:  # the first and the last one may be of other sizes
                 mesh = data_mesh(len(batch_targets))
                 placed_weights = replicate(mesh, weights)

@@ -38,7 +38,8 @@ _RULES: dict[Any, str] = {  # what a field of this annotation must be
 def check_fields(config: Any, *, zero: tuple[str, ...] = ()) -> None:
     """Holds a frozen config to its annotations before anything is computed from it; those in `zero` may be 0.
 
-    Lists become tuples and NumPy's numbers Python's, since configs are hashed and written as JSON.
+    Lists become tuples and NumPy's numbers Python's, since configs are hashed and written as JSON; `preprocessing` is
+    made one for `in_channels`.
 
     Raises:
       ValueError: naming the first of the fields that is wrong.
@@ -50,6 +51,7 @@ def check_fields(config: Any, *, zero: tuple[str, ...] = ()) -> None:
             rule = _RULES.get(field.type, f"it must be one of {choices}").format(least=least)
             raise ValueError(f"{field.name} is {value}, but {rule}; change it.")
         object.__setattr__(config, field.name, value)
+    object.__setattr__(config, "preprocessing", config.preprocessing.for_channels(config.in_channels))
 
 
 def _plain(value: Any) -> Any:
@@ -65,7 +67,7 @@ def _plain(value: Any) -> Any:
 def _fits(value: Any, kind: Any, least: int) -> bool:
     parts = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
-        return isinstance(value, str) and value in parts
+        return type(value) is type(parts[0]) and value in parts
     if isinstance(kind, types.UnionType):
         return any(_fits(value, part, least) for part in parts)
     if parts:  # a tuple: (kind, ...) or (kind, kind)
@@ -82,9 +84,9 @@ def _fits(value: Any, kind: Any, least: int) -> bool:
 class VisionModel(nnx.Module):
     """A classifier made of stages: a stem, blocks, a head, each mapping one array to the next.
 
-    A family supplies `family`, a config (with img_size, num_classes and preprocessing) and `make_stages`; every block
-    has a `trace` of its own, the head `features`. Generation and quantisation use nothing else of it; `features` uses
-    `map_blocks`, `to_map` and `for_size`, which a family overrides where they are other than here.
+    A family supplies `family`, a config (with img_size, in_channels, num_classes and preprocessing) and `make_stages`;
+    every block has a `trace` of its own, the head `features`. Generation and quantisation use nothing else of it;
+    `features` uses `map_blocks`, `to_map` and `for_size`, which a family overrides where they are other than here.
 
     Args:
       config: the family's.
@@ -146,12 +148,12 @@ class VisionModel(nnx.Module):
         return (("stem", self.stem), *blocks, ("head", self.head))
 
     def __call__(
-        self, images: Float[Array, "B H W 3"], *, rngs: nnx.Rngs | Array | None = None
+        self, images: Float[Array, "B H W I"], *, rngs: nnx.Rngs | Array | None = None
     ) -> Float[Array, "B classes"]:
         """The forward pass, stage by stage.
 
         Args:
-          images: normalised, of the config's `img_size`.
+          images: normalised, of the config's `img_size` and `in_channels`.
           rngs: for training, `nnx.Rngs` (its stream `dropout`) or a key: what `drop_path` draws from. None, as for
             inference, drops nothing.
 
@@ -165,7 +167,7 @@ class VisionModel(nnx.Module):
 
     def features(
         self,
-        images: Float[Array, "B H W 3"],
+        images: Float[Array, "B H W I"],
         indices: Sequence[int] | None = None,
         *,
         rngs: nnx.Rngs | Array | None = None,
@@ -188,7 +190,7 @@ class VisionModel(nnx.Module):
         Raises:
           ValueError: for an index that does not exist, and images that the model cannot take.
         """
-        check_image_shape(images, None)
+        check_image_shape(images, None, self.config.in_channels)
         size, places = (images.shape[1], images.shape[2]), self.map_blocks
         indices = range(len(places))[self.default_maps] if indices is None else tuple(indices)
         if not all(-len(places) <= index < len(places) for index in indices):
@@ -248,12 +250,12 @@ class VisionModel(nnx.Module):
         return by_samples(lambda x, state: function(nnx.merge(graphdef, state), x), x, state, **shared)
 
     def trace(
-        self, images: Float[Array, "B H W 3"], *, collect: Callable[[Array], Any] | None = None
+        self, images: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
     ) -> tuple[Float[Array, "B classes"], Trace]:
         """The forward pass, and what it computes on the way.
 
         Args:
-          images: normalised, of the config's `img_size`.
+          images: normalised, of the config's `img_size` and `in_channels`.
           collect: reduces the hidden state h (B, D, N) inside every step of every scan; what it returns is stacked as
             `ScanTrace.states`. None keeps no states.
 

@@ -117,16 +117,17 @@ class HalvingConv(nnx.Module):
 
 
 def extract_patches(
-    images: Float[Array, "B H W 3"], size: int, stride: int
+    images: Float[Array, "B H W I"], size: int, stride: int
 ) -> tuple[Float[Array, "B M P"], tuple[int, int]]:
     """Row-major patches, each flattened as (row, column, channel), and the (height, width) of their grid."""
-    height = (images.shape[1] - size) // stride + 1
-    width = (images.shape[2] - size) // stride + 1
+    batch, height, width, channels = images.shape
+    height = (height - size) // stride + 1
+    width = (width - size) // stride + 1
     if size == stride:
         cropped = images[:, : height * size, : width * size]
-        grid = cropped.reshape(images.shape[0], height, size, width, size, 3).swapaxes(2, 3)
+        grid = cropped.reshape(batch, height, size, width, size, channels).swapaxes(2, 3)
     else:
         rows = jnp.arange(height)[:, None] * stride + jnp.arange(size)[None]
         columns = jnp.arange(width)[:, None] * stride + jnp.arange(size)[None]
-        grid = images[:, rows[:, None, :, None], columns[None, :, None, :]]  # (B, height, width, size, size, 3)
-    return grid.reshape(images.shape[0], height * width, size * size * 3), (height, width)
+        grid = images[:, rows[:, None, :, None], columns[None, :, None, :]]  # (B, height, width, size, size, I)
+    return grid.reshape(batch, height * width, size * size * channels), (height, width)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,11 @@ _INIT = nnx.initializers.normal(0.02)
 class MambaVisionConfig:
     """Widths, depths, windows and input of a MambaVision; defaults are those of MambaVision-T.
 
-    `img_size` is an int or (height, width) in pixels; no parameter depends on it, but the maps' padding does. `dim` is
-    the width of the first level, doubled from level to level, `in_dim` that of the stem. `depths`, `window_size` (in
-    tokens) and `num_heads` have one entry per level; the first `conv_levels` are convolutional and use their depth
-    only. `layer_scale` is the initial factor of every update in the other levels, None for none.
+    `img_size` is an int or (height, width) in pixels; no parameter depends on it, but the maps' padding does.
+    `in_channels` is 3 for images in colour and 1 for gray ones. `dim` is the width of the first level, doubled from
+    level to level, `in_dim` that of the stem. `depths`, `window_size` (in tokens) and `num_heads` have one entry per
+    level; the first `conv_levels` are convolutional and use their depth only. `layer_scale` is the initial factor of
+    every update in the other levels, None for none.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -59,6 +60,7 @@ class MambaVisionConfig:
     num_heads: tuple[int, ...] = (2, 4, 8, 16)
     mlp_ratio: float = 4.0
     layer_scale: float | None = None
+    in_channels: Literal[1, 3] = 3
     num_classes: int = 1000
     conv_levels: int = 2
     preprocessing: Preprocessing = Preprocessing(crop_pct=1.0)
@@ -156,12 +158,12 @@ class MambaVisionStem(nnx.Module):
 
     def __init__(self, config: MambaVisionConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         types: dict[str, Any] = dict(stride=2, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.size = height_width(config.img_size)
-        self.first = Conv3x3(3, config.in_dim, **types)
+        self.size, self.channels = height_width(config.img_size), config.in_channels
+        self.first = Conv3x3(self.channels, config.in_dim, **types)
         self.second = Conv3x3(config.in_dim, config.dim, **types)
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        check_image_shape(images, self.size)
+    def __call__(self, images: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
+        check_image_shape(images, self.size, self.channels)
         x = jax.nn.relu(self.second(jax.nn.relu(self.first(images)))).astype(jnp.float32)
         return nan_unless_finite(x, images)
 

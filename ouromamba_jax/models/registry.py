@@ -60,11 +60,8 @@ def override_config(config: Any, overrides: Mapping[str, Any], name: str = "the 
     fields = [f.name for f in dataclasses.fields(config)]
     pixels = {field: value for field, value in overrides.items() if field in _PIXELS and field not in fields}
     unknown = sorted(set(overrides) - set(fields) - set(pixels))
-    if {"in_chans", "in_channels", "channels"} & set(unknown):
-        raise ValueError(
-            f"{name} takes three channels: give it a single one three times, jnp.repeat(x, 3, axis=-1), which computes "
-            "what weights summed over the channels would."
-        )
+    if channels := {"in_chans", "channels"} & set(unknown):
+        raise ValueError(f"{name} has no config field {channels.pop()}; channels are in_channels here, 1 or 3.")
     if unknown:
         raise ValueError(
             f"{name} has no config field {', '.join(unknown)}; its fields are {', '.join([*fields, *_PIXELS])}."

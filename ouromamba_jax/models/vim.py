@@ -37,7 +37,8 @@ from ouromamba_jax.ops.producers import gated_mean
 class VimConfig:
     """Widths, depth and input of a Vim; defaults are Vim-Tiny's.
 
-    `img_size` is an int or (height, width) in pixels. With stride < patch_size the patches overlap.
+    `img_size` is an int or (height, width) in pixels, `in_channels` 3 for images in colour and 1 for gray ones. With
+    stride < patch_size the patches overlap.
 
     Published variants share their weights' names and differ in what follows. `class_token` stands in the middle of the
     patches, or first, or one at either end, whose mean is classified, or there is "none"; then `pooling` makes the
@@ -51,6 +52,7 @@ class VimConfig:
     embed_dim: int = 192
     depth: int = 24
     d_state: int = 16
+    in_channels: Literal[1, 3] = 3
     num_classes: int = 1000
     d_conv: int = 4
     expand: int = 2
@@ -125,9 +127,8 @@ class VimStem(nnx.Module):
     def __init__(self, config: VimConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        self.proj = nnx.Linear(
-            config.patch_size**2 * 3, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        inputs = config.patch_size**2 * config.in_channels
+        self.proj = nnx.Linear(inputs, config.embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         init = nnx.initializers.truncated_normal(0.02)
         tokens, width = len(config.class_indices), config.embed_dim
         shape = (width,) if tokens == 1 else (tokens, width)
@@ -135,9 +136,9 @@ class VimStem(nnx.Module):
         shape = (config.num_tokens, width)
         self.positions = nnx.Param(init(rngs.params(), shape, param_dtype)) if config.positions else None
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B L C"]:
+    def __call__(self, images: Float[Array, "B H W I"]) -> Float[Array, "B L C"]:
         config = self.config
-        check_image_shape(images, height_width(config.img_size))
+        check_image_shape(images, height_width(config.img_size), config.in_channels)
         patches, _ = extract_patches(images.astype(self.dtype), config.patch_size, config.stride)
         x = self.proj(patches).astype(jnp.float32)
         if self.class_token is not None:

@@ -25,7 +25,8 @@ _INIT = nnx.initializers.truncated_normal(0.02)
 class ViTConfig:
     """Widths, depth, tokens and input of a vision transformer; fields have timm's names, defaults are DeiT-Tiny's.
 
-    `img_size` is an int or (height, width) in pixels, a multiple of `patch_size`.
+    `img_size` is an int or (height, width) in pixels, a multiple of `patch_size`; `in_channels` is 3 for images in
+    colour and 1 for gray ones.
 
     Prefix tokens come before the patches: a class token if `class_token`, a distillation token if `distilled`, and
     `reg_tokens` registers. Learned positions are added to all tokens, or with `no_embed_class` to the patches alone.
@@ -43,6 +44,7 @@ class ViTConfig:
     depth: int = 12
     num_heads: int = 3
     mlp_ratio: float = 4.0
+    in_channels: Literal[1, 3] = 3
     num_classes: int = 1000
     class_token: bool = True
     distilled: bool = False
@@ -162,7 +164,8 @@ class ViTStem(nnx.Module):
             return nnx.Param(_INIT(rngs.params(), (count, width), param_dtype)) if count else None
 
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.proj = nnx.Linear(config.patch_size**2 * 3, width, use_bias=not config.pre_norm, **types)
+        inputs = config.patch_size**2 * config.in_channels
+        self.proj = nnx.Linear(inputs, width, use_bias=not config.pre_norm, **types)
         self.class_token = learned(config.class_token)
         self.dist_token = learned(config.distilled)
         self.reg_tokens = learned(config.reg_tokens)
@@ -170,9 +173,9 @@ class ViTStem(nnx.Module):
         eps = config.norm_eps
         self.norm = LayerNorm(width, eps=eps, dtype=jnp.float32, param_dtype=param_dtype) if config.pre_norm else None
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B L C"]:
+    def __call__(self, images: Float[Array, "B H W I"]) -> Float[Array, "B L C"]:
         config = self.config
-        check_image_shape(images, height_width(config.img_size))
+        check_image_shape(images, height_width(config.img_size), config.in_channels)
         patches, _ = extract_patches(images.astype(self.dtype), config.patch_size, config.patch_size)
         x = self.proj(patches).astype(jnp.float32)
         positions = self.positions[...].astype(jnp.float32)[None]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -41,8 +41,9 @@ class VMambaConfig:
     """Widths, depths and input of a VMamba; defaults are those of VMamba-Tiny, s1l8.
 
     `img_size` is an int or (height, width) in pixels. It is what the model was made for; no parameter depends on it,
-    and a float model takes images of any size. `dims` holds the width of every stage, or the first stage's, to be
-    doubled from stage to stage; `depths` the blocks of every stage.
+    and a float model takes images of any size. `in_channels` is 3 for images in colour and 1 for gray ones. `dims`
+    holds the width of every stage, or the first stage's, to be doubled from stage to stage; `depths` the blocks of
+    every stage.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -51,6 +52,7 @@ class VMambaConfig:
     ssm_ratio: float = 1.0
     d_state: int = 1
     mlp_ratio: float = 4.0
+    in_channels: Literal[1, 3] = 3
     num_classes: int = 1000
     preprocessing: Preprocessing = Preprocessing()
 
@@ -112,12 +114,12 @@ class VMambaStem(nnx.Module):
 
     def __init__(self, config: VMambaConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        width = config.widths[0]
-        self.first = HalvingConv(3, width // 2, **types)
+        self.channels, width = config.in_channels, config.widths[0]
+        self.first = HalvingConv(self.channels, width // 2, **types)
         self.second = HalvingConv(width // 2, width, **types)
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        check_image_shape(images, None)
+    def __call__(self, images: Float[Array, "B H W I"]) -> Float[Array, "B h w C"]:
+        check_image_shape(images, None, self.channels)
         x = self.second(gelu(self.first(images), approximate=False)).astype(jnp.float32)
         return nan_unless_finite(x, images)
 

@@ -27,7 +27,7 @@ from ouromamba_jax.quantize.tune import tune_scales, update_of
 
 def quantize(
     model: VisionModel,
-    images: Float[Array, "N H W 3"],
+    images: Float[Array, "N H W I"],
     config: QuantConfig,
     *,
     progress: Progress | None = None,

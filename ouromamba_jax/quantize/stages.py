@@ -75,7 +75,7 @@ class Fitted(NamedTuple):
 @without_mesh
 def quantize_stages(
     model: VisionModel,
-    images: Float[Array, "N H W 3"],
+    images: Float[Array, "N H W I"],
     config: QuantConfig,
     fit: Callable[[nnx.Module, StageInputs], Fitted],
     *,
@@ -97,7 +97,7 @@ def quantize_stages(
     warn_if_miscompiled()
     images = jnp.asarray(images)
     if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must be of shape (N, H, W, 3) with N > 0, not {images.shape}.")
+        raise ValueError(f"images must be of shape (N, H, W, channels) with N > 0, not {images.shape}.")
     model.config.preprocessing.check_normalised(images)
     configs = resolve_sites(model, config)
     rules = {path: _rules_of(site, path, config) for path, site in iter_sites(model)}

@@ -13,7 +13,7 @@ from ouromamba_jax.files import whole_file
 
 def image_grid(
     path: str | Path,
-    images: UInt8[np.ndarray, "N H W 3"],
+    images: UInt8[np.ndarray, "N H W I"],
     titles: Sequence[str] | None = None,
     *,
     columns: int | None = None,
@@ -30,7 +30,7 @@ def image_grid(
     for i, axis in enumerate(axes):
         axis.set_axis_off()
         if i < len(images):
-            axis.imshow(images[i], interpolation="nearest")
+            axis.imshow(images[i], interpolation="nearest", cmap="gray", vmin=0, vmax=255)  # of one channel
             if titles is not None:
                 axis.set_title(titles[i], fontsize=9, pad=3)
     if heading:

@@ -134,9 +134,9 @@ def test_to_pixels_inverts_the_normalisation(rng):
         (dict(crop_pct="all"), "crop_pct is all, but it is a share of the side; use one in (0, 1]."),
         (dict(crop_mode="border"), "there is no crop_mode 'border'; use one of center, squash."),
         (dict(std=(0, 0, 0)), "std is (0.0, 0.0, 0.0), but pixels are divided by it; use positive numbers."),
-        (dict(std=0.5), "std is 0.5, but it must be three numbers, one per channel; change it."),
-        (dict(mean=(0.5, 0.5)), "mean is (0.5, 0.5), but it must be three numbers, one per channel; change it."),
-        (dict(mean=(0.5, 0.5, math.nan)), "mean is (0.5, 0.5, nan), but it must be three numbers, one per channel; c"),
+        (dict(std=0.5), "std is 0.5, but it must be three numbers, or one for gray; change it."),
+        (dict(mean=(0.5, 0.5)), "mean is (0.5, 0.5), but it must be three numbers, or one for gray; change it."),
+        (dict(mean=(0.5, 0.5, math.nan)), "mean is (0.5, 0.5, nan), but it must be three numbers, or one for gray; "),
     ],
 )
 def test_no_picture_can_be_prepared_with_it(wrong, says):
@@ -295,7 +295,7 @@ def test_npz_of_floats_is_model_input(tmp_path, rng):
     data = load_images(tmp_path / "a.npz", "test", 10, HALF)
     np.testing.assert_array_equal(data.images, images)
     assert data.labels is None
-    with pytest.raises(ValueError, match=r"float images of \S+a\.npz are 10x10, but the model takes 12x12"):
+    with pytest.raises(ValueError, match=r"float images of \S+a\.npz are 10x10x3, but the model takes 12x12x3"):
         load_images(tmp_path / "a.npz", "test", 12, HALF)
 
 
@@ -323,7 +323,7 @@ def test_npz_of_jpeg_files(tmp_path, rng):
     [
         ({"labels": np.array([0, 1])}, "has 3 images but `labels` is int64 of shape"),
         ({"labels": np.array([0.0, 1.0, 2.0])}, "has 3 images but `labels` is float64"),
-        ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, r"\(N, height, width, 3\) is needed"),
+        ({"images": np.zeros((3, 8, 8, 4), np.uint8)}, r"\(N, height, width, 3 or 1\) is needed"),
         ({"images": np.zeros((3, 8, 8, 3), np.int64)}, "store uint8 pixels or normalised floats"),
         (
             {"images": np.full((3, 8, 8, 3), np.nan, np.float32)},

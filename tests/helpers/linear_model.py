@@ -12,7 +12,12 @@ from ouromamba_jax.data.preprocessing import Preprocessing
 class LinearConfig:
     num_classes: int = 5
     img_size: int = 4
+    in_channels: int = 3
     preprocessing: Preprocessing = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+    @property
+    def inputs(self):
+        return self.img_size**2 * self.in_channels
 
 
 class Identity(nnx.Module):
@@ -21,17 +26,17 @@ class Identity(nnx.Module):
 
 
 class LinearHead(nnx.Module):
-    def __init__(self, classes):
-        self.proj = nnx.Linear(48, classes, rngs=nnx.Rngs(0))
+    def __init__(self, inputs, classes):
+        self.proj = nnx.Linear(inputs, classes, rngs=nnx.Rngs(0))
 
     def __call__(self, x):
         return self.proj(x.reshape(len(x), -1))
 
 
 class LinearModel(nnx.Module):
-    """Images (B, 4, 4, 3) to logits of `classes`, by default those of the config."""
+    """Images (B, 4, 4, channels) to logits of `classes`, by default those of the config."""
 
-    def __init__(self, classes=None):
-        self.config, self.dtype = LinearConfig(), jnp.float32
+    def __init__(self, classes=None, config=None):
+        self.config, self.dtype = LinearConfig() if config is None else config, jnp.float32
         self.stem, self.blocks = Identity(), nnx.List([])
-        self.head = LinearHead(self.config.num_classes if classes is None else classes)
+        self.head = LinearHead(self.config.inputs, self.config.num_classes if classes is None else classes)

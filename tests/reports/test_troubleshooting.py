@@ -290,7 +290,11 @@ def test_a_web_page_is_no_checkpoint(tmp_path):
     [
         (lambda x: jnp.moveaxis(x, -1, 1), "channels come last, jnp.moveaxis(images, 1, -1)."),
         (lambda x: x[0], "one image is a batch of its own, images[None]."),
-        (lambda x: x[..., :1], "a gray picture is one of three equal channels, jnp.repeat(images, 3, axis=-1)."),
+        (
+            lambda x: x[..., :1],
+            "a gray picture is one of three equal channels, jnp.repeat(images, 3, axis=-1), or is for a model with "
+            "in_channels=1.",
+        ),
         (lambda x: x[..., :2], "resize them or build the model with another img_size."),
     ],
 )

@@ -114,23 +114,6 @@ def test_unmatched_keys_show_both_sides(tensors):
     assert "; and " in message
 
 
-@pytest.mark.parametrize("field", ["in_chans", "in_channels"])
-def test_one_channel_is_three_of_the_same(tensors, field):
-    """Summed weights on one channel are the weights on three equal ones; a model of one channel is told how."""
-    with pytest.raises(ValueError, match=r"give it a single one three times, jnp.repeat"):
-        from_torch("vim_tiny", tensors, **{field: 1}, **VIM_A)
-    gray = dict(tensors)
-    gray["patch_embed.proj.weight"] = gray["patch_embed.proj.weight"][:, :1]
-    assert refusal("vim_tiny", gray, **VIM_A).startswith("the checkpoint takes images of 1 channel and")
-    model = from_torch("vim_tiny", tensors, **VIM_A)
-    image = np.random.default_rng(0).standard_normal((1, 32, 32, 1)).astype(np.float32)
-    kernel = model.stem.proj.kernel[...].reshape(8, 8, 3, 48).sum(2, keepdims=True)  # what timm makes of the weights
-    patches = image.reshape(4, 8, 4, 8, 1).swapaxes(1, 2).reshape(16, 8, 8, 1)
-    summed = np.einsum("pijc,ijco->po", patches, np.asarray(kernel)) + np.asarray(model.stem.proj.bias[...])
-    stem = np.asarray(model.stem(np.repeat(image, 3, axis=3)) - model.stem.positions[...][None])[0]
-    np.testing.assert_allclose(np.delete(stem, 8, axis=0), summed, rtol=0, atol=1e-5)
-
-
 # --- Entries
 
 
