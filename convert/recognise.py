@@ -195,7 +195,8 @@ def _positions_of_another(name: str, config: Any, family: str, tensors: Tensors,
     positions = tensors.get("pos_embed")
     if family != "vim" or positions is None or positions.ndim != 3 or positions.shape[1] == config.num_tokens:
         return None
-    same = [other for other in list_models(f"{family}_*") if _has(model_config(other), found)]
+    others = [other for other in list_models(f"{family}_*") if other != name]
+    same = [other for other in others if _has(model_config(other), found)]
     same = [other for other in same if model_config(other).num_tokens == positions.shape[1]]
     if not same:
         return None

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from ouromamba_jax.convert import from_torch, load_tensors, matching_models
+from ouromamba_jax.convert.recognise import main_difference
+from ouromamba_jax.models import model_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NEAREST = {
@@ -27,11 +29,14 @@ NEAREST = {
 }
 
 
+def tensors_of(variant: str) -> dict[str, np.ndarray]:
+    manifest = json.loads((GOLDEN / "manifests" / f"{variant}.json").read_text())["state_dict"]
+    return {key: np.broadcast_to(np.float32(0), shape) for key, (shape, _) in manifest.items()}
+
+
 @pytest.mark.parametrize("variant", NEAREST)
 def test_published_checkpoints(variant):
-    manifest = json.loads((GOLDEN / "manifests" / f"{variant}.json").read_text())["state_dict"]
-    tensors = {f"module.{key}": np.broadcast_to(np.float32(0), shape) for key, (shape, _) in manifest.items()}
-    found = matching_models(tensors)
+    found = matching_models({f"module.{key}": tensor for key, tensor in tensors_of(variant).items()})
     assert (NEAREST[variant], {}) in [model for model in found if not model[1]]
     assert found[0][1] == {}
 
@@ -44,6 +49,13 @@ def test_the_fields_of_the_nearest_model_convert_an_unknown_one(name):
     fields |= {"deit3_a": dict(num_heads=5)}.get(name, {})  # which no tensor shows
     assert {"depth", "depths"} & set(fields)
     from_torch(nearest, file, **fields)
+
+
+def test_positions_of_another_input_size_name_no_other_model():
+    (variant,) = (variant for variant, name in NEAREST.items() if name == "vim_tiny")
+    tensors = tensors_of(variant)
+    assert main_difference("vim_tiny", model_config("vim_tiny", img_size=384), "vim", tensors) is None
+    assert "take vim_tiny," in main_difference("vim_tiny_stride8", model_config("vim_tiny_stride8"), "vim", tensors)
 
 
 def test_tensors_of_no_known_family():
