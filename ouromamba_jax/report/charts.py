@@ -63,7 +63,8 @@ def dot_chart(
     heading: str | None = None,
     reference: tuple[str, float] | None = None,
 ) -> None:
-    """Measurements by setting: one column per tick, in it a mark at each name's mean and a bar over its range.
+    """Measurements by setting: one column per tick, in it a mark at each name's mean and, if
+    repeated, a bar over its range.
 
     Args:
       series: per name and tick, the repeated measurements (e.g. one per seed).
@@ -84,10 +85,9 @@ def dot_chart(
         middle = [float(np.mean(cell)) for cell in cells]
         below = [m - min(cell) for m, cell in zip(middle, cells, strict=True)]
         above = [max(cell) - m for m, cell in zip(middle, cells, strict=True)]
+        bars = (below, above) if any(len(cell) > 1 for cell in cells) else None
         places = np.arange(len(ticks)) + (i - (len(series) - 1) / 2) * step
-        axis.errorbar(
-            places, middle, yerr=(below, above), fmt=marker, color=colour, markersize=6, capsize=3, label=name
-        )
+        axis.errorbar(places, middle, yerr=bars, fmt=marker, color=colour, markersize=6, capsize=3, label=name)
     for place in range(1, len(ticks)):
         axis.axvline(place - 0.5, color=GRID, linewidth=0.8)
     axis.set_xticks(range(len(ticks)), ticks)

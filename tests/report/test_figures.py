@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ouromamba_jax.report import charts
 from ouromamba_jax.report.charts import dot_chart, line_chart, line_panels
 from ouromamba_jax.report.figures import image_grid, outlier_map
 
@@ -85,6 +86,16 @@ def test_mismatched_figures_are_refused(tmp_path, rng):
     with pytest.raises(ValueError, match="real has 1 values, but there are 2 ticks"):
         line_chart(tmp_path / "a.png", {"real": [1.0]}, ["a", "b"], ylabel="dB")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dot_chart_has_no_bars_for_single_measurements(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "save_png", lambda path, figure: drawn.append(figure))
+    for second in ([2.0], [2.0, 3.0]):
+        charts.dot_chart(tmp_path / "a.png", {"a": [[1.0], second]}, ["w4a4", "w8a8"], ylabel="dB")
+    (single,), (repeated,) = (figure.axes[0].containers for figure in drawn)
+    assert not single.has_yerr
+    assert repeated.has_yerr
 
 
 def test_a_dot_chart_needs_measurements_for_every_tick(tmp_path):
