@@ -97,7 +97,7 @@ def _accuracies(arguments: argparse.Namespace, models: dict[str, VisionModel]) -
             done = 0
             for batch in batches:
                 yield batch.images, batch.labels
-                advance(done := done + len(batch.images), None, "images")
+                advance(done := done + len(batch.images), batches.num_images, "images")
 
         return compare(models, watched())
 

@@ -22,6 +22,17 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...] | None = None
 
 
+class Batches(Iterator[Dataset]):
+    """Data sets one after the other, of `num_images` images in all."""
+
+    def __init__(self, num_images: int, batches: Iterator[Dataset]):
+        self.num_images = num_images
+        self._batches = batches
+
+    def __next__(self) -> Dataset:
+        return next(self._batches)
+
+
 def load_images(
     source: str | Path,
     split: str,
@@ -85,7 +96,7 @@ def iterate_batches(
     limit: int | None = None,
     labelled: bool = False,
     classes: int | Sequence[str] | None = None,
-) -> Iterator[Dataset]:
+) -> Batches:
     """As `load_images`, but `batch_size` images at a time; the last batch holds what is left.
 
     Examples:
@@ -93,8 +104,8 @@ def iterate_batches(
       >>> from ouromamba_jax.data import iterate_batches
       >>> config = om.load("vim_micro").config
       >>> batches = iterate_batches("digits", "test", config.img_size, config.preprocessing, batch_size=4, limit=6)
-      >>> [len(batch.images) for batch in batches]
-      [4, 2]
+      >>> batches.num_images, [len(batch.images) for batch in batches]
+      (6, [4, 2])
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; use at least 1.")
@@ -109,7 +120,7 @@ def iterate_batches(
                     _check_labels(batch, str(source), split)
                 yield batch
 
-    return batches()  # a source that cannot be opened is reported now, not at the first batch
+    return Batches(len(indices), batches())  # a source that cannot be opened is reported now, not at the first batch
 
 
 def _open(source: str | Path, split: str, preprocessing: Preprocessing, classes: int | Sequence[str] | None) -> Source:

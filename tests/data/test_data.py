@@ -235,7 +235,9 @@ def test_hidden_files_are_no_pictures(class_folder):
 def test_batches_are_the_whole_in_order(class_folder):
     folder, _ = class_folder
     whole = load_images(folder, "train", 16, HALF)
-    batches = list(iterate_batches(folder, "train", 16, HALF, batch_size=2))
+    batches = iterate_batches(folder, "train", 16, HALF, batch_size=2)
+    assert batches.num_images == 5
+    batches = list(batches)
     assert [len(batch.images) for batch in batches] == [2, 2, 1]
     np.testing.assert_array_equal(np.concatenate([batch.images for batch in batches]), whole.images)
     np.testing.assert_array_equal(np.concatenate([batch.labels for batch in batches]), whole.labels)
