@@ -12,6 +12,11 @@ from ouromamba_jax.data import to_pixels
 from ouromamba_jax.files import whole_file
 from ouromamba_jax.report.figures import image_grid, new_figure
 
+HEADING = (
+    "Synthetic calibration images, and the class each was made for.\n"
+    "They need not look like photographs: they are to excite the model as real images do."
+)
+
 
 def add_verbs(verb: Verb) -> None:
     """Adds generate to the command."""
@@ -47,7 +52,8 @@ def generate(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {len(generated.images)} images")
     if arguments.figure:
         pixels = to_pixels(generated.images[:64], model.config.preprocessing)
-        image_grid(arguments.figure, pixels, [str(int(t)) for t in generated.targets[:64]])
+        titles = [str(int(target)) for target in generated.targets[:64]]
+        image_grid(arguments.figure, pixels, titles, heading=HEADING)
         print(arguments.figure)
 
 
