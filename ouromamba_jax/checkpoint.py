@@ -148,6 +148,15 @@ def is_checkpoint(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "arrays").is_dir()
 
 
+def is_shipped(path: str | Path) -> bool:
+    """Whether `path` is the name of an embedded checkpoint, and no file or folder."""
+    return not local_path(path).exists() and Path(path).name == str(path) and (_embedded() / str(path)).is_dir()
+
+
+def _embedded() -> Path:
+    return Path(str(importlib.resources.files("ouromamba_jax") / "checkpoints"))
+
+
 def resolve(path: str | Path) -> Path:
     """`path` itself, or the folder of the embedded checkpoint of that name.
 
@@ -157,8 +166,8 @@ def resolve(path: str | Path) -> Path:
     folder = local_path(path).absolute()
     if folder.exists():
         return folder
-    embedded = Path(str(importlib.resources.files("ouromamba_jax") / "checkpoints"))
-    if (embedded / str(path)).is_dir() and Path(path).name == str(path):
+    embedded = _embedded()
+    if is_shipped(path):
         return embedded / str(path)
     if str(path) in list_models():
         raise CheckpointError(

@@ -14,6 +14,7 @@ from ouromamba_jax.cli.common import ShownTable, Verb, add_formats, check_output
 from ouromamba_jax.convert import CheckpointNote, load_tensors, matching_models
 from ouromamba_jax.files import local_path
 from ouromamba_jax.models import VisionModel, model_config
+from ouromamba_jax.quantize import QuantLinear
 
 
 def add_verbs(verb: Verb) -> None:
@@ -125,7 +126,9 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.format == "terminal":
         if (path / "report.md").is_file():
             print((path / "report.md").read_text())
-        print(f"{model.config}\n{len(description['quantization'])} quantised modules; {memory_report(model)}")
+        matmuls = sum(isinstance(module, QuantLinear) for _, module in nnx.iter_modules(model))
+        others = len(description["quantization"]) - matmuls
+        print(f"{model.config}\nquantised: {matmuls} matmuls, {others} scans or attentions; {memory_report(model)}")
 
 
 def _how_to_convert(path: Path, tensors: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from ouromamba_jax import __version__
 from ouromamba_jax.cli import checkpoints, demo, exporting, generate, measurement, quantize
 from ouromamba_jax.ops.cpu_miscompile import mend_miscompile
 from ouromamba_jax.sharding import keep_freed_memory, use_all_cores
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ouromamba", description="Data-free quantisation of vision Mamba models in JAX."
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of one sentence")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, run, help: str, example: str) -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ouromamba_jax import GenConfig, QuantConfig, QuantRule, generate_images, list_models, quantize, save
-from ouromamba_jax.checkpoint import is_checkpoint, load
+from ouromamba_jax.checkpoint import is_checkpoint, is_shipped, load
 from ouromamba_jax.cli.checkpoints import add_source_options, converted
 from ouromamba_jax.cli.common import Verb, bar, check_output, chosen_split, given, parse_seed, unfinished
 from ouromamba_jax.cli.generate import save_images
@@ -150,7 +150,7 @@ def _float_model(arguments: argparse.Namespace) -> VisionModel:
     """
     path = local_path(arguments.source)
     if arguments.model is not None:
-        if is_checkpoint(path):
+        if is_checkpoint(path) or is_shipped(arguments.source):
             raise ValueError(f"{path} is converted already and knows its model; leave out --model {arguments.model}.")
         return converted(arguments.model, arguments)
     if path.exists() and not is_checkpoint(path):

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ouromamba_jax import create_model, load, save
+from ouromamba_jax import __version__, create_model, load, save
 from ouromamba_jax.cli.main import main
 from ouromamba_jax.ops.cpu_miscompile import MENDING_FLAG
 from ouromamba_jax.quantize import run as quantizing
 
-VERBS = ("convert", "generate", "quantize", "evaluate", "compare", "inspect", "bench", "demo")
+VERBS = ("convert", "generate", "quantize", "evaluate", "compare", "inspect", "bench", "export", "demo")
 QUANTIZE = ("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out")
 GOLDEN = Path(__file__).parents[1] / "golden" / "models" / "vim_a"
 FIELDS = ("patch_size=8", "stride=8", "embed_dim=48", "depth=3", "num_classes=10")
@@ -51,6 +51,13 @@ def test_help_shows_an_example(verb, capsys):
     assert verb != "quantize" or all(f"(default: {value})" in text for value in ("dynamic", 10, 3.7))
 
 
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"ouromamba {__version__}\n"
+
+
 def test_convert_writes_a_model_that_loads(folder, capsys):
     options = ("--set", "img_size=32", *SIZES)
     out = folder / "converted"
@@ -81,6 +88,7 @@ def test_the_pipeline_from_images_to_scores(folder, capsys):
     )
     assert status == 0
     assert "blocks.0.mixer" in text
+    matmuls = text.removeprefix(f"{low}: ").split()[0]
     assert "FP16" in text
 
     status, text, _ = run(capsys, "evaluate", low, "--data", folder / "images.npz", "--batch-size", 3)
@@ -100,7 +108,7 @@ def test_the_pipeline_from_images_to_scores(folder, capsys):
     assert "toprule" in run(capsys, *compare, "--format", "latex")[1]
     status, text, _ = run(capsys, "inspect", low)
     assert status == 0
-    assert "quantised modules" in text
+    assert f"quantised: {matmuls} matmuls, 1 scans" in text
 
 
 def test_bench_names_the_models_and_the_parts_of_a_block(folder, capsys, monkeypatch):
@@ -171,6 +179,7 @@ def test_inspect_lists_a_pytorch_file(capsys):
         (("quantize", "vim_micro", "--images", "nowhere", "--bits", "w4a4", "out"), "nowhere"),
         (("quantize", "vim_micro", "out", "--bits", "w4a9"), "cannot have 9 bits; give 2 to 8, or 16"),
         (("quantize", "vim_micro", "out"), "the bits are missing"),
+        (("quantize", "vim_micro", "--model", "vim_micro", "--bits", "w4a4", "out"), "leave out --model vim_micro"),
         ((*QUANTIZE, "--seed", 1), "--seed needs no --images"),
         (("quantize", "vim_micro", "out", "--bits", "w4a4", "--limit", 4), "--limit needs --images"),
         (("quantize", "vim_micro", "out", "--bits", "w4a4", "--entry", "model"), "--entry needs --model"),
