@@ -164,7 +164,7 @@ def run_demo(
         outlier_figure(folder / "outliers.png", low["synthetic", BITS[0]], test.images)
         runs = [run for of_bits in compared for run in of_bits.result()]
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # all are done, or something went wrong
     series = {f"calibrated by {name}": [[r.score.sqnr_db] for r in runs if r.calibration == name] for name in sources}
     heading = f"What quantising {model_name} costs, on {len(test.images)} held-out digits (higher is better)"
     dot_chart(folder / "sqnr.png", series, BITS, ylabel="SQNR of the logits, dB", xlabel="bits", heading=heading)

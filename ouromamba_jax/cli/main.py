@@ -36,6 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def command() -> None:
+    """What the shell runs: `main`, and after an interruption no waiting for threads that still compile."""
+    status = main()
+    if status == 130:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror.lower()}."
@@ -87,4 +96,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ import pytest
 from flax import nnx
 
 from ouromamba_jax import __version__, create_model, load, save
-from ouromamba_jax.cli.main import main
+from ouromamba_jax.cli import demo
+from ouromamba_jax.cli.main import command, main
 from ouromamba_jax.ops.cpu_miscompile import MENDING_FLAG
 from ouromamba_jax.quantize import run as quantizing
 
@@ -49,6 +51,26 @@ def test_help_shows_an_example(verb, capsys):
     assert f"example: ouromamba {verb} " in text
     assert not any(default in text for default in ("(default: None)", "(default: False)"))
     assert verb != "quantize" or all(f"(default: {value})" in text for value in ("dynamic", 10, 3.7))
+
+
+def test_an_interrupted_demo_waits_for_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    go_on, ended, left = threading.Event(), [], []
+    monkeypatch.setattr(demo, "predict", lambda model, images, **_: np.zeros((len(images), 10), np.float32))
+    monkeypatch.setattr(demo, "generate_images", lambda *_: ended.append(go_on.wait(20)))
+    monkeypatch.setattr(demo, "quantize", interrupted)
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(sys, "argv", ["ouromamba", "demo", "--out", str(tmp_path / "demo")])
+    try:
+        with pytest.raises(SystemExit):  # since the faked exit returns
+            command()
+        assert ended == []
+    finally:
+        go_on.set()
+    assert left == [130]
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_the_version_is_told(capsys):
