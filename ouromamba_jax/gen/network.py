@@ -1,6 +1,7 @@
-"""A model of any family as the losses see it: its parts one by one, each block rematerialised with its patch losses."""
+"""A model of any family as the losses see it: equal blocks as one, each rematerialised with its patch losses."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from ouromamba_jax.ops.attention import implicit_attention, patched_readout
 
 
 class Network(NamedTuple):
-    """The static part of a model: module graphs and pixel statistics."""
+    """The static part of a model: module graphs, one for every run of equal blocks, and pixel statistics."""
 
     stem: Any
     blocks: tuple[Any, ...]
@@ -32,10 +33,21 @@ class Network(NamedTuple):
 
 
 def split(model: VisionModel) -> tuple[Network, tuple[Any, tuple[Any, ...], Any]]:
-    """(network, weights): the graph of each part, and its state, which jit sees as an argument."""
-    stem, head, blocks = nnx.split(model.stem), nnx.split(model.head), [nnx.split(block) for block in model.blocks]
-    network = Network(stem[0], tuple(graph for graph, _ in blocks), head[0], model.config.preprocessing)
-    return network, (stem[1], tuple(state for _, state in blocks), head[1])
+    """(network, weights): the graph of each part, and its state, which jit sees as an argument.
+
+    Blocks in a row that differ in their values alone are one part; its state has a leading axis for them.
+    """
+    stem, head = nnx.split(model.stem), nnx.split(model.head)
+    runs = [list(run) for _, run in itertools.groupby(map(nnx.split, model.blocks), key=_structure)]
+    states = tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in run)) for run in runs)
+    network = Network(stem[0], tuple(run[0][0] for run in runs), head[0], model.config.preprocessing)
+    return network, (stem[1], states, head[1])
+
+
+def _structure(block: tuple[Any, Any]) -> Any:
+    """What two blocks have in common that one program computes."""
+    graph, state = block
+    return graph, jax.tree.structure(state), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
 
 
 def patch_losses(layer: LayerTrace, config: GenConfig, batch: int) -> dict[str, Float[Array, " B"]]:
@@ -81,26 +93,31 @@ def image_losses(
     stem, blocks, head = weights
     collect = (lambda h: h) if config.features == "readout" and (config.contrastive or config.pse) else None
 
-    def run_block(graph: Any, state: Any, x: Array) -> tuple[Array, dict[str, Array]]:
+    def run_block(graph: Any, x: Array, state: Any) -> tuple[Array, dict[str, Array]]:
         x, layer = nnx.merge(graph, state).trace(x, collect=collect)
         return x, patch_losses(layer, config, images.shape[0])
 
     x = nnx.merge(network.stem, stem)(images)
-    layers = []
-    for graph, state in zip(network.blocks, blocks, strict=True):
+    runs = []
+    for graph, states in zip(network.blocks, blocks, strict=True):
         # Rematerialised with its losses, a block leaves only x behind: never are two blocks' hidden states alive.
-        x, losses = jax.checkpoint(functools.partial(run_block, graph))(state, x)
-        layers.append(losses)
+        block = jax.checkpoint(functools.partial(run_block, graph))
+        if len(jax.tree.leaves(states)[0]) == 1:  # which may change the shape of x
+            x, losses = block(x, jax.tree.map(lambda leaf: leaf[0], states))
+            losses = {name: loss[None] for name, loss in losses.items()}
+        else:
+            x, losses = jax.lax.scan(block, x, states)
+        runs.append(losses)
     losses = {}
     for name in ("contrastive", "pse"):
-        values = [layer[name] for layer in layers if name in layer]
+        values = [run[name] for run in runs if name in run]
         if getattr(config, name) and not values:
             raise ValueError(
                 f"no layer of this model can have the {name} loss: it has no scan, or its maps leave no negatives; use "
                 f'fewer positives, negatives="all", or {name}=0.'
             )
         if values:
-            losses[name] = functools.reduce(jnp.add, values) / len(values)
+            losses[name] = jnp.mean(jnp.concatenate(values), axis=0)
     if config.output:
         losses["output"] = output_loss(nnx.merge(network.head, head)(x), targets)
     if config.total_variation:

@@ -13,6 +13,7 @@ from compiling import compilations
 from draws import normal
 from flax import nnx
 
+from ouromamba_jax.data.preprocessing import image_shape
 from ouromamba_jax.gen import (
     GenConfig,
     contrastive_loss,
@@ -217,6 +218,32 @@ def test_an_image_has_the_losses_that_it_has_alone(model):
     alone = losses(images[1:], jnp.asarray([4]))
     for name, values in both.items():
         np.testing.assert_allclose(values[1:], alone[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "equal"),
+    [
+        ("vim_micro", dict(tiny_models.TINY, depth=3), [3]),
+        pytest.param(
+            "vmamba_micro",
+            dict(tiny_models.FAMILIES["vmamba"], img_size=(24, 24), dims=(8, 16), depths=(2, 3)),
+            [2, 1, 2],  # the first block of a stage halves the map
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_equal_blocks_are_one_part_and_lose_what_each_does(name, fields, equal):
+    model = tiny_models.natural_model(name, **fields)
+    network, weights = split(model)
+    assert [len(jax.tree.leaves(states)[0]) for states in weights[1]] == equal
+    images = normal(0, (2, *image_shape(model.config)))
+    config = dataclasses.replace(SMALL, pse=1.0)
+    _, trace = model.trace(images, collect=lambda h: h)
+    layers = [patch_losses(layer, config, 2) for layer in trace.layers]
+    losses = image_losses(network, weights, images, jnp.asarray([1, 4]), config)
+    for loss in ("contrastive", "pse"):
+        by_hand = np.mean([layer[loss] for layer in layers if loss in layer], axis=0)
+        np.testing.assert_allclose(losses[loss], by_hand, rtol=1e-4)
 
 
 PLAIN = dataclasses.replace(SMALL, scales=1, chroma=1.0)
