@@ -213,8 +213,9 @@ class SelectiveScan(nnx.Module):
         u, delta, A, B, C, D = self.operands(u, delta, B, C)
         groups, channels = u.shape[2], u.shape[3]
 
-        def collect_groups(h: Array) -> Any:
-            return tuple(collect(h[:, g * channels : (g + 1) * channels]) for g in range(groups))
+        def collect_groups(h: Array) -> Any:  # mapped, not called once each: slices of h would be copied at every step
+            by_group = h.reshape(h.shape[0], groups, channels, -1)
+            return jax.vmap(collect, in_axes=1, out_axes=1)(by_group)
 
         out = self.scan(u, delta, A, B, C, D, collect=None if collect is None else collect_groups)
         delta = self.step_sizes(delta)
@@ -228,7 +229,7 @@ class SelectiveScan(nnx.Module):
                 C=C[:, :, g],
                 D=D[g],
                 y=out.y[:, :, g],
-                states=None if out.states is None else out.states[g],
+                states=jax.tree.map(lambda states: states[:, :, g], out.states),  # noqa: B023
                 order=order,
             )
             for g, order in enumerate(orders)
