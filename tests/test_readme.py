@@ -62,6 +62,32 @@ def test_the_memory_traffic():
         assert all(same(cell, row[1]) for cell, row in zip(cells, result["rows"], strict=True)), model
 
 
+def test_the_speed_on_cpus():
+    files = {"Vim-B": "vim_base", "MambaVision-T": "mambavision_t", "VMamba-T": "vmamba_tiny_s1l8"}
+    kinds = {"float": "float", "W8A8": "w8a8", "W8A8, O8": "w8a8, 8-bit outliers", "W4A4": "w4a4"}
+    speeds, blocks = table("model | float, images/s"), table("model | | products")
+    assert [row[0] for row in speeds] == list(files)
+    assert [tuple(row[:2]) for row in blocks] == [(model, kind) for model in files for kind in kinds]
+    for model, rate, *cells in speeds:
+        whole, *parts = json.loads((ROOT / "scripts" / "results" / f"bench_{files[model]}.json").read_text()).values()
+        whole = {row["model"]: row for row in whole}
+        assert same(rate, whole["float"]["images/s"])
+        for kind, cell in zip(list(kinds)[1:], cells, strict=True):
+            speed_up, of_limit = cell.split(", ")
+            assert same(speed_up, whole[kinds[kind]]["speed-up"]), (model, kind)
+            assert same(of_limit, whole[kinds[kind]]["of limit"]), (model, kind)
+        of_model = [row[2:] for row in blocks if row[0] == model]
+        for (products, scan, splitting, block, limit), part in zip(of_model, parts, strict=True):
+            ms = {row["part"].split(":")[0]: row["ms"] for row in part}
+            not_products = ("block", "rest", "limit", "mixer.scan")
+            assert same(products, sum(value for name, value in ms.items() if name not in not_products))
+            assert same(block, ms["block"])
+            assert not scan or same(scan, ms["mixer.scan"])
+            assert not limit or same(limit, ms["limit"])
+            of_it = next(row["of it splitting, ms"] for row in part if row["part"] == "block")
+            assert not splitting or same(splitting, of_it)
+
+
 def test_the_digits():
     columns = [
         ("w8a8", "dynamic"),
