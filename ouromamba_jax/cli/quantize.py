@@ -73,6 +73,12 @@ def add_verbs(verb: Verb) -> None:
     )
     sub.add_argument("--weight-group", type=int, help="input channels per weight scale; by default all")
     sub.add_argument(
+        "--weight-rounding",
+        choices=("nearest", "gptq"),
+        default=QuantConfig.weight_rounding,
+        help="of weights, each by itself or in turn",
+    )
+    sub.add_argument(
         "--tune-epochs",
         type=int,
         default=QuantConfig.tune_epochs,

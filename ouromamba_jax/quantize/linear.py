@@ -135,12 +135,18 @@ class FakeLinear:
     def __init__(self, linear: nnx.Linear, spec: SiteSpec, calibrated: dict[str, Any]):
         self.linear, self.spec, self.calibrated = linear, spec, calibrated
 
+    def rounded(self, x: Float[Array, "... K"]) -> Float[Array, "... K"]:
+        """What the product multiplies the weight by."""
+        if "input" not in self.calibrated:
+            return x
+        return self.calibrated["input"].fake(as_tokens(x), self.spec.config.splitting).reshape(x.shape)
+
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
-        config, linear = self.spec.config, self.linear
-        if "input" in self.calibrated:
-            x = self.calibrated["input"].fake(as_tokens(x), config.splitting).reshape(x.shape)
-        kernel = fake_weight(linear.kernel[...].astype(jnp.float32), self.calibrated["weight"], config)
-        return _float_product(x, kernel, None if linear.bias is None else linear.bias[...], _dtype(linear))
+        linear = self.linear
+        kernel = fake_weight(linear.kernel[...].astype(jnp.float32), self.calibrated["weight"], self.spec.config)
+        return _float_product(
+            self.rounded(x), kernel, None if linear.bias is None else linear.bias[...], _dtype(linear)
+        )
 
 
 def _dtype(linear: nnx.Linear) -> Any:
@@ -191,6 +197,8 @@ def make(linear: nnx.Linear, spec: SiteSpec, calibrated: dict[str, Any]) -> Quan
     config = spec.config
     kernel = linear.kernel[...].astype(jnp.float32)
     weight = quantize_with_scale(kernel, calibrated["weight"], config.weight_bits, group=config.weight_group)
+    if "levels" in calibrated:
+        weight = replace(weight, values=calibrated["levels"])
     act = ActQuantizer(calibrated["input"], config) if "input" in calibrated else None
     return QuantLinear(weight, None if linear.bias is None else linear.bias[...], act, spec, _dtype(linear))
 

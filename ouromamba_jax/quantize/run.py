@@ -16,6 +16,7 @@ from ouromamba_jax.ops.passes import Asking, gather, together
 from ouromamba_jax.ops.split_calibration import Calibration, count_quiet
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
+from ouromamba_jax.quantize.gptq import with_levels
 from ouromamba_jax.quantize.kinds import StageCalibration, kind_of
 from ouromamba_jax.quantize.measure import measure
 from ouromamba_jax.quantize.report import QuantReport
@@ -53,6 +54,8 @@ def quantize(
         if config.tune_epochs and calibrated:
             target = update_of(inputs.exact_out, inputs.exact)
             calibrated, losses = tune_scales(stage, specs, calibrated, inputs.quantised, target, config)
+        if config.weight_rounding == "gptq":
+            calibrated = with_levels(stage, specs, calibrated, inputs.quantised, config.batch_size)
         found = fitted(stage, inputs, specs, calibrated, losses)
         reports = (dataclasses.replace(report, quiet_tokens=quiet[report.path]) for report in found.reports)
         return found._replace(reports=tuple(reports))
