@@ -88,6 +88,15 @@ def test_the_speed_on_cpus():
             assert not splitting or same(splitting, of_it)
 
 
+def test_the_time_to_compile():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    shown = re.search(
+        r"takes ([\d.]+) times \(W8A8\), ([\d.]+) times \(O8\) and ([\d.]+) times \(W4A4\)", text
+    ).groups()
+    rows = json.loads((ROOT / "scripts" / "results" / "bench_compile.json").read_text())["rows"]
+    assert all(same(number, row[3]) for number, row in zip(shown, rows[1:], strict=True))
+
+
 def test_the_digits():
     columns = [
         ("w8a8", "dynamic"),
