@@ -6,7 +6,7 @@ beside `model.safetensors`, whole or in shards) and mappings of arrays.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -78,7 +78,7 @@ def load_tensors(
       source: path of a `.pth`, `.pth.tar` or `.safetensors` file or of a hub folder, "owner/name" on the Hugging Face
         hub, or {name: array}.
       entry: which entry of a training file holds the model, e.g. "model_ema"; by default "model", else "state_dict",
-        else the only one there is, else the file itself.
+        else the only one there is, else the file itself. One inside another has both names: "checkpoint.model".
       revision, token: of what is fetched from the hub; see `hub.fetch`.
 
     Raises:
@@ -203,16 +203,18 @@ def _select_entry(tree: Any, entry: str | None, path: Path) -> tuple[dict[str, T
     """The dict of tensors inside a training file, and a note if there are several."""
     if not isinstance(tree, dict):
         raise TorchFileError(f"{path} holds no dictionary of tensors; {RESAVE}.")
-    chosen = entry is not None
+    chosen, entries = entry is not None, dict(_entries(tree))
+    holding = [name for name, value in entries.items() if _holds_weights(value)]
     if entry is None:
-        named = [name for name in _ENTRIES if isinstance(tree.get(name), dict)]
-        entry = next(iter([*named, *(name for name in _OTHER_ENTRIES if _holds_weights(tree.get(name)))]), None)
-    elif not isinstance(tree.get(entry), dict):
-        names = [shown(key) for key, value in tree.items() if isinstance(value, dict)]
+        known = [name for name in (*_ENTRIES, *_OTHER_ENTRIES) if name in holding]
+        known += holding if len(holding) == 1 and not _holds_weights(tree) else []
+        entry = next(iter([*known, *(name for name in _ENTRIES if name in entries)]), None)
+    elif entry not in entries:
+        names = [shown(name) for name in holding or entries]
         raise TorchFileError(
             f"{path} has no entry {entry!r} that holds tensors; pick one of: {', '.join(names[:20]) or 'none'}."
         )
-    tensors = tree if entry is None else tree[entry]
+    tensors = tree if entry is None else entries[entry]
     where = str(path) if entry is None else f"entry {entry!r} of {path}"
     if not tensors:
         raise TorchFileError(f"{where} is empty; pick another `entry` or another file.")
@@ -227,6 +229,14 @@ def _select_entry(tree: Any, entry: str | None, path: Path) -> tuple[dict[str, T
     if chosen or entry is None or not others:
         return tensors, ()
     return tensors, (f"entry {entry!r} was taken, and {', '.join(others[:20])} (entry=, --entry) can be taken instead",)
+
+
+def _entries(tree: dict[Any, Any], depth: int = 3) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Every dict inside, by its name; inside another one, by both names with a dot between."""
+    inside = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, dict)}
+    yield from inside.items()
+    for name, value in inside.items() if depth > 1 else ():
+        yield from ((f"{name}.{rest}", found) for rest, found in _entries(value, depth - 1))
 
 
 def _holds_weights(value: Any) -> bool:

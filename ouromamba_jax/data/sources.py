@@ -17,8 +17,14 @@ from ouromamba_jax.files import local_path, read_npz
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".tga", ".exr", ".dng", ".cr2", ".nef")
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib",
+    ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
+)  # fmt: skip
+UNREAD_SUFFIXES = (
+    ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd",
+    ".tga", ".exr", ".dng", ".cr2", ".nef", ".ico", ".pcx",
+)  # fmt: skip
 """Of pictures that are not read; files of other kinds are notes, lists, archives."""
 DIGITS_TEST_PER_CLASS = 50
 SHORT_NAMES = {"cifar10": "tfds:cifar10"}

@@ -89,11 +89,15 @@ def quantize_stages(
       config: of every site, its rules included; batch size and float type.
 
     Raises:
-      ValueError: if the model is already quantised, the images are no normalised ones, a rule matches nothing, a weight
-        group does not divide a layer's inputs, or the model multiplies matrices where no rule and no site covers them.
+      ValueError: if the model is already quantised or holds a NaN or an infinity, the images are no normalised ones, a
+        rule matches nothing, a weight group does not divide a layer's inputs, or the model multiplies matrices where no
+        rule and no site covers them.
     """
     if any(isinstance(leaf, Levels | Calibrated) for _, leaf in nnx.to_flat_state(nnx.state(model))):
         raise ValueError("the model is already quantised; quantise the float model it came from.")
+    for leaf_path, leaf in nnx.to_flat_state(nnx.state(model)):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf.get_value()).all()):
+            raise ValueError(f"{'.'.join(map(str, leaf_path))} of the model holds NaN or infinity: load whole weights.")
     warn_if_miscompiled()
     images = jnp.asarray(images)
     if images.ndim != 4 or not len(images):

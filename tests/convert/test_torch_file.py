@@ -129,7 +129,7 @@ def test_training_file(training_file):
 
 def test_entries(training_file, tmp_path):
     path, weight, _ = training_file
-    assert "pick one of: model, optimizer" in refusal(path, entry="ema")
+    assert "pick one of: model, model_ema" in refusal(path, entry="ema")
     assert "optimizer" in refusal(path, entry="optimizer")
     named = write(tmp_path / "b.pth", {"state_dict": {"w": contiguous("0", weight)}, "epoch": 3}, {"0": weight})
     np.testing.assert_array_equal(load_tensors(named)["w"], weight)

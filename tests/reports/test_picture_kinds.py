@@ -126,3 +126,10 @@ def test_a_folder_of_unread_kinds_alone_says_so(tmp_path):
         ValueError, match=r"holds no images \(.*\) but pictures of other kinds \(1 \.heic\), so convert"
     ):
         load_images(tmp_path, "test", 8, HALF)
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPG"])
+def test_other_names_of_jpeg_are_read(suffix, tmp_path):
+    Image.new("RGB", (8, 8), (250, 0, 0)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / f"b{suffix}")
+    assert len(load_images(tmp_path, "train", 8, Preprocessing()).images) == 1

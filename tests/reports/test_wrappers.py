@@ -142,6 +142,24 @@ def test_entries_of_averages_alone_are_found(tmp_path, tensors, entry):
     np.testing.assert_array_equal(model.head.proj.bias[...], tensors["head.bias"])
 
 
+@pytest.mark.parametrize(
+    ("wrap", "entry"),
+    [
+        (lambda model: {"weights": model, "epoch": 1}, None),
+        (lambda model: {"checkpoint": {"model": model, "step": 7}}, None),
+        (lambda model: {"checkpoint": {"model": model}, "teacher": dict(list(model.items())[:2])}, "checkpoint.model"),
+        (lambda model: {"model": {"state_dict": model}}, None),
+    ],
+)
+def test_entries_of_any_name_and_inside_others(tmp_path, tensors, wrap, entry):
+    tree, storages = views(tensors, "a")
+    model, said = convert(write(tmp_path / "a.pth", wrap(tree), storages), entry=entry)
+    assert said == []
+    np.testing.assert_array_equal(model.head.proj.bias[...], tensors["head.bias"])
+    with pytest.raises(TorchFileError, match=r"no entry 'ema' that holds tensors; pick one of: .*(weights|model)"):
+        convert(write(tmp_path / "b.pth", wrap(tree), storages), entry="ema")
+
+
 def test_entries_of_mmengine_load_and_their_logs_are_inert(tmp_path, tensors):
     """HistoryBuffer holds its own methods, which pickle writes as getattr(HistoryBuffer, name)."""
     buffer = Name("mmengine.logging.history_buffer", "HistoryBuffer")
