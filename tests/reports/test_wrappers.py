@@ -114,6 +114,15 @@ def test_unmatched_keys_show_both_sides(tensors):
     assert "; and " in message
 
 
+@pytest.mark.parametrize("prefix", ["student.", "vision_tower.trunk."])
+def test_prefixes_of_unknown_wrappers_are_named(tensors, prefix):
+    wrapped = {prefix + key: value for key, value in tensors.items()}
+    message = refusal("vim_tiny", wrapped, **VIM_A)
+    assert message.startswith(f"every name in the checkpoint begins with {prefix!r}: pass prefix={prefix!r} (--prefix)")
+    with pytest.warns(CheckpointNote, match="was taken off 58 names"):
+        from_torch("vim_tiny", wrapped, prefix=prefix, **VIM_A)
+
+
 # --- Entries
 
 
