@@ -1,9 +1,9 @@
 """What the names and shapes of a checkpoint's tensors tell: its prefix, its family, its sizes, and what it is not."""
 
 import math
-import os
 import re
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -150,8 +150,8 @@ def main_difference(name: str, config: Any, family: str, tensors: Tensors) -> st
     Returns:
       a clause, or None if the shapes tell no difference.
     """
-    parts = os.path.commonpath([key.replace(".", "/") for key in tensors]).split("/")
-    prefix = "".join(f"{part}." for part in parts if part)
+    parts = zip(*(key.split(".")[:-1] for key in tensors), strict=False)
+    prefix = "".join(f"{same[0]}." for same in takewhile(lambda part: len(set(part)) == 1, parts))
     if prefix and any(_SIGNATURES[family].fullmatch(key.removeprefix(prefix)) for key in tensors):
         return f"every name in the checkpoint begins with {prefix!r}: pass prefix={prefix!r} (--prefix)"
     channels = _channels(tensors)

@@ -121,6 +121,7 @@ def test_prefixes_of_unknown_wrappers_are_named(tensors, prefix):
     assert message.startswith(f"every name in the checkpoint begins with {prefix!r}: pass prefix={prefix!r} (--prefix)")
     with pytest.warns(CheckpointNote, match="was taken off 58 names"):
         from_torch("vim_tiny", wrapped, prefix=prefix, **VIM_A)
+    assert "is not part of this model" in refusal("vim_tiny", {**tensors, ".odd": tensors["head.bias"]}, **VIM_A)
 
 
 # --- Entries
