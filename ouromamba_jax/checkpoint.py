@@ -29,11 +29,12 @@ from ouromamba_jax.models import build_model, config_class, list_models
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.registry import override_config
 from ouromamba_jax.ops.qtensor import max_level, pack_levels, packed_rows, unpack_levels
-from ouromamba_jax.quantize.activation import KernelLayout, Levels, SiteSpec
+from ouromamba_jax.quantize.activation import KernelLayout, Levels, SiteSpec, Typed
 from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
 from ouromamba_jax.sharding import without_mesh
 
 _FORMAT = 3
+_MAY_DIFFER = ("drop_path", "remat", "param_dtype")  # of a module; no result of inference depends on them
 
 
 class CheckpointError(ValueError):
@@ -47,8 +48,8 @@ def save(path: str | Path, model: VisionModel) -> None:
     The number of classes that is written is the head's, also where it was replaced.
 
     Raises:
-      CheckpointError: if `load` could not give the model back, because its modules or parameters are not those that its
-        config describes; every one is named.
+      CheckpointError: if `load` could not give the model back, because its modules, their settings or its parameters
+        are not those that its config describes, or hold NaN or infinity; every one is named.
       FileExistsError: if `path` exists and is not an empty folder.
       OSError: if nothing can be written there.
 
@@ -81,6 +82,8 @@ def save(path: str | Path, model: VisionModel) -> None:
         "arrays": index,
     }
     _check_loadable(model, json.loads(json.dumps(description)))
+    if broken := _not_finite(arrays):
+        raise CheckpointError(f"{broken} of the model holds NaN or infinity, so it is not saved: load whole weights.")
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -107,8 +110,8 @@ def load(path: str | Path, **overrides: Any) -> VisionModel:
         `from_torch(..., interpolate_positions=True)` does, and weights summed as it does for `in_channels=1`.
 
     Raises:
-      CheckpointError: if the folder is missing, damaged or does not fit the config it holds, or if its parameters do
-        not fit the changed config; every mismatch is named.
+      CheckpointError: if the folder is missing, damaged, holds NaN or infinity or does not fit the config it holds, or
+        if its parameters do not fit the changed config; every mismatch is named.
       ValueError: for an unknown field, or an input size that leaves another field open.
 
     Examples:
@@ -135,6 +138,8 @@ def load(path: str | Path, **overrides: Any) -> VisionModel:
         raise CheckpointError(f"{path} does not fit its config: {problems}.")
     _check_files(path / "arrays", files)
     arrays = _restore(path, stored)
+    if broken := _not_finite(arrays):
+        raise CheckpointError(f"{broken} of {path} holds NaN or infinity: save a model of whole weights again.")
     flat = [(key, leaf.replace(_value(arrays[_name(key)], leaf))) for key, leaf in nnx.to_flat_state(state)]
     restored: VisionModel = nnx.merge(graphdef, nnx.from_flat_state(flat))  # type: ignore[assignment]
     if overrides:
@@ -243,19 +248,57 @@ def _config_of(model: VisionModel) -> Any:
 def _check_loadable(model: VisionModel, description: dict[str, Any]) -> None:
     """Holds a model to what `load` will build and expect."""
     expected = _build(description)
-    have, want = ({_name(path): type(module) for path, module in nnx.iter_modules(m)} for m in (model, expected))
-    strange = sorted(path for path in have.keys() & want.keys() if have[path] is not want[path])
-    problems = [f"{path or 'it'} is a {have[path].__name__}, not a {want[path].__name__}" for path in strange]
+    have, want = (dict(nnx.iter_modules(m)) for m in (model, expected))
+    both = sorted(have.keys() & want.keys(), key=_name)
+    strange = [path for path in both if type(have[path]) is not type(want[path])]
+    problems = [
+        f"{_name(path) or 'it'} is a {type(have[path]).__name__}, not a {type(want[path]).__name__}" for path in strange
+    ]
+    leaves = _leaves(nnx.state(model))
+    way_out = "set model.config to the config it was built from, or undo the change"
+    if not problems and (problems := _casts(leaves)):
+        way_out = "cast leaves of type nnx.Param alone, of the model as it was saved"
     if not problems and (found := _mismatches(_stored_index(description), _leaves(nnx.state(expected)))):
         problems = [found]
-    levels = {name: leaf for name, leaf in _leaves(nnx.state(model)).items() if isinstance(leaf, Levels)}
+    if not problems:
+        problems = list(dict.fromkeys(line for path in both for line in _other_settings(have[path], want[path], path)))
     if not problems:  # packing would cut such levels off
+        levels = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Levels)}
         problems = [f"{name} has levels beyond {leaf.bits} bits" for name, leaf in levels.items() if _overflows(leaf)]
     if problems:
         raise CheckpointError(
-            f"the model is not what its config describes, so it could not be loaded: {'; '.join(problems[:10])}; set "
-            "model.config to the config it was built from, or undo the change."
+            f"the model is not what its config describes, so it could not be loaded: {_listed(problems)}; {way_out}."
         )
+
+
+def _casts(leaves: dict[str, nnx.Variable]) -> list[str]:
+    """Levels and scales that are not of the type that they were made in."""
+    typed = {name: leaf for name, leaf in sorted(leaves.items()) if isinstance(leaf, Typed)}
+    return [f"{name} is {x.dtype}, not {x.stored}" for name, x in typed.items() if x.dtype.name != x.stored]
+
+
+def _other_settings(have: nnx.Module, want: nnx.Module, path: tuple) -> list[str]:
+    """What a module computes with besides modules and arrays, where it differs from what its config makes of it."""
+    found = []
+    for name in sorted(vars(have).keys() & vars(want).keys() - {*_MAY_DIFFER}):
+        ours, theirs = getattr(have, name), getattr(want, name)
+        if name == "dtype":  # a new head's None follows its input
+            ours, theirs = jnp.dtype(ours or theirs).name, jnp.dtype(theirs).name
+        if name.startswith("_") or isinstance(ours, nnx.Module | nnx.Variable):
+            continue
+        if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
+            fields = {field.name for field in dataclasses.fields(ours)} - {"num_classes", "preprocessing"}
+            pairs = [(f, getattr(ours, f), getattr(theirs, f)) for f in sorted(fields)]
+            found += [f"a layer has {f}={a!r}, not {b!r}" for f, a, b in pairs if a != b]
+        elif ours != theirs:
+            found.append(f"{_name((*path, name))} is {ours!r}, not {theirs!r}")
+    return found
+
+
+def _not_finite(arrays: dict[str, np.ndarray]) -> str | None:
+    """The first of the arrays that holds a NaN or an infinity."""
+    floats = (name for name, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating))
+    return next((name for name in floats if not np.isfinite(arrays[name]).all()), None)
 
 
 def _with_config(model: VisionModel, config: Any, path: Path) -> VisionModel:
@@ -302,6 +345,11 @@ def _mismatches(stored: dict[str, jax.ShapeDtypeStruct], leaves: dict[str, nnx.V
             want = jax.ShapeDtypeStruct(want.shape, have.dtype)
         if (have.shape, have.dtype) != (want.shape, want.dtype):
             problems.append(f"{name} is {have.dtype}{list(have.shape)}, not {want.dtype}{list(want.shape)}")
+    return _listed(problems)
+
+
+def _listed(problems: list[str]) -> str:
+    """The first ten, and how many more there are."""
     more = f", and {len(problems) - 10} more" if len(problems) > 10 else ""
     return "; ".join(problems[:10]) + more
 
@@ -320,10 +368,7 @@ def _check_files(folder: Path, files: dict[str, str]) -> None:
     problems += [f"{name} is not part of it" for name in sorted(found.keys() - files.keys())]
     problems += [f"{name} is damaged" for name in sorted(files.keys() & found.keys()) if files[name] != found[name]]
     if problems:
-        more = f", and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(
-            f"{folder} is not as it was saved, so get another copy: {'; '.join(problems[:10])}{more}."
-        )
+        raise CheckpointError(f"{folder} is not as it was saved, so get another copy: {_listed(problems)}.")
 
 
 def _digests(folder: Path) -> dict[str, str]:
