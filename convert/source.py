@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 
 from ouromamba_jax.convert import hub
 from ouromamba_jax.convert.torch_file import TorchFileError, not_the_file, read_torch
-from ouromamba_jax.convert.unpickle import RESAVE, Inert, TorchTensor, shown
+from ouromamba_jax.convert.unpickle import RESAVE, Global, Inert, TorchTensor, shown, unwrapped
 from ouromamba_jax.files import local_path
 
 Tensors = dict[str, Shaped[np.ndarray, "..."]]
@@ -202,10 +202,13 @@ def _read_safetensors(path: Path) -> Tensors:
 def _select_entry(tree: Any, entry: str | None, path: Path) -> tuple[dict[str, TorchTensor], tuple[str, ...]]:
     """The dict of tensors inside a training file, and a note if there are several."""
     if not isinstance(tree, dict):
-        raise TorchFileError(f"{path} holds no dictionary of tensors; {RESAVE}.")
+        raise _no_tensors(path, tree)
     chosen, entries = entry is not None, dict(_entries(tree))
     holding = [name for name, value in entries.items() if _holds_weights(value)]
     if entry is None:
+        whole = [tree[name] for name in (*_ENTRIES, *_OTHER_ENTRIES) if isinstance(tree.get(name), Inert)]
+        if whole and not holding:
+            raise _no_tensors(path, whole[0])
         known = [name for name in (*_ENTRIES, *_OTHER_ENTRIES) if name in holding]
         known += holding if len(holding) == 1 and not _holds_weights(tree) else []
         entry = next(iter([*known, *(name for name in _ENTRIES if name in entries)]), None)
@@ -220,7 +223,8 @@ def _select_entry(tree: Any, entry: str | None, path: Path) -> tuple[dict[str, T
         raise TorchFileError(f"{where} is empty; pick another `entry` or another file.")
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, TorchTensor):
-            what = value.type.name if isinstance(value, Inert) else type(value).__name__
+            named = value.type if isinstance(value, Inert) else value
+            what = named if isinstance(named, Global) else type(value).__name__
             name = shown(key) if isinstance(key, str) else f"a {type(key).__name__} as a name"
             raise TorchFileError(
                 f"{where} holds {name} ({what}), which is not a named tensor; pick the `entry` that holds the model."
@@ -229,6 +233,14 @@ def _select_entry(tree: Any, entry: str | None, path: Path) -> tuple[dict[str, T
     if chosen or entry is None or not others:
         return tensors, ()
     return tensors, (f"entry {entry!r} was taken, and {', '.join(others[:20])} (entry=, --entry) can be taken instead",)
+
+
+def _no_tensors(path: Path, value: Any) -> TorchFileError:
+    """The refusal of a value in the place of named tensors, e.g. of a model that was saved whole."""
+    what = f"an object of {value.type} and " if isinstance(value, Inert) else ""
+    return TorchFileError(
+        f"{path} holds {what}no dictionary of tensors; nothing was executed; if you trust the file, {RESAVE}."
+    )
 
 
 def _entries(tree: dict[Any, Any], depth: int = 3) -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -247,9 +259,7 @@ def _statements(tree: Any, path: Path) -> tuple[tuple[str, dict[str, Any]], ...]
     """What a training file says of its model: settings as plain dicts, and names of architectures."""
     found = []
     for name in _SETTINGS:
-        settings = tree.get(name)
-        if isinstance(settings, Inert):
-            settings = settings.state
+        settings = unwrapped(tree.get(name))
         if isinstance(settings, dict):
             found.append((f"{name!r} of {path}", settings))
     names = {name: tree[name] for name in _NAMES if isinstance(tree.get(name), str)}

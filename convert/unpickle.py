@@ -1,10 +1,11 @@
 """Interprets a checkpoint's pickle without executing anything that it says.
 
 Python's own unpickler looks objects up by name and calls them. This machine does not: it interprets the few opcodes
-that checkpoints use, builds dicts, lists and tuples itself, and turns everything else that is known into an inert
-record. It imports nothing, calls nothing and sets no attribute that the file names; names that are not on the lists
-below are refused. Each object is built once and only referred to afterwards, never copied, so that memory stays
-proportional to the length of the pickle.
+that checkpoints use, builds dicts, lists and tuples itself, and turns everything else into inert records. It imports
+nothing, calls nothing and sets no attribute that the file names. A name stands for itself; an object of a class that is
+not known (NEWOBJ) is a record of its attributes and items, and never a tensor; a call of anything (REDUCE) that is not
+on the lists below is refused. Each object is built once and only referred to afterwards, never copied, so that memory
+stays proportional to the length of the pickle.
 """
 
 import io
@@ -31,18 +32,20 @@ _STORAGE_DTYPES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 
-# Every name that a file may mention, by what becomes of it. Matched on the exact (module, name) pair.
+# Every name that a file may call, by what becomes of it. Matched on the exact (module, name) pair.
 _DICTS = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("yacs.config", "CfgNode")}
 _DICTS |= {("mmengine.config.config", "ConfigDict"), ("mmcv.utils.config", "ConfigDict"), ("addict.addict", "Dict")}
+_DICTS |= {("mmengine.config", "ConfigDict"), ("addict", "Dict"), ("easydict", "EasyDict")}
 _TENSORS = {("torch._utils", "_rebuild_tensor"), ("torch._utils", "_rebuild_tensor_v2")}
 _WRAPPERS = {("torch._utils", "_rebuild_parameter"), ("torch._utils", "_rebuild_parameter_with_state")}
 _SUBCLASS = ("torch._tensor", "_rebuild_from_type_v2")
 _INERT = (
     {("argparse", "Namespace"), ("collections", "Counter"), ("collections", "deque"), ("_codecs", "encode")}
+    | {("functools", "partial"), ("types", "SimpleNamespace"), ("types", "GenericAlias"), ("operator", "getitem")}
     | {("builtins", n) for n in ("set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str", "bytes")}
-    # mmengine's logs: a HistoryBuffer and, by getattr, its methods. Nothing is looked up, whatever the arguments.
-    | {("builtins", "getattr"), ("builtins", "slice"), ("builtins", "complex"), ("datetime", "datetime")}
-    | {("mmengine.logging.history_buffer", "HistoryBuffer"), ("mmengine.logging.message_hub", "MessageHub")}
+    # By getattr, pickle writes methods, such as those in mmengine's logs. Nothing is looked up, whatever the arguments.
+    | {("builtins", "getattr"), ("builtins", "slice"), ("builtins", "complex"), ("copyreg", "_reconstructor")}
+    | {("datetime", n) for n in ("date", "datetime", "time", "timedelta", "timezone")}
     | {("pathlib", n) for n in ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")}
     | {("numpy.core.multiarray", n) for n in ("scalar", "_reconstruct")}
     | {("numpy", n) for n in ("dtype", "ndarray")}
@@ -50,9 +53,12 @@ _INERT = (
     | {("torch", n) for n in ("int64", "float16", "float32", "float64", *_STORAGE_DTYPES)}
     | {("torch.nn.parameter", n) for n in ("Parameter", "Buffer")}
 )
-_KNOWN = _DICTS | _TENSORS | _WRAPPERS | {_SUBCLASS} | _INERT
+# What keeps settings and logs: whatever in these packages is called makes an inert record.
+_PACKAGES = {"mmengine", "mmcv", "addict", "easydict", "yacs", "omegaconf", "lightning", "lightning_fabric"}
+_PACKAGES |= {"pytorch_lightning"}
 # The same module under the names that other Python and NumPy versions write.
 _ALIASES = {"__builtin__": "builtins", "numpy._core.multiarray": "numpy.core.multiarray", "pathlib._local": "pathlib"}
+_ALIASES |= {"copy_reg": "copyreg"}
 
 _PUSH_ARGUMENT = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
 _PUSH_ARGUMENT |= {"BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
@@ -76,15 +82,31 @@ class Global:
     module: str
     name: str
 
+    def __str__(self) -> str:
+        return f"{shown(self.module)}.{shown(self.name)}"
+
 
 @dataclass(eq=False)
 class Inert:
-    """An object that is known but not needed: its type's name, what it was built from, its attributes and items."""
+    """An object that no weight is: its type's name, what it was built from, its attributes and items."""
 
     type: Global
     args: tuple[Any, ...] = ()
     state: Any = None
     items: list[Any] = field(default_factory=list)
+
+
+def unwrapped(value: Any) -> Any:
+    """What a record wraps, one level deep: a dict's items, a node's content, the attributes of anything else."""
+    if not isinstance(value, Inert):
+        return value
+    keys = value.items[::2]
+    if keys and len(value.items) == 2 * len(keys) and all(type(key) is str for key in keys):
+        return dict(zip(keys, value.items[1::2], strict=True))
+    state = value.state
+    if isinstance(state, dict):  # OmegaConf's containers and leaves, else a namespace
+        return next((state[name] for name in ("_content", "_val") if name in state), state)
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +164,7 @@ def unpickle(pickle: bytes, reader: Callable[[TorchTensor], Shaped[np.ndarray, "
     """The object that a pickle describes, tensors unread; `reader` is what their `read()` calls.
 
     Raises:
-      ValueError: for damaged pickles, unknown names and opcodes that no checkpoint uses.
+      ValueError: for damaged pickles, calls of unknown names and opcodes that no checkpoint uses.
     """
     return _Machine(reader).run(pickle)
 
@@ -172,7 +194,7 @@ class _Machine:
             if opcode.name == "STOP":
                 return self.pop()
             if opcode.name == "GLOBAL":
-                self.push(_known(_line(stream), _line(stream)))
+                self.push(_global(_line(stream), _line(stream)))
             elif opcode.name in _PLAIN_OPCODES:
                 self.step(opcode.name, None if opcode.arg is None else opcode.arg.reader(stream))
             else:
@@ -228,10 +250,10 @@ class _Machine:
                 self.push(self.memo[argument])
             case "STACK_GLOBAL":
                 name, module = self.pop(), self.pop()
-                self.push(_known(module, name))
+                self.push(_global(module, name))
             case "REDUCE" | "NEWOBJ":
                 args, function = self.pop(), self.pop()
-                self.push(self.rebuild(function, args))
+                self.push(self.rebuild(function, args, is_object=opcode == "NEWOBJ"))
             case "BUILD":
                 state, target = self.pop(), self.top()
                 if isinstance(target, Inert):
@@ -288,24 +310,28 @@ class _Machine:
                 raise ValueError(f"its pickle sets {shown(key)} twice; download it again")
             target[key] = value
 
-    def rebuild(self, function: Any, args: Any) -> Any:
-        """What torch would get by calling `function(*args)`: a tensor, an empty dict, or an inert record."""
+    def rebuild(self, function: Any, args: Any, *, is_object: bool) -> Any:
+        """What torch would get by `function(*args)`, or from a class: a tensor, a dict, or an inert record."""
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise ValueError("its pickle calls something that is not a known name; nothing was executed")
         name = (function.module, function.name)
         if name in _DICTS:
-            return {}
-        if name in _INERT:
-            return Inert(function, args)
+            return args[0] if len(args) == 1 and type(args[0]) is dict else {}
         if name in _WRAPPERS and args and isinstance(args[0], TorchTensor):
             return args[0]
         if name == _SUBCLASS and len(args) == 4 and isinstance(args[2], tuple):
             # A tensor with Python attributes: (rebuild function, type, its arguments, attributes).
-            function, args = args[0], args[2]
+            function, kind, args = args[0], args[1], args[2]
+            if isinstance(kind, Global) and (kind.module, kind.name) not in _INERT:
+                raise _refusal(kind)
             name = (function.module, function.name) if isinstance(function, Global) else _SUBCLASS
         if name in _TENSORS:
             return self.tensor(args)
-        raise ValueError(f"its pickle calls {name[1]} with arguments that torch never writes; nothing was executed")
+        if name in _WRAPPERS or name == _SUBCLASS:
+            raise ValueError(f"its pickle calls {name[1]} with arguments that torch never writes; nothing was executed")
+        if is_object or name in _INERT or name[0].split(".")[0] in _PACKAGES:
+            return Inert(Global(*name), args)
+        raise _refusal(function)
 
     def tensor(self, args: tuple[Any, ...]) -> TorchTensor:
         """(storage, offset, size, stride, requires_grad, backward_hooks, metadata) as a TorchTensor."""
@@ -326,7 +352,7 @@ def _line(stream: io.BytesIO) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    return value is None or type(value) in (str, int, float, bool, bytes)
+    return value is None or type(value) in (str, int, float, bool, bytes, Global, Inert)
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
@@ -337,16 +363,20 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
     return value if ok else None
 
 
-def _known(module: Any, name: Any) -> Global:
-    if isinstance(module, str) and isinstance(name, str):
-        module = _ALIASES.get(module, module)
-        if (module, name) in _KNOWN:
-            return Global(module, name)
-        raise ValueError(
-            f"it refers to {shown(module)}.{shown(name)}, which is not plain checkpoint data; nothing was executed; "
-            f"if you trust the file, {RESAVE}"
-        )
-    raise ValueError(_DAMAGED)
+def _global(module: Any, name: Any) -> Global:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError(_DAMAGED)
+    found = Global(_ALIASES.get(module, module), name)
+    if not all(part.isidentifier() for part in f"{module}.{name}".split(".")):
+        raise _refusal(found)
+    return found
+
+
+def _refusal(name: Global) -> ValueError:
+    return ValueError(
+        f"it refers to {name}, which is not plain checkpoint data; nothing was executed; "
+        f"if you trust the file, {RESAVE}"
+    )
 
 
 def _storage(persistent_id: Any) -> _Storage:

@@ -256,6 +256,23 @@ def test_hostile_pickle_is_refused_and_not_executed(tmp_path, monkeypatch, name)
     assert not (tmp_path / CANARY).exists()
 
 
+# Names that are not called, and an object of a class: inert beside the weights. (Tensors there are not read.)
+INERT = {"getattr", "a module's own code", "dotted STACK_GLOBAL"}
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if not name.startswith("tensor: ")])
+def test_hostile_pickle_beside_the_weights_is_refused_or_inert(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    values = noise(4)
+    path = write(tmp_path / "a.pth", {"model": {"w": contiguous("0", values)}, "args": HOSTILE[name]}, {"0": values})
+    try:
+        np.testing.assert_array_equal(load_tensors(path)["w"], values)
+        assert name in INERT
+    except TorchFileError:
+        assert name not in INERT
+    assert not (tmp_path / CANARY).exists()
+
+
 def test_the_canary_would_sing(tmp_path, monkeypatch):
     """The hostile pickles are live: Python's own unpickler runs them."""
     monkeypatch.chdir(tmp_path)
