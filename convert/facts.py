@@ -1,22 +1,26 @@
 """What a checkpoint says of its model, in the published code's words, against the config it is loaded with.
 
-Weights do not hold everything: where the class token stands, whether directions are halved, how large the windows are.
-Training files and hub folders often say it. They are not believed but compared: a contradiction is an error.
+Weights do not hold everything: where the class token stands, whether directions are halved, how large the windows are,
+how pixels are normalised. Training files and hub folders often say it. They are not believed but compared: a
+contradiction is an error.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from ouromamba_jax.convert.keymap import ConversionError
-from ouromamba_jax.convert.unpickle import shown
+from ouromamba_jax.convert.unpickle import shown, unwrapped
+from ouromamba_jax.data.preprocessing import CROP_MODES, INTERPOLATIONS
 from ouromamba_jax.models import list_models, model_config
 
 _SIZES = {
     "vim": ("img_size", "patch_size", "stride", "embed_dim", "depth", "d_state", "num_classes"),
-    "vmamba": ("dims", "depths", "ssm_ratio", "d_state", "mlp_ratio", "num_classes"),
+    "vmamba": ("img_size", "dims", "depths", "ssm_ratio", "d_state", "mlp_ratio", "num_classes"),
     "mambavision": (
         "img_size", "dim", "in_dim", "depths", "window_size", "num_heads", "mlp_ratio", "layer_scale", "num_classes",
     ),
@@ -26,11 +30,15 @@ _SIZES = {
         "fc_norm", "norm_eps",
     ),
 }  # fmt: skip
-_SYNONYMS = {"nb_classes": "num_classes", "input_size": "img_size", "resolution": "img_size"}
-_SYNONYMS |= {"ssm_d_state": "d_state"}
-# What the published code can do and this library does not build: setting, and its values that are built.
+_SYNONYMS = {"nb_classes": "num_classes", "input_size": "img_size", "resolution": "img_size", "imgsize": "img_size"}
+_SYNONYMS |= {"ssm_d_state": "d_state", "eval_crop_ratio": "crop_pct"}
+_SYNONYMS |= dict.fromkeys(("norm_epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"), "norm_eps")
+_PIXELS = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
+# What published code can do and this library does not build: setting, and its values that are built.
+_OF_ANY = {"interpolation": INTERPOLATIONS, "crop_mode": CROP_MODES}
 _BUILT: dict[str, dict[str, tuple[Any, ...]]] = {
     "vim": {
+        "norm_eps": (1e-5,),
         "if_rope": (False,),
         "if_bidirectional": (False,),
         "bimamba_type": ("v2",),
@@ -38,6 +46,7 @@ _BUILT: dict[str, dict[str, tuple[Any, ...]]] = {
         "init_layer_scale": (None,),
     },
     "vmamba": {
+        "norm_eps": (1e-5,),
         "forward_type": ("v05_noz", "v04_noz", "v03_noz", "v02_noz", "v3noz"),
         "ssm_act_layer": ("silu",),
         "mlp_act_layer": ("gelu",),
@@ -47,7 +56,7 @@ _BUILT: dict[str, dict[str, tuple[Any, ...]]] = {
         "posembed": (False,),
         "gmlp": (False,),
     },
-    "mambavision": {"qk_scale": (None,), "use_kan": (False,)},
+    "mambavision": {"qk_scale": (None,), "use_kan": (False,), "norm_eps": (1e-5,)},
     "vit": {
         "pos_embed": ("learn",),
         "global_pool": ("token", "avg"),
@@ -73,7 +82,7 @@ class Claim:
     Args:
       where: the part of the checkpoint.
       words: as it says it, e.g. "if_divide_out=False".
-      field, value: what that is in the config; field None for what is not built.
+      field, value: what that is in the config; where it is not built, None and what would be.
     """
 
     where: str
@@ -96,14 +105,16 @@ def check_facts(
     Args:
       name: the model's, for messages.
       says: (where, settings), untrusted.
-      given: fields that the caller set; an input size that was asked for may differ from the file's, with its windows.
+      given: fields that the caller set; an input size that was asked for may differ from the file's, with its windows,
+        and so may how pictures are prepared.
       other_head: whether the checkpoint's head is not used.
 
     Raises:
       ConversionError: naming what it says and what the config has, or what is not built.
     """
     claims = list(_claims(family, says))
-    free = {"img_size"} & set(given)
+    free = {"img_size", *_PIXELS} & set(given)
+    free |= {*_PIXELS} if "preprocessing" in given else set()
     if {"img_size", "window_size"} <= set(given):
         # Windows belong to an input size: they are free where the caller chose both and the file has another size.
         same_size = any(claim.field == "img_size" and _agrees(config, claim) for claim in claims)
@@ -114,13 +125,16 @@ def check_facts(
     problems = []
     for where in dict.fromkeys(claim.where for claim in claims):
         here = [claim for claim in claims if claim.where == where]
-        unbuilt = [claim.words for claim in here if claim.field is None]
+        unbuilt = [claim for claim in here if claim.field is None]
         wrong = [c for c in here if c.field is not None and c.field not in free and not _agrees(config, c)]
         if unbuilt:
-            problems.append(f"{where} says {', '.join(unbuilt)}, which this library does not build")
+            said = ", ".join(dict.fromkeys(claim.words for claim in unbuilt))
+            built = "; ".join(", ".join(map(str, claim.value)) for claim in unbuilt if claim.value)
+            only = f" (only {built})" if built else ""
+            problems.append(f"{where} says {said}, which this library does not build{only}")
         if wrong:
-            said = ", ".join(claim.words for claim in wrong)
-            ours = ", ".join(f"{claim.field}={getattr(config, str(claim.field))!r}" for claim in wrong)
+            said = ", ".join(dict.fromkeys(claim.words for claim in wrong))
+            ours = ", ".join(f"{claim.field}={_value(config, claim.field)!r}" for claim in wrong)
             fields = ", ".join(f"{claim.field}={claim.value!r}" for claim in wrong)
             options = " ".join(f"--set {claim.field}={_as_option(claim.value)}" for claim in wrong)
             problems.append(f"{where} says {said}, but {name} has {ours}: pass {fields} ({options})")
@@ -130,8 +144,16 @@ def check_facts(
         )
 
 
+def _value(config: Any, field: Any) -> Any:
+    return getattr(config.preprocessing if field in _PIXELS else config, field)
+
+
 def _agrees(config: Any, claim: Claim) -> bool:
     field: Any = claim.field
+    if field in ("mean", "std") and config.in_channels != len(claim.value):  # of gray images, the averages
+        return _same(_value(config, field), (fmean(claim.value),) * config.in_channels)
+    if field in _PIXELS:
+        return _same(_value(config, field), claim.value)
     try:
         said = dataclasses.replace(config, **{field: claim.value})
     except (ValueError, TypeError):  # a value that no config takes contradicts any
@@ -140,7 +162,16 @@ def _agrees(config: Any, claim: Claim) -> bool:
         return said.widths == config.widths
     if field == "img_size":
         return _pair(said.img_size) == _pair(config.img_size)
-    return getattr(said, field) == getattr(config, field)
+    return _same(getattr(said, field), getattr(config, field))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, numbers as far as files round them."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=1e-3)
+    return a == b
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -148,49 +179,82 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _as_option(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
+    return str(value)
 
 
 def _claims(family: str, says: tuple[tuple[str, dict[str, Any]], ...]) -> Iterator[Claim]:
-    """Explicit settings, and of what they leave open what the name of the architecture tells."""
-    explicit, named = [], []
+    """Explicit settings, and of what they leave open what timm's notes and the name of the architecture tell."""
+    explicit, noted, named = [], [], []
     for where, settings in says:
         for part in _parts(settings):
             explicit += _of_settings(family, where, part)
             named += _of_name(family, where, part)
-    fields = {claim.field for claim in explicit}
-    yield from dict.fromkeys(
-        [*explicit, *(claim for claim in named if claim.field is None or claim.field not in fields)]
-    )
+            for name in ("pretrained_cfg", "default_cfg"):  # of the weights that training may have begun with
+                notes = unwrapped(part.get(name))
+                if isinstance(notes, dict):
+                    kept = {key: notes[key] for key in ("input_size", *_PIXELS) if key in notes}
+                    noted += _of_settings(family, where, _plain(kept))
+    found: dict[Claim, None] = {}
+    for claims in (explicit, noted, named):
+        fields = {claim.field for claim in found}
+        found |= dict.fromkeys(claim for claim in claims if claim.field is None or claim.field not in fields)
+    yield from found
 
 
 def _parts(settings: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
     """The settings, those nested in them where timm and this field's code put them, and VMamba's YAML tree."""
-    yield {key: value for key, value in settings.items() if isinstance(key, str)}
+    settings = _plain(settings)
+    yield settings
     for name in ("model_args", "model_kwargs", "kwargs", "config"):
         if isinstance(settings.get(name), dict):
-            yield settings[name]
-    model = settings.get("MODEL")
-    if isinstance(model, dict) and isinstance(model.get("VSSM"), dict):
-        yield {_YACS[key]: value for key, value in model["VSSM"].items() if key in _YACS}
+            yield _plain(settings[name])
+    model, data = settings.get("MODEL"), settings.get("DATA")
+    if isinstance(model, dict) and isinstance(vssm := unwrapped(model.get("VSSM")), dict):
+        yield _plain({_YACS[key]: value for key, value in vssm.items() if key in _YACS})
         yield {"num_classes": model.get("NUM_CLASSES")}
+        if isinstance(data, dict):
+            yield {"img_size": data.get("IMG_SIZE"), "interpolation": data.get("INTERPOLATION")}
+
+
+def _plain(settings: Mapping[Any, Any]) -> dict[str, Any]:
+    """Settings by name, each taken out of the record that may wrap it."""
+    values = {key: unwrapped(value) for key, value in settings.items() if isinstance(key, str)}
+    return {
+        key: [unwrapped(v) for v in value] if isinstance(value, list) and len(value) < 20 else value
+        for key, value in values.items()
+    }
 
 
 def _of_settings(family: str, where: str, settings: Mapping[str, Any]) -> list[Claim]:
     claims = []
     for key, value in settings.items():
-        if not isinstance(key, str) or not _is_simple(value):
+        if not _is_simple(value):
             continue
         words = f"{shown(key)}={shown(value)}"
         field = _SYNONYMS.get(key, key)
-        if value not in _BUILT[family].get(key, (value,)):
-            claims.append(Claim(where, words, None))
-        elif field in _SIZES[family] and value is not None:
-            value = tuple(value) if isinstance(value, list) else value
+        value = tuple(value) if isinstance(value, list) else value
+        if field in _PIXELS:
+            if not _is_of_pixels(field, value):
+                continue
+            if field in ("mean", "std") and max(value) > 2:  # of pixels of 0..255
+                value = tuple(round(v / 255, 6) for v in value)
+        built = (_BUILT[family] | _OF_ANY).get(field)
+        if built is not None and not any(_same(good, value) for good in built):
+            claims.append(Claim(where, words, None, built))
+        elif field in (*_SIZES[family], *_PIXELS) and value is not None:
             if field == "img_size" and isinstance(value, tuple) and len(value) == 3:
                 value = value[1:]  # (channels, height, width)
             claims.append(Claim(where, words, field, value))
     return claims + (_of_vim(where, settings) if family == "vim" else [])
+
+
+def _is_of_pixels(field: str, value: Any) -> bool:
+    """Whether a setting of such a name can be one of how pictures are prepared."""
+    if field in ("mean", "std"):
+        return isinstance(value, tuple) and len(value) in (1, 3)
+    return type(value) in (int, float) if field == "crop_pct" else isinstance(value, str) and value != ""
 
 
 def _of_vim(where: str, settings: Mapping[str, Any]) -> list[Claim]:
@@ -242,10 +306,13 @@ def _of_name(family: str, where: str, settings: Mapping[str, Any]) -> list[Claim
             said = model_config(preset)
             fields = ("img_size", "window_size", "num_heads")
             claims += [Claim(where, words, field, getattr(said, field)) for field in fields]
-        published = re.fullmatch(r"(?:deit3?|vit)_(tiny|small|base)(?:_distilled)?_patch\d+_\d+(?:\..*)?", name)
-        if family == "vit" and published:
-            heads = model_config(f"vit_{published[1]}").num_heads  # what the tensors do not show
-            claims.append(Claim(where, words, "num_heads", heads))
+        published = re.fullmatch(r"(deit3?|vit)_(tiny|small|base)(?:_distilled)?_patch\d+_\d+(\..*)?", name)
+        if family == "vit" and published:  # what the tensors do not show
+            kind, size, tag = published.groups()
+            said = model_config(f"{'vit' if kind == 'vit' else 'deit'}_{size}")
+            claims.append(Claim(where, words, "num_heads", said.num_heads))
+            pixels = () if tag else ("mean", "std")  # others differ under one name
+            claims += [Claim(where, words, field, getattr(said.preprocessing, field)) for field in pixels]
     return claims
 
 

@@ -24,6 +24,7 @@ from vit_reference import forward, random_weights
 from ouromamba_jax import GenConfig, QuantConfig, generate_images, quantize
 from ouromamba_jax.convert import ConversionError, from_torch, load_tensors, matching_models
 from ouromamba_jax.convert.vit import fill_vit
+from ouromamba_jax.data.preprocessing import Preprocessing
 from ouromamba_jax.models import create_model, list_models, model_config, pure
 from ouromamba_jax.models.layers import Operand
 from ouromamba_jax.quantize.sites import iter_sites
@@ -254,8 +255,9 @@ def test_what_a_hub_folder_says(weights, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     says = tmp_path / "config.json"
     says.write_text(json.dumps({"architecture": "deit_tiny_distilled_patch16_224", "global_pool": "token"}))
-    from_torch("vit_micro", tmp_path, **TINY)  # which has three heads, as DeiT-Tiny
-    message = refusal("vit_micro", tmp_path, **{**TINY, "num_heads": 4})
+    fields = {**TINY, "preprocessing": Preprocessing()}
+    from_torch("vit_micro", tmp_path, **fields)  # which has three heads, as DeiT-Tiny
+    message = refusal("vit_micro", tmp_path, **{**fields, "num_heads": 4})
     assert "architecture=deit_tiny_distilled_patch16_224, but vit_micro has num_heads=4" in message
     says.write_text(json.dumps({"model_args": {"global_pool": "map"}}))
     assert "global_pool=map, which this library does not build" in refusal("vit_micro", tmp_path, **TINY)
