@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from quantising import bits_of, float_model, images, module_at
+from safetensors.numpy import save_file
 from tiny_models import TINY, quantised, random_model
 from torch_file_writer import Call, Name, contiguous, write
 
@@ -121,7 +124,22 @@ def _(folder):
 
 @example("Weights only load failed")
 def _(folder):
-    return om.from_torch("vim_tiny", write(folder / "file.pth", Call(Name("models_mamba", "VisionMamba"), (), {}), {}))
+    whole = Call(Name("models_mamba", "VisionMamba"), (), {"training": False}, b"\x81")
+    return om.from_torch("vim_tiny", write(folder / "file.pth", whole, {}))
+
+
+@example("Weights only load failed")
+def _(folder):
+    weights = np.zeros(3, np.float32)
+    tree = {"model": {"x": contiguous("0", weights)}, "args": Call(Name("os", "system"), ("true",))}
+    return om.from_torch("vim_tiny", write(folder / "file.pth", tree, {"0": weights}))
+
+
+@example("lower accuracy than published")
+def _(folder):
+    save_file({"cls_token": np.zeros((1, 1, 192), np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    return om.from_torch("deit_tiny", folder)
 
 
 @example("NCHW and NHWC")
@@ -193,6 +211,28 @@ def _(folder):
 @example("already quantised")
 def _(folder):
     return om.quantize(quantised(om.QuantConfig()), images(), om.QuantConfig())
+
+
+@example("saving a model whose weights")
+def _(folder):
+    model = random_model("vim_micro", **TINY)
+    model.head.proj.bias[...] = model.head.proj.bias[...] * jnp.nan
+    save(folder / "model", model)
+
+
+@example("saving a model that was changed")
+def _(folder):
+    model = random_model("vim_micro", **TINY)
+    model.config = replace(model.config, class_token="first")
+    save(folder / "model", model)
+
+
+@example("casting a quantised model")
+def _(folder):
+    model = quantised(om.QuantConfig())
+    state = nnx.state(model)
+    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, state))
+    save(folder / "model", model)
 
 
 @example("wrong results and gradients")
