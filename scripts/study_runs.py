@@ -122,6 +122,12 @@ def tables(images: int, **common: Any) -> dict[str, list[Run]]:
             for source in ("synthetic", "real")
             for run in vary(source=source, settings=dict(tune_epochs=epochs))
         ],
+        "rounding": [
+            run
+            for rounding in ("nearest", "gptq")
+            for source in ("synthetic", "real")
+            for run in vary(source=source, settings=dict(weight_rounding=rounding))
+        ],
         # The ablation of the losses; "plain pixels" is the same without our image prior.
         "losses": [
             *vary(gen=dict(contrastive=0.0)),

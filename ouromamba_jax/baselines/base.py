@@ -49,7 +49,7 @@ class BaselineConfig:
         Raises:
           ValueError: for widths that do not exist.
         """
-        common = dict(detection="none", outlier_bits=8, operands=(), tune_epochs=0)
+        common = dict(detection="none", outlier_bits=8, operands=(), weight_rounding="nearest", tune_epochs=0)
         return QuantConfig(
             **{**common, **fields},
             weight_bits=self.weight_bits,

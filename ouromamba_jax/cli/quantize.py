@@ -74,9 +74,9 @@ def add_verbs(verb: Verb) -> None:
     sub.add_argument("--weight-group", type=int, help="input channels per weight scale; by default all")
     sub.add_argument(
         "--weight-rounding",
-        choices=("nearest", "gptq"),
+        choices=("gptq", "nearest"),
         default=QuantConfig.weight_rounding,
-        help="of weights, each by itself or in turn",
+        help="of weights, in turn or each by itself",
     )
     sub.add_argument(
         "--tune-epochs",

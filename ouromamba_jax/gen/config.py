@@ -45,7 +45,7 @@ class GenConfig:
     """
 
     num_images: int = 128
-    iterations: int = 100
+    iterations: int = 50
     batch_size: int = 32
     learning_rate: float = 0.2
     scales: int | None = None

@@ -11,6 +11,8 @@ from ouromamba_jax.ops.qtensor import divide, max_level
 
 DAMPING = 0.01
 """Of the mean of the moments' diagonal, added to it (Frantar et al. 2023)."""
+BLOCK = 128
+"""Inputs rounded before the rest of the weight is changed for all of them at once."""
 
 
 @partial(jax.jit, static_argnames="bits")
@@ -34,14 +36,29 @@ def round_in_turn(
     inverse = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(damped, lower=True), jnp.eye(len(moments)))
     change = jnp.linalg.cholesky(inverse).T
     step = jnp.repeat(scale, len(kernel) // len(scale), axis=0)[order]
+    blocks = -(-len(kernel) // BLOCK)
+    size = -(-len(kernel) // blocks)
+    padding = blocks * size - len(kernel)
+    left = jnp.pad(kernel.astype(jnp.float32)[order], ((0, padding), (0, 0)))
+    step = jnp.pad(step, ((0, padding), (0, 0)), constant_values=1)
+    change = jax.scipy.linalg.block_diag(change, jnp.eye(padding))
     limit = max_level(bits)
 
-    def turn(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def block(b: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         left, levels = carry
-        level = jnp.clip(jnp.round(divide(left[i], step[i])), -limit, limit)
-        error = (left[i] - level * step[i]) / change[i, i]
-        return left - change[i][:, None] * error[None], levels.at[i].set(level.astype(jnp.int8))
+        rows, steps, changes = (lax.dynamic_slice_in_dim(x, b * size, size) for x in (left, step, change))
+        within = lax.dynamic_slice_in_dim(changes, b * size, size, axis=1)
 
-    kernel = kernel.astype(jnp.float32)[order]
-    _, levels = lax.fori_loop(0, len(kernel), turn, (kernel, jnp.zeros(kernel.shape, jnp.int8)))
-    return jnp.zeros_like(levels).at[order].set(levels)
+        def turn(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            rows, rounded, errors = carry
+            level = jnp.clip(jnp.round(divide(rows[i], steps[i])), -limit, limit)
+            error = (rows[i] - level * steps[i]) / within[i, i]
+            return rows - within[i][:, None] * error[None], rounded.at[i].set(level), errors.at[i].set(error)
+
+        empty = jnp.zeros_like(rows)
+        _, rounded, errors = lax.fori_loop(0, size, turn, (rows, empty, empty))
+        left = left - jnp.matmul(changes.T, errors, precision="highest")
+        return left, lax.dynamic_update_slice_in_dim(levels, rounded.astype(jnp.int8), b * size, axis=0)
+
+    _, levels = lax.fori_loop(0, blocks, block, (left, jnp.zeros(left.shape, jnp.int8)))
+    return jnp.zeros(kernel.shape, jnp.int8).at[order].set(levels[: len(kernel)])

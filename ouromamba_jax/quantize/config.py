@@ -79,8 +79,8 @@ class QuantConfig(OutlierConfig):
       weight_group: input channels that share a weight scale, dividing those of every layer; None: all of them.
       operands: which tensors of each selective scan and attention are quantised. A and D, parameters, are rounded once.
       scale_search: "norm" minimises the 2.4 norm of the rounding error over 100 candidates, "max" takes the range.
-      weight_rounding: "nearest", or "gptq": of each layer one input after the other, the rest making up for what that
-        changes in the outputs (Frantar et al. 2023), after the scales are tuned.
+      weight_rounding: "gptq" rounds a layer's inputs one after the other, the rest making up for what that changes in
+        the outputs (Frantar et al. 2023), before the scales are tuned; "nearest" rounds each weight by itself.
       tune_epochs: passes over the calibration set in which each block's scales are tuned; 0 leaves them as found.
       tune_learning_rate: AdamW's, for the logarithm of every scale. The paper takes 5e-4, on the scales themselves.
       float_dtype: type in which parameters that stay float are kept.
@@ -100,7 +100,7 @@ class QuantConfig(OutlierConfig):
     weight_group: int | None = None
     operands: tuple[str, ...] = ("delta", "B", "C", "A", "D", "q", "k", "v", "probs")
     scale_search: Literal["norm", "max"] = "norm"
-    weight_rounding: Literal["nearest", "gptq"] = "nearest"
+    weight_rounding: Literal["gptq", "nearest"] = "gptq"
     tune_epochs: int = 10
     tune_learning_rate: float = 2e-2
     float_dtype: FloatDtype = "float16"
@@ -120,8 +120,8 @@ class QuantConfig(OutlierConfig):
         object.__setattr__(self, "rules", tuple(self.rules))
         if self.scale_search not in ("norm", "max"):
             raise ValueError(f"scale_search must be 'norm' or 'max', not {self.scale_search!r}.")
-        if self.weight_rounding not in ("nearest", "gptq"):
-            raise ValueError(f"weight_rounding must be 'nearest' or 'gptq', not {self.weight_rounding!r}.")
+        if self.weight_rounding not in ("gptq", "nearest"):
+            raise ValueError(f"weight_rounding must be 'gptq' or 'nearest', not {self.weight_rounding!r}.")
         if self.float_dtype not in get_args(FloatDtype):
             raise ValueError(f"float_dtype must be 'float16', 'bfloat16' or 'float32', not {self.float_dtype!r}.")
         if self.tune_epochs < 0 or self.batch_size < 1 or self.tune_learning_rate <= 0:

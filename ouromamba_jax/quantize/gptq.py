@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from ouromamba_jax.ops.qtensor import QTensor
 from ouromamba_jax.ops.weight_rounding import round_in_turn
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.capture import each_batch
@@ -21,11 +22,11 @@ Moments = dict[str, Float32[Array, "K K"]]
 def with_levels(
     stage: nnx.Module, specs: dict[str, SiteSpec], calibrated: StageCalibration, x: Array, batch_size: int
 ) -> StageCalibration:
-    """`calibrated` with the "levels" of every linear layer's weight, by `round_in_turn`.
+    """`calibrated` with a `QTensor` for every linear layer's "weight", its levels by `round_in_turn`.
 
     Args:
       stage: in float.
-      calibrated: scales as they will stay.
+      calibrated: scales as calibration found them.
       x: (N, ...), the stage's input, as the quantised stages before it make it.
     """
     graphdef, state = nnx.split(stage)
@@ -34,8 +35,10 @@ def with_levels(
         moments = {path: new + moments.get(path, 0) for path, new in of_batch.items()}
     kernels, made = {path: layer.kernel[...] for path, layer in _linears(stage)}, dict(calibrated)
     for path, summed in moments.items():
-        scale, bits = calibrated[path]["weight"], specs[path].config.weight_bits
-        made[path] = {**calibrated[path], "levels": round_in_turn(kernels[path], scale, summed, bits=bits)}
+        scale, config = calibrated[path]["weight"], specs[path].config
+        levels = round_in_turn(kernels[path], scale, summed, bits=config.weight_bits)
+        weight = QTensor(levels, scale, bits=config.weight_bits, group=config.weight_group)
+        made[path] = {**calibrated[path], "weight": weight}
     return made
 
 

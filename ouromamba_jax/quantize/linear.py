@@ -130,7 +130,10 @@ class QuantLinear(nnx.Module):
 
 
 class FakeLinear:
-    """`QuantLinear` in float, with straight-through gradients to every scale."""
+    """`QuantLinear` in float, with straight-through gradients to every scale.
+
+    A weight that is a `QTensor` keeps its levels; one that is but its scales is rounded to the nearest.
+    """
 
     def __init__(self, linear: nnx.Linear, spec: SiteSpec, calibrated: dict[str, Any]):
         self.linear, self.spec, self.calibrated = linear, spec, calibrated
@@ -142,8 +145,11 @@ class FakeLinear:
         return self.calibrated["input"].fake(as_tokens(x), self.spec.config.splitting).reshape(x.shape)
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... O"]:
-        linear = self.linear
-        kernel = fake_weight(linear.kernel[...].astype(jnp.float32), self.calibrated["weight"], self.spec.config)
+        linear, weight = self.linear, self.calibrated["weight"]
+        if isinstance(weight, QTensor):
+            kernel = weight.dequantize()
+        else:
+            kernel = fake_weight(linear.kernel[...].astype(jnp.float32), weight, self.spec.config)
         return _float_product(
             self.rounded(x), kernel, None if linear.bias is None else linear.bias[...], _dtype(linear)
         )
@@ -195,10 +201,10 @@ def fake(linear: nnx.Linear, spec: SiteSpec, calibrated: dict[str, Any]) -> Fake
 
 def make(linear: nnx.Linear, spec: SiteSpec, calibrated: dict[str, Any]) -> QuantLinear:
     config = spec.config
-    kernel = linear.kernel[...].astype(jnp.float32)
-    weight = quantize_with_scale(kernel, calibrated["weight"], config.weight_bits, group=config.weight_group)
-    if "levels" in calibrated:
-        weight = replace(weight, values=calibrated["levels"])
+    weight = calibrated["weight"]
+    if not isinstance(weight, QTensor):
+        kernel = linear.kernel[...].astype(jnp.float32)
+        weight = quantize_with_scale(kernel, weight, config.weight_bits, group=config.weight_group)
     act = ActQuantizer(calibrated["input"], config) if "input" in calibrated else None
     return QuantLinear(weight, None if linear.bias is None else linear.bias[...], act, spec, _dtype(linear))
 

@@ -50,12 +50,12 @@ def quantize(
     def fit_anew(stage: nnx.Module, inputs: StageInputs) -> Fitted:
         specs, calibrated = calibrate_sites(stage, inputs)
         quiet = quiet_tokens(calibrated)
+        if config.weight_rounding == "gptq":
+            calibrated = with_levels(stage, specs, calibrated, inputs.quantised, config.batch_size)
         losses: list[float] = []
         if config.tune_epochs and calibrated:
             target = update_of(inputs.exact_out, inputs.exact)
             calibrated, losses = tune_scales(stage, specs, calibrated, inputs.quantised, target, config)
-        if config.weight_rounding == "gptq":
-            calibrated = with_levels(stage, specs, calibrated, inputs.quantised, config.batch_size)
         found = fitted(stage, inputs, specs, calibrated, losses)
         reports = (dataclasses.replace(report, quiet_tokens=quiet[report.path]) for report in found.reports)
         return found._replace(reports=tuple(reports))

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from ouromamba_jax.ops.qtensor import QTensor
 from ouromamba_jax.ops.split_calibration import Calibration
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
@@ -62,26 +63,26 @@ def tune_scales(
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tuned), np.asarray(losses).tolist()
 
 
-def _is_calibration(leaf: Any) -> bool:
-    return isinstance(leaf, Calibration)
+def _has_scale(leaf: Any) -> bool:
+    return isinstance(leaf, Calibration | QTensor)
 
 
 def log_factors(calibrated: StageCalibration) -> Any:
     """Zeros, one for each scale of activations, weights, parameters and states."""
 
     def zeros(c: Any) -> Array:
-        return jnp.zeros_like(c.scale if isinstance(c, Calibration) else c)
+        return jnp.zeros_like(c.scale if _has_scale(c) else c)
 
-    return jax.tree.map(zeros, calibrated, is_leaf=_is_calibration)
+    return jax.tree.map(zeros, calibrated, is_leaf=_has_scale)
 
 
 def rescaled(calibrated: StageCalibration, factors: Any) -> StageCalibration:
     """`calibrated`, every scale multiplied by exp(factor)."""
 
     def rescale(c: Any, factor: Array) -> Any:
-        return replace(c, scale=c.scale * jnp.exp(factor)) if _is_calibration(c) else c * jnp.exp(factor)
+        return replace(c, scale=c.scale * jnp.exp(factor)) if _has_scale(c) else c * jnp.exp(factor)
 
-    return jax.tree.map(rescale, calibrated, factors, is_leaf=_is_calibration)
+    return jax.tree.map(rescale, calibrated, factors, is_leaf=_has_scale)
 
 
 def stage_loss(graphdef, specs, state, calibrated, factors, x, target) -> Float[Array, ""]:

@@ -219,7 +219,13 @@ def test_released_quantises_blocks_and_finds_outliers():
 def test_rtn_per_token_is_quantize_without_outliers_search_and_tuning():
     """Bit for bit."""
     config = QuantConfig(
-        detection="none", scale_search="max", tune_epochs=0, rules=EDGES, float_dtype="float32", weight_bits=4
+        detection="none",
+        scale_search="max",
+        weight_rounding="nearest",
+        tune_epochs=0,
+        rules=EDGES,
+        float_dtype="float32",
+        weight_bits=4,
     )
     low, report = quantize(float_model(), images(), config)
     ours, our_report = baseline("rtn_token")
