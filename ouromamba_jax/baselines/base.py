@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ouromamba_jax.fields import check_types
 from ouromamba_jax.models.layers import SelectiveScan
 from ouromamba_jax.quantize.config import FloatDtype, QuantConfig, QuantRule
 from ouromamba_jax.quantize.report import SiteReport
@@ -41,6 +42,7 @@ class BaselineConfig:
     rules: tuple[QuantRule, ...] = EDGES
 
     def __post_init__(self):
+        check_types(self)
         self.settings()
 
     def settings(self, **fields: Any) -> QuantConfig:

@@ -34,11 +34,6 @@ class RTNConfig(BaselineConfig):
 
     granularity: Literal["token", "tensor"] = "token"
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.granularity not in ("token", "tensor"):
-            raise ValueError(f"granularity must be 'token' or 'tensor', not {self.granularity!r}.")
-
 
 def quantize_rtn(
     model: VisionModel,

@@ -1,9 +1,9 @@
 """What OuroMamba-Gen optimises, and how."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from ouromamba_jax.fields import plain_numbers
+from ouromamba_jax.fields import check_types
 from ouromamba_jax.ops.attention import Weighting, neighbourhood_mask
 
 Features = Literal["readout", "attention"]
@@ -64,14 +64,8 @@ class GenConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self):
-        plain_numbers(self)
-        choices = {"weighting": Weighting, "features": Features, "negatives": Negatives}
-        for name, kind in choices.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, get_args(kind)))}.")
+        check_types(self)
         for name in ("num_images", "iterations", "batch_size", "positives", "checkpoint_every"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use a whole number.")
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")
         for name in ("contrastive", "output", "pse", "total_variation"):

@@ -1,23 +1,20 @@
 """What every model family offers to the rest of the library."""
 
 import dataclasses
-import math
-import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
-from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import get_abstract_mesh
 from jaxtyping import Array, DTypeLike, Float
 
 from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, height_width
+from ouromamba_jax.fields import fits, plain
 from ouromamba_jax.models.layers import Head, as_tokens
 from ouromamba_jax.models.trace import Trace
 from ouromamba_jax.ops.meshes import by_samples
@@ -45,40 +42,15 @@ def check_fields(config: Any, *, zero: tuple[str, ...] = ()) -> None:
       ValueError: naming the first of the fields that is wrong.
     """
     for field in dataclasses.fields(config):
-        value, least = _plain(getattr(config, field.name)), 0 if field.name in zero else 1
-        if not _fits(value, field.type, least):
+        value, least = plain(getattr(config, field.name)), 0 if field.name in zero else 1
+        parts = value if isinstance(value, tuple) else (value,)
+        positive = all(v >= least or 0 < v < 1 for v in parts if type(v) in (int, float))
+        if not (parts and positive and fits(value, field.type)):
             choices = ", ".join(map(repr, typing.get_args(field.type)))
             rule = _RULES.get(field.type, f"it must be one of {choices}").format(least=least)
             raise ValueError(f"{field.name} is {value}, but {rule}; change it.")
         object.__setattr__(config, field.name, value)
     object.__setattr__(config, "preprocessing", config.preprocessing.for_channels(config.in_channels))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return int(value) if isinstance(value, Integral) else float(value)
-    return value
-
-
-def _fits(value: Any, kind: Any, least: int) -> bool:
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal:
-        return type(value) is type(parts[0]) and value in parts
-    if isinstance(kind, types.UnionType):
-        return any(_fits(value, part, least) for part in parts)
-    if parts:  # a tuple: (kind, ...) or (kind, kind)
-        if not isinstance(value, tuple) or len(value) < 1 or (parts[1] is not ... and len(value) != len(parts)):
-            return False
-        return all(_fits(v, parts[0], least) for v in value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-    return isinstance(value, kind)
 
 
 class VisionModel(nnx.Module):

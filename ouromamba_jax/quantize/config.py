@@ -2,10 +2,11 @@
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from ouromamba_jax.fields import plain_numbers
+from ouromamba_jax.fields import check_types
 from ouromamba_jax.ops.split import Detection, OutlierConfig
 
 OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z", "q", "k", "v", "probs")
@@ -46,13 +47,13 @@ class QuantRule:
     skip: bool | None = None
 
     def __post_init__(self):
-        plain_numbers(self)
+        if self.operands is not None:
+            object.__setattr__(self, "operands", _operand_names(self.operands))
+        check_types(self)
         try:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"the rule pattern {self.pattern!r} is not a regular expression: {error}.") from error
-        if self.operands is not None:
-            object.__setattr__(self, "operands", _operand_names(self.operands))
         others = [name for name in self.settings() if name != "skip"]
         if self.skip and others:
             raise ValueError(f"the rule {self.pattern!r} both skips its sites and sets {', '.join(others)}.")
@@ -108,22 +109,13 @@ class QuantConfig(OutlierConfig):
     rules: tuple[QuantRule, ...] = ()
 
     def __post_init__(self):
-        plain_numbers(self)
+        object.__setattr__(self, "operands", _operand_names(self.operands))
+        check_types(self)
         _ = self.splitting  # which checks its fields
         if not 2 <= self.weight_bits <= 8:
             raise ValueError(f"weight_bits must be 2 to 8, not {self.weight_bits}.")
         if self.weight_group is not None and self.weight_group < 1:
             raise ValueError(f"weight_group must be a positive number of channels, not {self.weight_group}.")
-        object.__setattr__(self, "operands", _operand_names(self.operands))
-        if not isinstance(self.rules, tuple | list) or not all(isinstance(rule, QuantRule) for rule in self.rules):
-            raise ValueError(f"rules must be a tuple of QuantRule, not {self.rules!r}.")
-        object.__setattr__(self, "rules", tuple(self.rules))
-        if self.scale_search not in ("norm", "max"):
-            raise ValueError(f"scale_search must be 'norm' or 'max', not {self.scale_search!r}.")
-        if self.weight_rounding not in ("gptq", "nearest"):
-            raise ValueError(f"weight_rounding must be 'gptq' or 'nearest', not {self.weight_rounding!r}.")
-        if self.float_dtype not in get_args(FloatDtype):
-            raise ValueError(f"float_dtype must be 'float16', 'bfloat16' or 'float32', not {self.float_dtype!r}.")
         if self.tune_epochs < 0 or self.batch_size < 1 or self.tune_learning_rate <= 0:
             raise ValueError("tune_epochs must be at least 0, batch_size at least 1 and tune_learning_rate positive.")
 
@@ -188,14 +180,15 @@ def _operand_names(operands: Any) -> tuple[str, ...]:
     """`operands` as a tuple, which can be hashed: configs are static arguments of compiled functions.
 
     Raises:
-      ValueError: for a single string, and for names that do not exist.
+      ValueError: for what is no tuple of names, and for names that do not exist.
     """
-    if isinstance(operands, str):
+    if isinstance(operands, str) or not isinstance(operands, Iterable):
         raise ValueError(f"operands must be a tuple of names, not {operands!r}; write ({operands!r},).")
-    unknown = sorted(set(operands) - set(OPERANDS))
+    operands = tuple(operands)
+    unknown = [str(name) for name in operands if name not in OPERANDS]
     if unknown:
         raise ValueError(f"operands {', '.join(unknown)} do not exist; choose among {', '.join(OPERANDS)}.")
-    return tuple(operands)
+    return operands
 
 
 _WEIGHT_EDGE = QuantRule(r"^(stem|head)\.", weight_bits=8)
