@@ -28,6 +28,7 @@ from ouromamba_jax.files import check_writable, local_path
 from ouromamba_jax.models import build_model, config_class, list_models
 from ouromamba_jax.models.base import VisionModel
 from ouromamba_jax.models.registry import override_config
+from ouromamba_jax.names import did_you_mean
 from ouromamba_jax.ops.qtensor import max_level, pack_levels, packed_rows, unpack_levels
 from ouromamba_jax.quantize.activation import KernelLayout, Levels, SiteSpec, Typed
 from ouromamba_jax.quantize.kinds import apply_specs, prepare_weights, quantized_specs
@@ -179,8 +180,9 @@ def resolve(path: str | Path) -> Path:
             f"there is no checkpoint at {path}: {path} is a model's name; convert its checkpoint first, and give the "
             f"folder."
         )
-    names = ", ".join(sorted(p.name for p in embedded.iterdir())) if embedded.is_dir() else "none"
-    raise CheckpointError(f"there is no checkpoint at {path}; give the folder of one, or a shipped one ({names}).")
+    shipped = sorted(p.name for p in embedded.iterdir()) if embedded.is_dir() else []
+    names = did_you_mean(str(path), {*shipped, *list_models()}) or f"shipped ones are {', '.join(shipped) or 'none'}."
+    raise CheckpointError(f"there is no checkpoint at {path}: give the folder of one, or a name; {names}")
 
 
 def read_description(path: Path) -> dict[str, Any]:

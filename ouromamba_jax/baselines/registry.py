@@ -12,6 +12,7 @@ from ouromamba_jax.baselines.qmamba_like import QMambaLikeConfig, quantize_qmamb
 from ouromamba_jax.baselines.released import ReleasedConfig, quantize_released
 from ouromamba_jax.baselines.rtn import RTNConfig, quantize_rtn
 from ouromamba_jax.models.base import VisionModel
+from ouromamba_jax.names import did_you_mean
 from ouromamba_jax.quantize.report import QuantReport
 from ouromamba_jax.quantize.stages import Progress
 
@@ -90,7 +91,8 @@ def quantize_baseline(
       0.0
     """
     if name not in BASELINES:
-        raise ValueError(f"there is no baseline {name!r}; choose among {', '.join(BASELINES)}.")
+        hint = did_you_mean(name, BASELINES) or f"choose one of {', '.join(BASELINES)}."
+        raise ValueError(f"there is no baseline {name!r}; {hint}")
     baseline = BASELINES[name]
     config = baseline.config_for(model)(weight_bits=weight_bits, act_bits=act_bits, **fields)
     return baseline.run(model, images, config, progress=progress)

@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from ouromamba_jax.data.transform import to_rgb
 from ouromamba_jax.files import local_path, read_npz
+from ouromamba_jax.names import did_you_mean
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,9 +65,9 @@ def open_source(source: str, split: str) -> Source:
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f'{path} does not exist; give an image folder, an .npz file, "tfds:NAME" or "digits" as the source.'
-        )
+        hint = did_you_mean(source, ("digits", *SHORT_NAMES))
+        hint = hint or 'give an image folder, an .npz file, "tfds:NAME" or "digits" as the source.'
+        raise FileNotFoundError(f"{path} does not exist; {hint}")
     if path.suffix != ".npz":
         raise ValueError(f"{path} is neither a folder nor an .npz file; give the folder that holds the images.")
     return _open_npz(path)

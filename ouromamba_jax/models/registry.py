@@ -1,7 +1,6 @@
 """The model registry: every published configuration by name, and the two ways to call a model."""
 
 import dataclasses
-import difflib
 import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from ouromamba_jax.models.mambavision import MAMBAVISION_PRESETS, MambaVision, M
 from ouromamba_jax.models.vim import VIM_PRESETS, Vim, VimConfig
 from ouromamba_jax.models.vit import VIT_PRESETS, ViT, ViTConfig
 from ouromamba_jax.models.vmamba import VMAMBA_PRESETS, VMamba, VMambaConfig
+from ouromamba_jax.names import did_you_mean
 
 _FAMILIES: dict[type, Any] = {VimConfig: Vim, VMambaConfig: VMamba, MambaVisionConfig: MambaVision, ViTConfig: ViT}
 _PRESETS: dict[str, Any] = {**VIM_PRESETS, **VMAMBA_PRESETS, **MAMBAVISION_PRESETS, **VIT_PRESETS}
@@ -45,8 +45,7 @@ def model_config(name: str, **overrides: Any) -> Any:
       (24, 24)
     """
     if name not in _PRESETS:
-        close = difflib.get_close_matches(name, _PRESETS, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(list_models())}."
+        hint = did_you_mean(name, _PRESETS) or f"choose one of {', '.join(list_models())}."
         raise ValueError(f"there is no model named {name!r}; {hint}")
     return override_config(_PRESETS[name], overrides, name)
 

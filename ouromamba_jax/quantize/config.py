@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ouromamba_jax.fields import check_types
+from ouromamba_jax.names import did_you_mean
 from ouromamba_jax.ops.split import Detection, OutlierConfig
 
 OPERANDS = ("delta", "B", "C", "A", "D", "u", "h", "y", "z", "q", "k", "v", "probs")
@@ -129,7 +130,8 @@ class QuantConfig(OutlierConfig):
           ValueError: for another name.
         """
         if name not in PRESETS:
-            raise ValueError(f"there is no preset {name!r}; choose among {', '.join(PRESETS)}.")
+            hint = did_you_mean(name, PRESETS) or f"choose one of {', '.join(PRESETS)}."
+            raise ValueError(f"there is no preset {name!r}; {hint}")
         fields = {**PRESETS[name], **overrides}
         if fields["act_bits"] is None:
             edge = _WEIGHT_EDGE

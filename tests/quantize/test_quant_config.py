@@ -30,7 +30,7 @@ from ouromamba_jax.quantize import QuantConfig, QuantRule
         (lambda: QuantConfig(rules=(QuantRule("x", act_bits=9),)).resolve("x.y"), "rules say, x.y cannot .* not 9"),
         (lambda: QuantConfig(rules=(QuantRule("x", detection="no"),)).resolve("x"), "detection must be 'dynamic', "),
         (lambda: QuantConfig(outlier_bits=6, rules=(QuantRule("x", act_bits=8),)).resolve("x"), "not 6"),
-        (lambda: QuantConfig.preset("w2a2"), "no preset 'w2a2'; choose among w4a4"),
+        (lambda: QuantConfig.preset("w2a2"), "no preset 'w2a2'; choose one of w4a4"),
     ],
 )
 def test_contradictions_are_refused(make, message):
