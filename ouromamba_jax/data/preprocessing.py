@@ -75,6 +75,24 @@ class Preprocessing:
         mean, std = (np.asarray(values, np.float32)[None, None, None] for values in (self.mean, self.std))
         return mean, std
 
+    def checked(self, images: Any, *, finite: bool = True) -> Float[Any, "N H W I"]:
+        """What a model is to be given, as one array: lists are stacked, and float64 becomes float32.
+
+        Raises:
+          ValueError: if they are not (batch, height, width, channels), or `check_normalised` refuses them.
+        """
+        if not isinstance(images, np.ndarray | jax.Array):
+            try:
+                images = np.asarray(images)
+            except ValueError as error:  # of lists whose parts differ
+                raise ValueError(
+                    f"images are a {type(images).__name__} of arrays that differ in shape, but a model takes one array "
+                    f"(batch, height, width, {self.channels}); resize them to one size."
+                ) from error
+        check_image_shape(images, None, self.channels)
+        self.check_normalised(images, finite=finite)
+        return images.astype(np.float32) if images.dtype == np.float64 else images
+
     def check_normalised(self, images: Float[Any, "..."], what: str = "images", *, finite: bool = True) -> None:
         """Refuses pixels as they are in a file, which a model takes without a word and classifies wrongly.
 
@@ -92,16 +110,19 @@ class Preprocessing:
         Raises:
           ValueError: naming `what` and the way out.
         """
-        if np.dtype(images.dtype).kind in "biu":
+        if np.dtype(images.dtype).kind in "biucOSU":
             raise ValueError(f"{what} are {images.dtype}, but a model takes normalised floats; {_fix(' / 255')}.")
         if not images.size:
             return
         xp = jnp if isinstance(images, jax.Array) else np
-        valid = xp.isfinite(images)
-        if finite and not valid.all():  # the largest value does not tell: XLA's max may drop a NaN
-            first = int(xp.argmin(valid.reshape(len(images), -1).all(axis=1)))
-            raise ValueError(f"{what} hold values that are not finite, first in number {first}; make them again.")
-        low, high = (float(f(images, where=valid, initial=start)) for f, start in ((xp.min, np.inf), (xp.max, -np.inf)))
+        low, high = (float(images.min()), float(images.max())) if xp is np else (math.nan, math.nan)
+        if not math.isfinite(high - low):  # XLA's max may drop a NaN, NumPy's does not
+            valid = xp.isfinite(images)
+            if finite and not valid.all():
+                first = int(xp.argmin(valid.reshape(len(images), -1).all(axis=1)))
+                raise ValueError(f"{what} hold values that are not finite, first in number {first}; make them again.")
+            low = float(xp.min(images, where=valid, initial=np.inf))
+            high = float(xp.max(images, where=valid, initial=-np.inf))
         mean, std = self.mean_and_std()
         black, white = -mean / std, (1 - mean) / std
         if low >= 0 and high > 2 * white.max():

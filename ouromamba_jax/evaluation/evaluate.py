@@ -14,8 +14,6 @@ from ouromamba_jax.models.base import VisionModel, apply_stage
 from ouromamba_jax.ops.cpu_miscompile import warn_if_miscompiled
 from ouromamba_jax.sharding import data_mesh, replicate, split_samples, to_host, without_mesh
 
-_NO_IMAGES = "there are no images to evaluate on; name a data set that has some."
-
 
 class StageRunner:
     """A model ready for batches of one size: its stages on every device, the samples of a batch spread over them.
@@ -32,8 +30,9 @@ class StageRunner:
             self.stages = [(graphdef, replicate(self.mesh, state)) for graphdef, state in self.stages]
 
     def __call__(self, images: np.ndarray) -> Float[np.ndarray, "N classes"]:
-        """Logits. A short batch is filled up with its first image, so that nothing is retraced."""
-        batch = np.concatenate([images, np.repeat(images[:1], self.size - len(images), axis=0)])
+        """Logits. A short batch is filled up with zeros, so that nothing is retraced."""
+        batch = np.zeros((self.size, *images.shape[1:]), images.dtype)
+        batch[: len(images)] = images
         return to_host(self.mesh, self.run(self.place(batch)))[: len(images)]
 
     def place(self, images: Array | np.ndarray) -> Float[Array, "B H W I"]:
@@ -54,7 +53,7 @@ def predict(
     """Logits of all images, in batches under `jax.jit`, spread over all devices. NaN where a pixel is not finite.
 
     Raises:
-      ValueError: if there are no images, or they are not normalised (`Preprocessing.check_normalised`).
+      ValueError: if the images have another shape, or are not normalised (`Preprocessing.check_normalised`).
 
     Examples:
       >>> import numpy as np
@@ -63,11 +62,10 @@ def predict(
       >>> predict(om.load("vim_micro"), np.zeros((3, 32, 32, 3), np.float32), batch_size=2).shape
       (3, 10)
     """
-    if not len(images):
-        raise ValueError(_NO_IMAGES)
-    model.config.preprocessing.check_normalised(images, finite=False)
-    run = StageRunner(model, min(batch_size, len(images)))
-    return np.concatenate([run(np.asarray(images[i : i + run.size])) for i in range(0, len(images), run.size)])
+    images = model.config.preprocessing.checked(images, finite=False)
+    run = StageRunner(model, min(batch_size, max(1, len(images))))
+    starts = range(0, max(1, len(images)), run.size)  # one batch of zeros where there are no images
+    return np.concatenate([run(np.asarray(images[start : start + run.size])) for start in starts])
 
 
 @dataclass(frozen=True)
@@ -156,8 +154,8 @@ def compare(models: Mapping[str, VisionModel], batches: Iterable[tuple[np.ndarra
     """Accuracy of models, by name, over the same (images, labels) batches of any sizes; the first is the reference.
 
     Raises:
-      ValueError: if there are no images, the models' inputs or classes differ, the first batch is not normalised
-        (`Preprocessing.check_normalised`), or a label is no class of the models.
+      ValueError: if there are no images, the models' inputs or classes differ, the images of a batch have another shape
+        or are not normalised (`Preprocessing.check_normalised`), or a label is no class of the models.
 
     Examples:
       >>> import ouromamba_jax as om
@@ -177,16 +175,17 @@ def compare(models: Mapping[str, VisionModel], batches: Iterable[tuple[np.ndarra
                 "see the same images."
             )
     images = None
-    for images, labels in ((images, labels) for images, labels in batches if len(images)):
-        if not any(tally.count for tally in tallies.values()):
-            configs[0][1].check_normalised(images, finite=False)
+    for given, labels in batches:
+        if not len(given):
+            continue
+        images = configs[0][1].checked(given, finite=False)
         reference = None
         for tally in tallies.values():
             logits = tally.logits(images)
             reference = logits if reference is None else reference
             tally.add(logits, labels, reference)
     if images is None:
-        raise ValueError(_NO_IMAGES)
+        raise ValueError("there are no images to evaluate on; name a data set that has some.")
     for tally in tallies.values():
         if not tally.timed:
             tally.timed_logits(images)

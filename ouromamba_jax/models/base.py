@@ -17,7 +17,7 @@ from ouromamba_jax.data.preprocessing import Preprocessing, check_image_shape, h
 from ouromamba_jax.fields import fits, plain
 from ouromamba_jax.models.layers import Head, as_tokens
 from ouromamba_jax.models.trace import Trace
-from ouromamba_jax.ops.meshes import by_samples
+from ouromamba_jax.ops.meshes import by_samples, map_samples
 
 _RULES: dict[Any, str] = {  # what a field of this annotation must be
     int: "sizes and counts are whole numbers from {least}",
@@ -215,11 +215,15 @@ class VisionModel(nnx.Module):
         return jnp.where(drawn < rates, 0, 1 / (1 - rates))
 
     def _by_samples(self, function: Callable[..., Any], x: Any, **shared: tuple[str, ...]) -> Any:
-        """function(model, x); where a mesh has explicit axes, through `by_samples`."""
+        """function(model, x), also of no samples; where a mesh has explicit axes, through `by_samples`."""
         if not get_abstract_mesh().explicit_axes:
-            return function(self, x)
+            return _also_of_none(partial(function, self), x, **shared)
         graphdef, state = nnx.split(self)
-        return by_samples(lambda x, state: function(nnx.merge(graphdef, state), x), x, state, **shared)
+
+        def run(x: Any, state: nnx.State) -> Any:
+            return _also_of_none(partial(function, nnx.merge(graphdef, state)), x, **shared)
+
+        return by_samples(run, x, state, **shared)
 
     def trace(
         self, images: Float[Array, "B H W I"], *, collect: Callable[[Array], Any] | None = None
@@ -246,6 +250,14 @@ class VisionModel(nnx.Module):
             x, layer = block.trace(x, collect=collect)
             layers.append(layer)
         return self.head(x), Trace(tokens=as_tokens(tokens), layers=tuple(layers), features=self.head.features(x))
+
+
+def _also_of_none(function: Callable[[Any], Any], x: Any, shared: tuple[str, ...] = ()) -> Any:
+    """function(x); of no samples, what it makes of one of zeros, less that one: reshapes need one to find sizes."""
+    if jnp.shape(jax.tree.leaves(x)[0])[:1] != (0,):
+        return function(x)
+    one = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), x)
+    return map_samples(lambda leaf: leaf[:0], function(one), shared)
 
 
 def _again(block: nnx.Module, *arguments: Array) -> Array:

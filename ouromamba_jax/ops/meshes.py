@@ -36,9 +36,15 @@ def by_samples(function: Callable[..., Any], x: Any, *others: Any, shared: tuple
     types = [AxisType.Auto if mesh_type is AxisType.Explicit else mesh_type for mesh_type in mesh.axis_types]
     with use_abstract_mesh(mesh.update(axis_types=tuple(types))):
         out = function(*jax.tree.map(lambda leaf: jax.reshard(leaf, PartitionSpec()), (x, *others)))
+    out = jax.tree.map(lambda leaf: jax.reshard(leaf, PartitionSpec()), out)
+    return map_samples(lambda leaf: jax.reshard(leaf, PartitionSpec(samples)), out, shared)
 
-    def split(path: tuple, leaf: Array) -> Array:
+
+def map_samples(change: Callable[[Array], Array], out: Any, shared: tuple[str, ...]) -> Any:
+    """`out` with its arrays changed that have samples on their first axis: all but scalars and fields in `shared`."""
+
+    def changed(path: tuple, leaf: Array) -> Array:
         whole = not leaf.ndim or getattr(path[-1] if path else None, "name", None) in shared
-        return jax.reshard(leaf, PartitionSpec() if whole else PartitionSpec(samples))
+        return leaf if whole else change(leaf)
 
-    return jax.tree.map_with_path(split, out)
+    return jax.tree.map_with_path(changed, out)

@@ -36,7 +36,7 @@ def quantize(
 ) -> tuple[VisionModel, QuantReport]:
     """`data_free.quantize` of a model and images, which says what the arguments are and what is raised."""
     folder = None if resume is None else local_path(resume)
-    identity = {} if folder is None else run_identity(model, images, config)
+    identity = {} if folder is None else run_identity(model, model.config.preprocessing.checked(images), config)
 
     def fit(stage: nnx.Module, inputs: StageInputs) -> Fitted:
         if folder is None:

@@ -99,10 +99,9 @@ def quantize_stages(
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf.get_value()).all()):
             raise ValueError(f"{'.'.join(map(str, leaf_path))} of the model holds NaN or infinity: load whole weights.")
     warn_if_miscompiled()
-    images = jnp.asarray(images)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must be of shape (N, H, W, channels) with N > 0, not {images.shape}.")
-    model.config.preprocessing.check_normalised(images)
+    images = jnp.asarray(model.config.preprocessing.checked(images))
+    if not len(images):
+        raise ValueError("there are no images to calibrate with; give some, or images=None to generate them.")
     configs = resolve_sites(model, config)
     rules = {path: _rules_of(site, path, config) for path, site in iter_sites(model)}
     places = {id(site): path for path, site in iter_sites(model)}

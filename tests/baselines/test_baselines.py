@@ -136,7 +136,10 @@ def test_wrong_settings_are_refused(name, fields, message):
         (lambda: KSQConfig(k=0), "k must be at least 1 cluster, not 0"),
         (lambda: QMambaLikeConfig(groups=0), "groups must be at least 1, not 0"),
         (lambda: quantize_baseline(float_model(), images(), "gptq", weight_bits=4, act_bits=4), "no baseline 'gptq'"),
-        (lambda: quantize_baseline(float_model(), images()[0], "rtn_token", weight_bits=4, act_bits=4), "images must"),
+        (
+            lambda: quantize_baseline(float_model(), images()[0], "rtn_token", weight_bits=4, act_bits=4),
+            "images have shape",
+        ),
     ],
 )
 def test_contradictions_are_refused(make, message):
