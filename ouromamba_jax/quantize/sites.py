@@ -104,7 +104,7 @@ def resolve_sites(model: nnx.Module, config: QuantConfig) -> dict[str, QuantConf
         site = sites[path]
         if problem := _unknown(site):
             raise ValueError(
-                f"{path} {problem}: put a plain one of the same effect there, or leave it in float, {_skipping(path)}."
+                f"{path} {problem}: put a plain one of the same effect there, or leave it in float, {skipping(path)}."
             )
         if c.weight_group is not None and isinstance(site, nnx.Linear):
             inputs = site.kernel.shape[0]
@@ -137,11 +137,12 @@ def _check_not_shared(model: nnx.Module, active: dict[int, str]) -> None:
             if first is not None and not first.startswith(f"{name}."):
                 raise ValueError(
                     f"{name}.{path} is the same layer as {first}, and stages are quantised one by one: give each a "
-                    f"copy (nnx.clone), or leave it in float, {_skipping(first)}."
+                    f"copy (nnx.clone), or leave it in float, {skipping(first)}."
                 )
 
 
-def _skipping(path: str) -> str:
+def skipping(path: str) -> str:
+    """How to write the rule that leaves the site at `path` in float."""
     return f'QuantRule(r"^{re.escape(path)}$", skip=True)'
 
 

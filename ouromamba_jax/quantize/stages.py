@@ -107,7 +107,7 @@ def quantize_stages(
     places = {id(site): path for path, site in iter_sites(model)}
     shape = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     for name, stage in model.stages:
-        shape = check_coverage(stage, shape, name)
+        shape = check_coverage(stage, shape, name, _within(name, configs))
     quantised = nnx.clone(model)
     exact = x = images
     reports: list[SiteReport] = []
@@ -119,8 +119,7 @@ def quantize_stages(
         if progress is not None:
             progress(done, len(stages), name)
         prefix = name + "."
-        local = {path.removeprefix(prefix): c for path, c in configs.items() if path.startswith(prefix)}
-        inputs = StageInputs(name, stage, exact, x, local, config.batch_size)
+        inputs = StageInputs(name, stage, exact, x, _within(name, configs), config.batch_size)
         fitted = fit(stage, inputs)
         low = replace_sites(stage, fitted.modules)
         for report in fitted.reports:
@@ -139,6 +138,12 @@ def quantize_stages(
         progress(len(stages), len(stages), "done")
     prepare_weights(quantised)
     return quantised, QuantReport(tuple(reports), tuple(kept), tuning, tuple(operands))
+
+
+def _within(name: str, configs: dict[str, QuantConfig]) -> dict[str, QuantConfig]:
+    """Those of a stage, by their paths within it."""
+    prefix = name + "."
+    return {path.removeprefix(prefix): c for path, c in configs.items() if path.startswith(prefix)}
 
 
 def _rules_of(site: Any, path: str, config: QuantConfig) -> tuple[tuple[str, Any, str], ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from draws import normal
 from flax import nnx
-from linear_model import LinearConfig
+from layered_model import IMAGES, WIDTH, Model, Stage, linear
 
 from ouromamba_jax import QuantConfig, QuantRule, quantize
 from ouromamba_jax.evaluation.metrics import sqnr_db
@@ -18,12 +18,7 @@ from ouromamba_jax.quantize import QuantLinear
 from ouromamba_jax.quantize.coverage import check_coverage
 from ouromamba_jax.quantize.sites import resolve_sites
 
-WIDTH = 12
 W8A8 = QuantConfig(weight_bits=8, act_bits=8, outlier_bits=16, tune_epochs=0, scale_search="max", float_dtype="float32")
-
-
-def linear(seed=0, kind=nnx.Linear, **fields):
-    return kind(WIDTH, WIDTH, rngs=nnx.Rngs(seed), **fields)
 
 
 class Scaled(nnx.Linear):
@@ -31,36 +26,6 @@ class Scaled(nnx.Linear):
 
     def __call__(self, x):
         return 3 * super().__call__(x)
-
-
-class Stage(nnx.Module):
-    """(B, L, C) to the same, by what `call` does with the layers."""
-
-    def __init__(self, call, **layers):
-        self.call = call
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def __call__(self, x):
-        return self.call(self, x)
-
-
-class Model(nnx.Module):
-    """Stages behind each other on the rows of an image (B, 4, 4, 3) as tokens."""
-
-    def __init__(self, *stages):
-        self.config, self.dtype = LinearConfig(), jnp.float32
-        rows = Stage(lambda self, x: x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x)
-        self.blocks = nnx.List([rows, *stages])
-
-    @property
-    def stages(self):
-        return tuple((f"blocks.{i}", block) for i, block in enumerate(self.blocks))
-
-    def __call__(self, images):
-        for block in self.blocks:
-            images = block(images)
-        return images
 
 
 def once(self, x):
@@ -71,7 +36,6 @@ def twice(self, x):
     return self.b(jax.nn.gelu(self.a(x)))
 
 
-IMAGES = normal(0, (6, 4, 4, 3))
 OTHERS = {
     "subclass": lambda: linear(kind=Scaled),
     "LoRA": lambda: linear(kind=nnx.LoRALinear, lora_rank=2),
