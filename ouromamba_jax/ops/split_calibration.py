@@ -27,6 +27,7 @@ from ouromamba_jax.ops.split import (
 WORTH_A_BYTE = 2.0
 """By how much the loss of a token must shrink for a second product: a huge outlier would take all levels of inliers."""
 
+NOT_FINITE = "its calibration activations hold NaN or infinity; check the images and the float model."
 QUIETEST = 1 / 8
 """The smallest step of a token, in medians of its activation's: below what tokens that are excited differ by."""
 
@@ -110,7 +111,7 @@ def calibrating(
         "theta": {} if plain else ask(theta_sum, _any_bits(dynamic)),
     }
     if not bool(first["finite"]):
-        raise ValueError("its calibration activations hold NaN or infinity; check the images and the float model.")
+        raise ValueError(NOT_FINITE)
     found: dict[str, Array] = {}
     if not plain:
         theta = first["theta"] / jnp.float32(first["samples"])

@@ -16,6 +16,7 @@ from ouromamba_jax.ops.passes import Asking, gather, together
 from ouromamba_jax.ops.split_calibration import Calibration, count_quiet
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
+from ouromamba_jax.quantize.finite import check_finite
 from ouromamba_jax.quantize.gptq import with_levels
 from ouromamba_jax.quantize.kinds import StageCalibration, kind_of
 from ouromamba_jax.quantize.measure import measure
@@ -70,7 +71,12 @@ def calibrate_sites(stage: nnx.Module, inputs: StageInputs) -> tuple[dict[str, S
       ValueError: naming the site whose activations are not finite.
     """
     sites = dict(iter_sites(stage))
-    found = gather(together({path: _calibrating(sites[path], path, inputs) for path in inputs.configs}), inputs.batches)
+    asked = together({path: _calibrating(sites[path], path, inputs) for path in inputs.configs})
+    try:
+        found = gather(asked, inputs.batches)
+    except ValueError:  # of the first site by name, which need not be the first of the forward pass
+        check_finite(inputs.name, stage, inputs.exact, inputs.batch_size)
+        raise
     return {path: spec for path, (spec, _) in found.items()}, {path: made for path, (_, made) in found.items()}
 
 

@@ -17,6 +17,7 @@ from ouromamba_jax.quantize.activation import Calibrated, Levels
 from ouromamba_jax.quantize.capture import Captured, capture, captured_batches, in_batches
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.coverage import check_coverage
+from ouromamba_jax.quantize.finite import check_finite
 from ouromamba_jax.quantize.floats import FloatSites, store_floats
 from ouromamba_jax.quantize.kinds import prepare_weights
 from ouromamba_jax.quantize.report import QuantReport, SiteReport
@@ -120,6 +121,11 @@ def quantize_stages(
             progress(done, len(stages), name)
         prefix = name + "."
         inputs = StageInputs(name, stage, exact, x, _within(name, configs), config.batch_size)
+        if not bool(jnp.isfinite(inputs.exact_out).all()):
+            check_finite(name, stage, exact, config.batch_size)
+            raise ValueError(
+                f"{name} returns NaN or infinity, though what its layers make is finite: check the float model."
+            )
         fitted = fit(stage, inputs)
         low = replace_sites(stage, fitted.modules)
         for report in fitted.reports:
