@@ -156,10 +156,11 @@ def _floored(scale: Float32[Array, " L"]) -> Float32[Array, " L"]:
     return jnp.maximum(scale, jnp.where(jnp.isnan(heard), 0.0, QUIETEST * heard))
 
 
-def count_quiet(scale: Float32[Array, " L"]) -> int:
-    """Tokens whose step `calibrate` raised to the smallest that it allows, or would have."""
+def quiet_tokens(scale: Float32[Array, " L"]) -> Bool[Array, " L"]:
+    """Tokens whose step `calibrate` raised to the smallest that it allows, or would have; those that are all zeros."""
     others = scale[scale > scale.min()]
-    return int(jnp.sum(scale <= (1 + 1e-6) * QUIETEST * jnp.median(others))) if others.size else 0
+    smallest = (1 + 1e-6) * QUIETEST * jnp.median(others) if others.size else 0.0
+    return scale <= jnp.maximum(smallest, MIN_SCALE)
 
 
 def _too_few(config: OutlierConfig, channels: int) -> bool:

@@ -97,7 +97,7 @@ def _matmuls(jaxpr: Any, are_weights: list[bool]) -> list[str]:
             weights.update(equation.outvars)
         for parameter in equation.params.values():
             for value in parameter if isinstance(parameter, tuple | list) else (parameter,):  # a cond has branches
-                inner = getattr(value, "jaxpr", value)
+                inner: Any = getattr(value, "jaxpr", value)
                 if hasattr(inner, "eqns"):  # its inputs are the equation's last ones
                     flags = [False] * len(inner.invars) + is_weight
                     found += _matmuls(inner, flags[len(flags) - len(inner.invars) :])

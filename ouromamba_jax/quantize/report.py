@@ -43,7 +43,8 @@ class SiteReport:
       outlier_rate: share of entries treated as outliers on the calibration images.
       second_byte: whether outliers are shifted into a second byte, since they exceed what one holds.
       sqnr_db: signal to quantisation noise of a matmul's output, or of the operand itself, on float inputs.
-      quiet_tokens: tokens that the calibration images hardly excite (all directions): their steps are guesses.
+      quiet_tokens: tokens that the calibration images hardly excite (all directions), or where the images enter the
+        model, that are the same in all of them: their steps are guesses.
       rules: (field, value, pattern of the rule that set it) of every setting that is not the config's.
 
     Examples:
@@ -146,7 +147,7 @@ class QuantReport:
         return "\n".join(lines)
 
     def warnings(self) -> list[str]:
-        """A sentence, if the calibration images hardly excite some tokens."""
+        """A sentence, if the calibration images hardly excite some tokens, or are all the same there."""
         quiet = [s for s in self.sites if s.quiet_tokens]
         if not quiet:
             return []

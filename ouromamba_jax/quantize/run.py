@@ -7,13 +7,14 @@ from operator import itemgetter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ouromamba_jax.files import local_path
 from ouromamba_jax.models.base import VisionModel
-from ouromamba_jax.ops.passes import Asking, gather, together
-from ouromamba_jax.ops.split_calibration import Calibration, count_quiet
+from ouromamba_jax.ops.passes import Ask, Asking, gather, together
+from ouromamba_jax.ops.split_calibration import Calibration, quiet_tokens
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.config import QuantConfig
 from ouromamba_jax.quantize.finite import check_finite
@@ -50,7 +51,8 @@ def quantize(
 
     def fit_anew(stage: nnx.Module, inputs: StageInputs) -> Fitted:
         specs, calibrated = calibrate_sites(stage, inputs)
-        quiet = quiet_tokens(calibrated)
+        sees_images = inputs.name == model.stages[0][0]
+        quiet = count_quiet(calibrated, constant_tokens(inputs) if sees_images else {})
         if config.weight_rounding == "gptq":
             calibrated = with_levels(stage, specs, calibrated, inputs.quantised, config.batch_size)
         losses: list[float] = []
@@ -87,14 +89,34 @@ def _calibrating(site: Any, path: str, inputs: StageInputs) -> Asking[tuple[Site
         raise ValueError(f"{inputs.name}.{path} cannot be calibrated: {error}") from error
 
 
-def quiet_tokens(calibrated: StageCalibration) -> Counter[str]:
-    """Tokens that calibration hardly excites, by the path that a report gives to the activation."""
+def constant_tokens(inputs: StageInputs) -> dict[str, Bool[Array, " L"]]:
+    """Tokens that are the same in all of several images, by the linear layer that they enter."""
+    if len(inputs.exact) == 1:
+        return {}
+
+    def ask(path: str) -> tuple[Ask, Ask]:
+        reductions = ((jnp.min, jnp.minimum), (jnp.max, jnp.maximum))
+        low, high = (Ask(lambda seen, f=f: f(seen[path]["input"], axis=0), join) for f, join in reductions)
+        return low, high
+
+    def asking() -> Asking[dict[str, tuple[Array, Array]]]:
+        sites = iter_sites(inputs.stage)
+        return (yield {p: ask(p) for p, site in sites if p in inputs.configs and isinstance(site, nnx.Linear)})
+
+    return {path: (low == high).all(axis=-1) for path, (low, high) in gather(asking(), inputs.batches).items()}
+
+
+def count_quiet(calibrated: StageCalibration, constant: dict[str, Bool[Array, " L"]]) -> Counter[str]:
+    """Tokens that calibration hardly excites, or by one value, by the path that a report gives to the activation."""
     found: Counter[str] = Counter()
     for path, of_site in calibrated.items():
         for name, calibrations in of_site.items():
             for c in jax.tree.leaves(calibrations, is_leaf=lambda leaf: isinstance(leaf, Calibration)):
                 if isinstance(c, Calibration):
-                    found[path if name == "input" else f"{path}.{name}"] += count_quiet(c.scale)
+                    if name == "input":
+                        found[path] += int((quiet_tokens(c.scale) | constant.get(path, False)).sum())
+                    else:
+                        found[f"{path}.{name}"] += int(quiet_tokens(c.scale).sum())
     return found
 
 

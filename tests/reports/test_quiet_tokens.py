@@ -1,4 +1,4 @@
-"""Calibration images that never excite some tokens, such as those with bars: steps that serve other images, too."""
+"""Calibration images that never excite some tokens, such as those with bars, or show nothing: what is made of them."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,10 @@ import pytest
 from quantising import float_model, images
 
 from ouromamba_jax import OutlierConfig, QuantConfig, quantize
-from ouromamba_jax.ops.split_calibration import calibrate, count_quiet
+from ouromamba_jax.baselines.rtn import RTNConfig, quantize_rtn
+from ouromamba_jax.ops.split_calibration import calibrate, quiet_tokens
+from ouromamba_jax.quantize.run import constant_tokens
+from ouromamba_jax.quantize.stages import StageInputs
 
 
 @pytest.mark.parametrize("faint", [0.0, 1e-6])
@@ -22,7 +25,7 @@ def test_tokens_that_calibration_does_not_excite(bits, faint):
     quiet, heard = (float((new[:, part] ** 2).sum() / (error[:, part] ** 2).sum()) for part in parts)
     assert 10 * np.log10(quiet) > (1 if bits == (8, 8) else 10)
     assert heard > 30
-    assert count_quiet(found.scale) == 20
+    np.testing.assert_array_equal(quiet_tokens(found.scale), np.arange(40) < 20)
     excited = np.asarray(calibrate(jnp.asarray(seen[:, 20:]), config).scale)
     np.testing.assert_array_equal(np.asarray(found.scale)[20:], excited)
 
@@ -33,22 +36,51 @@ def test_tokens_that_differ_keep_their_steps():
     config = OutlierConfig()
     ratio = calibrate(jnp.asarray(louder), config).scale / calibrate(jnp.asarray(x), config).scale
     np.testing.assert_allclose(ratio, np.geomspace(1, 6, 20), rtol=0.3)
-    assert count_quiet(calibrate(jnp.asarray(louder), config).scale) == 0
+    assert not quiet_tokens(calibrate(jnp.asarray(louder), config).scale).any()
 
 
 def test_an_activation_of_zeros():
     found = calibrate(jnp.zeros((2, 5, 64)), OutlierConfig())
     assert np.isfinite(found.scale).all()
     assert (np.asarray(found.scale) > 0).all()
+    assert quiet_tokens(found.scale).all()
 
 
-def test_the_report_warns_of_them():
-    config = QuantConfig.preset("w4a4", tune_epochs=0)
-    _, fine = quantize(float_model(), images(), config)
-    assert fine.warnings() == []
-    _, barred = quantize(float_model(), images().at[:, :6].set(0.0), config)
-    assert {s.path: s.quiet_tokens > 0 for s in barred.sites if s.path == "stem.proj"} == {"stem.proj": True}
+@pytest.fixture(scope="module")
+def quantised():
+    return lambda x: quantize(float_model(), x, QuantConfig.preset("w4a4", tune_epochs=0))[1]
+
+
+def test_no_warning_where_nothing_is_quiet(quantised):
+    assert quantised(images()).warnings() == []
+    stem, x = float_model().stem, images()[:1]
+    assert constant_tokens(StageInputs("stem", stem, x, x, {}, 1)) == {}  # of one image every token is the same in all
+
+
+@pytest.mark.parametrize("bar", [0.0, 2.0], ids=["silent", "loud"])
+def test_the_report_warns_of_tokens_without_sound_and_of_constant_ones(bar, quantised):
+    barred = quantised(images().at[:, :4].set(bar))
+    assert [site.quiet_tokens for site in barred.sites if site.path == "stem.proj"] == [4]  # the first row of patches
     (warning,) = barred.warnings()
     assert "hardly excite some tokens" in warning
     assert warning in str(barred)
     assert warning in barred.summary()
+
+
+@pytest.mark.parametrize(
+    ("same", "says"),
+    [
+        (jnp.zeros((3, 12, 16, 3)), "every calibration image is of one colour"),
+        (jnp.full((1, 12, 16, 3), 2.0), "every calibration image is of one colour"),
+        (
+            jnp.arange(9.0).reshape(3, 1, 1, 3) - jnp.full((3, 12, 16, 3), 4.0),
+            "every calibration image is of one colour",
+        ),
+        (jnp.repeat(images()[:1], 4, axis=0), "all 4 calibration images are the same, .*; give different ones"),
+    ],
+    ids=["zeros", "one", "colours", "one image four times"],
+)
+def test_images_that_show_nothing_are_refused(same, says):
+    for method in (quantize, quantize_rtn):
+        with pytest.raises(ValueError, match=says):
+            method(float_model(), same, QuantConfig() if method is quantize else RTNConfig())
