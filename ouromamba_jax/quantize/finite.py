@@ -38,7 +38,8 @@ class _Watched:
         out = self._site(*args, **kwargs)
         if not _is_finite(out):
             raise ValueError(
-                f"{self._path} cannot be calibrated: it makes NaN or infinity of finite activations; check its weights."
+                f"{self._path} cannot be calibrated: it makes NaN or infinity of finite activations; check its weights "
+                "and the model's dtype."
             )
         return out
 

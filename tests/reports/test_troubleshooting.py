@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from layered_model import IMAGES, Model, Stage, linear
 from PIL import Image
 from quantising import bits_of, float_model, images, module_at
 from safetensors.numpy import save_file
@@ -189,6 +190,22 @@ def _(folder):
 @example("NaN in the calibration images")
 def _(folder):
     return om.quantize(float_model(), images().at[2, 0, 0, 0].set(jnp.nan), om.QuantConfig())
+
+
+@example("calibration images that are all the same")
+def _(folder):
+    return om.quantize(float_model(), jnp.repeat(images()[:1], 4, axis=0), om.QuantConfig())
+
+
+@example("calibration images that are all the same")
+def _(folder):
+    return om.quantize(float_model(), jnp.zeros_like(images()), om.QuantConfig())
+
+
+@example("weight tying")
+def _(folder):
+    tied = Stage(lambda self, x: self.a(x) @ self.a.kernel[...].T, a=linear())
+    return om.quantize(Model(tied), IMAGES, om.QuantConfig())
 
 
 @example("a quantised model at another")
