@@ -41,11 +41,10 @@ def quantize(
         that was not interrupted.
 
     Raises:
-      ValueError: if the model is already quantised, the images are no normalised ones, all the same or each of one
-        colour, a rule decides nothing, a weight group does not divide a layer's inputs, the activations of a site are
-        not finite, a layer computes what is not known here, or the model reads its weight itself, the model multiplies
-        matrices where no rule and no site covers them, `resume` is of another run, or a generation is described though
-        there are images.
+      ValueError: if the model is already quantised, the images are no normalised ones, a rule decides nothing, a weight
+        group does not divide a layer's inputs, the activations of a site are not finite, a layer computes what is not
+        known here, or the model reads its weight itself, the model multiplies matrices where no rule and no site covers
+        them, `resume` is of another run, or a generation is described though there are images.
 
     Examples:
       >>> import jax

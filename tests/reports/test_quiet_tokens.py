@@ -6,7 +6,6 @@ import pytest
 from quantising import float_model, images
 
 from ouromamba_jax import OutlierConfig, QuantConfig, quantize
-from ouromamba_jax.baselines.rtn import RTNConfig, quantize_rtn
 from ouromamba_jax.ops.split_calibration import calibrate, quiet_tokens
 from ouromamba_jax.quantize.run import constant_tokens
 from ouromamba_jax.quantize.stages import StageInputs
@@ -68,19 +67,9 @@ def test_the_report_warns_of_tokens_without_sound_and_of_constant_ones(bar, quan
 
 
 @pytest.mark.parametrize(
-    ("same", "says"),
-    [
-        (jnp.zeros((3, 12, 16, 3)), "every calibration image is of one colour"),
-        (jnp.full((1, 12, 16, 3), 2.0), "every calibration image is of one colour"),
-        (
-            jnp.arange(9.0).reshape(3, 1, 1, 3) - jnp.full((3, 12, 16, 3), 4.0),
-            "every calibration image is of one colour",
-        ),
-        (jnp.repeat(images()[:1], 4, axis=0), "all 4 calibration images are the same, .*; give different ones"),
-    ],
-    ids=["zeros", "one", "colours", "one image four times"],
+    "same", [jnp.zeros((3, 12, 16, 3)), jnp.repeat(images()[:1], 4, axis=0)], ids=["zeros", "one image four times"]
 )
-def test_images_that_show_nothing_are_refused(same, says):
-    for method in (quantize, quantize_rtn):
-        with pytest.raises(ValueError, match=says):
-            method(float_model(), same, QuantConfig() if method is quantize else RTNConfig())
+def test_the_report_warns_of_images_that_are_all_the_same(same, quantised):
+    report = quantised(same)
+    assert [site.quiet_tokens for site in report.sites if site.path == "stem.proj"] == [12]
+    assert "hardly excite some tokens" in report.warnings()[0]

@@ -192,16 +192,6 @@ def _(folder):
     return om.quantize(float_model(), images().at[2, 0, 0, 0].set(jnp.nan), om.QuantConfig())
 
 
-@example("calibration images that are all the same")
-def _(folder):
-    return om.quantize(float_model(), jnp.repeat(images()[:1], 4, axis=0), om.QuantConfig())
-
-
-@example("calibration images that are all the same")
-def _(folder):
-    return om.quantize(float_model(), jnp.zeros_like(images()), om.QuantConfig())
-
-
 @example("weight tying")
 def _(folder):
     tied = Stage(lambda self, x: self.a(x) @ self.a.kernel[...].T, a=linear())
