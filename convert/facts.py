@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from ouromamba_jax.convert.keymap import ConversionError
-from ouromamba_jax.convert.unpickle import shown, unwrapped
+from ouromamba_jax.convert.unpickle import is_simple, shown, unwrapped
 from ouromamba_jax.data.preprocessing import CROP_MODES, INTERPOLATIONS
 from ouromamba_jax.models import list_models, model_config
 
@@ -230,7 +230,7 @@ def _plain(settings: Mapping[Any, Any]) -> dict[str, Any]:
 def _of_settings(family: str, where: str, settings: Mapping[str, Any]) -> list[Claim]:
     claims = []
     for key, value in settings.items():
-        if not _is_simple(value):
+        if not is_simple(value):
             continue
         words = f"{shown(key)}={shown(value)}"
         field = _SYNONYMS.get(key, key)
@@ -306,13 +306,9 @@ def _of_name(family: str, where: str, settings: Mapping[str, Any]) -> list[Claim
             said = model_config(preset)
             fields = ("img_size", "window_size", "num_heads")
             claims += [Claim(where, words, field, getattr(said, field)) for field in fields]
-        published = re.fullmatch(r"(deit3?|vit)_(tiny|small|base)(?:_distilled)?_patch\d+_\d+(\..*)?", name)
+        published = re.fullmatch(r"(?:deit3?|vit)_(tiny|small|base)(?:_distilled)?_patch\d+_\d+(?:\..*)?", name)
         if family == "vit" and published:  # what the tensors do not show
-            kind, size, tag = published.groups()
-            said = model_config(f"{'vit' if kind == 'vit' else 'deit'}_{size}")
-            claims.append(Claim(where, words, "num_heads", said.num_heads))
-            pixels = () if tag else ("mean", "std")  # others differ under one name
-            claims += [Claim(where, words, field, getattr(said.preprocessing, field)) for field in pixels]
+            claims.append(Claim(where, words, "num_heads", model_config(f"vit_{published[1]}").num_heads))
     return claims
 
 
@@ -320,10 +316,3 @@ def _mambavision_preset(name: str) -> str | None:
     match = re.fullmatch(r"mamba_?vision_([a-z][0-9]?)(_256|_512)?(?:_1k|_21k)?", name.lower().replace("-", "_"))
     preset = None if match is None else f"mambavision_{match[1]}{match[2] or ''}"
     return preset if preset in list_models() else None
-
-
-def _is_simple(value: Any) -> bool:
-    """A plain value, or a flat list of them: nothing nested is compared, hashed or shown."""
-    if isinstance(value, list | tuple):
-        return len(value) < 20 and all(isinstance(v, int | float) for v in value)
-    return value is None or isinstance(value, bool | int | float | str)

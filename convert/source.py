@@ -36,6 +36,7 @@ _OTHER_ENTRIES = (
     "params",
 )
 _SETTINGS = ("args", "config", "cfg", "hyper_parameters", "model_args", "model_kwargs")
+_CROPS = ("crop_pct", "eval_crop_ratio", "crop_mode")
 _NAMES = ("arch", "model_name")
 _PICKLED = (".pth", ".pth.tar", ".bin", ".pt", ".ckpt")
 _INDEX = "model.safetensors.index.json"
@@ -261,6 +262,8 @@ def _statements(tree: Any, path: Path) -> tuple[tuple[str, dict[str, Any]], ...]
     for name in _SETTINGS:
         settings = unwrapped(tree.get(name))
         if isinstance(settings, dict):
+            if name == "args":  # published training scripts crop otherwise than their models are evaluated
+                settings = {key: value for key, value in settings.items() if key not in _CROPS}
             found.append((f"{name!r} of {path}", settings))
     names = {name: tree[name] for name in _NAMES if isinstance(tree.get(name), str)}
     return (*found, (str(path), names)) if names else tuple(found)

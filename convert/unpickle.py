@@ -11,6 +11,7 @@ stays proportional to the length of the pickle.
 import io
 import math
 import pickletools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,21 +89,23 @@ class Global:
 
 @dataclass(eq=False)
 class Inert:
-    """An object that no weight is: its type's name, what it was built from, its attributes and items."""
+    """An object that no weight is: its type's name, what it was built from, its attributes, items and pairs."""
 
     type: Global
     args: tuple[Any, ...] = ()
     state: Any = None
     items: list[Any] = field(default_factory=list)
+    pairs: list[Any] = field(default_factory=list)
+    """Keys and values in turn, of a kind of dict."""
 
 
 def unwrapped(value: Any) -> Any:
     """What a record wraps, one level deep: a dict's items, a node's content, the attributes of anything else."""
     if not isinstance(value, Inert):
         return value
-    keys = value.items[::2]
-    if keys and len(value.items) == 2 * len(keys) and all(type(key) is str for key in keys):
-        return dict(zip(keys, value.items[1::2], strict=True))
+    keys = value.pairs[::2]
+    if keys and len(value.pairs) == 2 * len(keys) and all(type(key) is str for key in keys):
+        return dict(zip(keys, value.pairs[1::2], strict=True))
     state = value.state
     if isinstance(state, dict):  # OmegaConf's containers and leaves, else a namespace
         return next((state[name] for name in ("_content", "_val") if name in state), state)
@@ -169,10 +172,24 @@ def unpickle(pickle: bytes, reader: Callable[[TorchTensor], Shaped[np.ndarray, "
     return _Machine(reader).run(pickle)
 
 
-def shown(text: object, length: int = 100) -> str:
-    """Text from an untrusted file, fit for a terminal: control characters escaped, cut to a length."""
-    escaped = str(text)[: length + 1].encode("unicode_escape").decode("ascii")
+def shown(value: object, length: int = 100) -> str:
+    """A value from an untrusted file, fit for a terminal: control characters escaped, cut to a length.
+
+    Of what may be nested or huge only the type is shown: written out, a small file could fill the memory.
+    """
+    is_text = isinstance(value, str | Global | Exception) or is_simple(value)
+    text = str(value) if is_text else f"a {type(value).__name__}"
+    escaped = text[: length + 1].encode("unicode_escape").decode("ascii")
     return escaped if len(escaped) <= length else escaped[: length - 3] + "..."
+
+
+def is_simple(value: Any) -> bool:
+    """A plain value, or a flat list of numbers: nothing nested is compared, hashed or shown."""
+    if isinstance(value, list | tuple):
+        return len(value) < 20 and all(isinstance(v, int | float) and is_simple(v) for v in value)
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return value is None or isinstance(value, float | str)
 
 
 class _Machine:
@@ -298,7 +315,7 @@ class _Machine:
         """Puts alternating keys and values into the dict on top of the stack."""
         target = self.top()
         if isinstance(target, Inert):
-            target.items.extend(items)
+            target.pairs.extend(items)
             return
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError(_DAMAGED)
@@ -367,7 +384,7 @@ def _global(module: Any, name: Any) -> Global:
     if not isinstance(module, str) or not isinstance(name, str):
         raise ValueError(_DAMAGED)
     found = Global(_ALIASES.get(module, module), name)
-    if not all(part.isidentifier() for part in f"{module}.{name}".split(".")):
+    if not re.fullmatch(r"[\w.-]+", module + name):
         raise _refusal(found)
     return found
 

@@ -259,7 +259,7 @@ def _check_loadable(model: VisionModel, description: dict[str, Any]) -> None:
     leaves = _leaves(nnx.state(model))
     way_out = "set model.config to the config it was built from, or undo the change"
     if not problems and (problems := _casts(leaves)):
-        way_out = "cast leaves of type nnx.Param alone, of the model as it was saved"
+        way_out = "quantise or load it again, and cast only its nnx.Param leaves"
     if not problems and (found := _mismatches(_stored_index(description), _leaves(nnx.state(expected)))):
         problems = [found]
     if not problems:

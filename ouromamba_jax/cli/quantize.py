@@ -76,7 +76,7 @@ def add_verbs(verb: Verb) -> None:
         "--weight-rounding",
         choices=("gptq", "nearest"),
         default=QuantConfig.weight_rounding,
-        help="of weights, in turn or each by itself",
+        help="of weights: gptq, where later inputs make up for the rounding of earlier ones, or to the nearest",
     )
     sub.add_argument(
         "--tune-epochs",

@@ -75,8 +75,8 @@ class Preprocessing:
         mean, std = (np.asarray(values, np.float32)[None, None, None] for values in (self.mean, self.std))
         return mean, std
 
-    def checked(self, images: Any, *, finite: bool = True) -> Float[Any, "N H W I"]:
-        """What a model is to be given, as one array: lists are stacked, and float64 becomes float32.
+    def checked(self, images: Any, *, finite: bool = True, may_be_bright: bool = False) -> Float[Any, "N H W I"]:
+        """What a model is to be given, as one array; lists are stacked.
 
         Raises:
           ValueError: if they are not (batch, height, width, channels), or `check_normalised` refuses them.
@@ -90,10 +90,12 @@ class Preprocessing:
                     f"(batch, height, width, {self.channels}); resize them to one size."
                 ) from error
         check_image_shape(images, None, self.channels)
-        self.check_normalised(images, finite=finite)
-        return images.astype(np.float32) if images.dtype == np.float64 else images
+        self.check_normalised(images, finite=finite, may_be_bright=may_be_bright)
+        return images
 
-    def check_normalised(self, images: Float[Any, "..."], what: str = "images", *, finite: bool = True) -> None:
+    def check_normalised(
+        self, images: Float[Any, "..."], what: str = "images", *, finite: bool = True, may_be_bright: bool = False
+    ) -> None:
         """Refuses pixels as they are in a file, which a model takes without a word and classifies wrongly.
 
         The rule: integers are refused, and so are floats if they
@@ -106,6 +108,7 @@ class Preprocessing:
           images: all that are judged together, since one that is bright everywhere has no value below 0.
           what: their name in a sentence.
           finite: refuse NaN and infinities, too; otherwise they are not looked at.
+          may_be_bright: do not ask whether they lie within 0..1, since those before them did not.
 
         Raises:
           ValueError: naming `what` and the way out.
@@ -127,7 +130,11 @@ class Preprocessing:
         black, white = -mean / std, (1 - mean) / std
         if low >= 0 and high > 2 * white.max():
             raise ValueError(f"{what} are 0 to {high:.4g}, but a model takes normalised pixels; {_fix(' / 255')}.")
-        if black.max() < 0 <= low < high <= 1 and not _are_levels((images.astype(np.float32) * std + mean) * 255):
+        if (
+            not may_be_bright
+            and black.max() < 0 <= low < high <= 1
+            and not _are_levels((images.astype(np.float32) * std + mean) * 255)
+        ):
             raise ValueError(f"{what} lie within 0 and 1, but a model takes normalised pixels; {_fix('')}.")
         if max(-low, high) > 10 * max(-black.min(), white.max()):
             raise ValueError(

@@ -30,9 +30,12 @@ class StageRunner:
             self.stages = [(graphdef, replicate(self.mesh, state)) for graphdef, state in self.stages]
 
     def __call__(self, images: np.ndarray) -> Float[np.ndarray, "N classes"]:
-        """Logits. A short batch is filled up with zeros, so that nothing is retraced."""
-        batch = np.zeros((self.size, *images.shape[1:]), images.dtype)
+        """Logits. A short batch is filled up with its first image, an empty one with zeros: nothing is retraced."""
+        dtype = np.float32 if images.dtype == np.float64 else images.dtype
+        batch = np.zeros((self.size, *images.shape[1:]), dtype)
         batch[: len(images)] = images
+        if len(images):
+            batch[len(images) :] = images[0]
         return to_host(self.mesh, self.run(self.place(batch)))[: len(images)]
 
     def place(self, images: Array | np.ndarray) -> Float[Array, "B H W I"]:
@@ -174,11 +177,12 @@ def compare(models: Mapping[str, VisionModel], batches: Iterable[tuple[np.ndarra
                 f"{name} and {next(iter(models))} differ in image size, preprocessing or classes; compare models that "
                 "see the same images."
             )
-    images = None
+    images, has_dark = None, False
     for given, labels in batches:
         if not len(given):
             continue
-        images = configs[0][1].checked(given, finite=False)
+        images = configs[0][1].checked(given, finite=False, may_be_bright=has_dark)
+        has_dark = has_dark or bool((images < 0).any())
         reference = None
         for tally in tallies.values():
             logits = tally.logits(images)

@@ -16,7 +16,7 @@ BLOCK = 128
 
 
 @partial(jax.jit, static_argnames="bits")
-def round_in_turn(
+def gptq_round(
     kernel: Float[Array, "K O"], scale: Float32[Array, "groups O"], moments: Float32[Array, "K K"], *, bits: int
 ) -> Int8[Array, "K O"]:
     """Levels of a linear layer's weight that keep its outputs: GPTQ (Frantar et al. 2023), in activation order.

@@ -185,7 +185,8 @@ def _operand_names(operands: Any) -> tuple[str, ...]:
       ValueError: for what is no tuple of names, and for names that do not exist.
     """
     if isinstance(operands, str) or not isinstance(operands, Iterable):
-        raise ValueError(f"operands must be a tuple of names, not {operands!r}; write ({operands!r},).")
+        hint = f"; write ({operands!r},)" if isinstance(operands, str) else ""
+        raise ValueError(f"operands must be a tuple of names, not {operands!r}{hint}.")
     operands = tuple(operands)
     unknown = [str(name) for name in operands if name not in OPERANDS]
     if unknown:

@@ -98,7 +98,8 @@ def _matmuls(jaxpr: Any, are_weights: list[bool]) -> list[str]:
         for parameter in equation.params.values():
             for value in parameter if isinstance(parameter, tuple | list) else (parameter,):  # a cond has branches
                 inner: Any = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):  # its inputs are the equation's last ones
-                    flags = [False] * len(inner.invars) + is_weight
+                if hasattr(inner, "eqns"):  # its inputs are the equation's last ones; what a loop carries may change
+                    is_loop = equation.primitive.name in ("scan", "while")
+                    flags = [False] * len(inner.invars) + [flag and not is_loop for flag in is_weight]
                     found += _matmuls(inner, flags[len(flags) - len(inner.invars) :])
     return found

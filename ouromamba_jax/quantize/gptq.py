@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from ouromamba_jax.ops.qtensor import QTensor
-from ouromamba_jax.ops.weight_rounding import round_in_turn
+from ouromamba_jax.ops.weight_rounding import gptq_round
 from ouromamba_jax.quantize.activation import SiteSpec
 from ouromamba_jax.quantize.capture import each_batch
 from ouromamba_jax.quantize.kinds import StageCalibration, install_fakes
@@ -22,7 +22,7 @@ Moments = dict[str, Float32[Array, "K K"]]
 def with_levels(
     stage: nnx.Module, specs: dict[str, SiteSpec], calibrated: StageCalibration, x: Array, batch_size: int
 ) -> StageCalibration:
-    """`calibrated` with a `QTensor` for every linear layer's "weight", its levels by `round_in_turn`.
+    """`calibrated` with a `QTensor` for every linear layer's "weight", its levels by `gptq_round`.
 
     Args:
       stage: in float.
@@ -36,7 +36,7 @@ def with_levels(
     kernels, made = {path: layer.kernel[...] for path, layer in _linears(stage)}, dict(calibrated)
     for path, summed in moments.items():
         scale, config = calibrated[path]["weight"], specs[path].config
-        levels = round_in_turn(kernels[path], scale, summed, bits=config.weight_bits)
+        levels = gptq_round(kernels[path], scale, summed, bits=config.weight_bits)
         weight = QTensor(levels, scale, bits=config.weight_bits, group=config.weight_group)
         made[path] = {**calibrated[path], "weight": weight}
     return made

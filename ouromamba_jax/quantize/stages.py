@@ -100,7 +100,8 @@ def quantize_stages(
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf.get_value()).all()):
             raise ValueError(f"{'.'.join(map(str, leaf_path))} of the model holds NaN or infinity: load whole weights.")
     warn_if_miscompiled()
-    images = jnp.asarray(model.config.preprocessing.checked(images))
+    images = model.config.preprocessing.checked(images)
+    images = jnp.asarray(images, jnp.float32 if images.dtype == jnp.float64 else images.dtype)
     if not len(images):
         raise ValueError("there are no images to calibrate with; give some, or images=None to generate them.")
     configs = resolve_sites(model, config)

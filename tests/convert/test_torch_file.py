@@ -299,7 +299,7 @@ def test_attributes_reach_inert_records_only(tmp_path):
     }
     loaded = read_torch(write(tmp_path / "a.pth", tree, {}))
     assert type(loaded["args"]) is Inert
-    assert set(vars(loaded["args"])) == {"type", "args", "state", "items"}
+    assert set(vars(loaded["args"])) == {"type", "args", "state", "items", "pairs"}
     assert loaded["n"] == {}
 
 

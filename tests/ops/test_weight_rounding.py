@@ -7,7 +7,7 @@ import pytest
 from draws import heavy_tailed
 
 from ouromamba_jax.ops.qtensor import max_level, quantize_with_scale, search_weight_scale
-from ouromamba_jax.ops.weight_rounding import DAMPING, round_in_turn
+from ouromamba_jax.ops.weight_rounding import DAMPING, gptq_round
 
 
 def correlated(seed: int, tokens: int, width: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def test_it_is_the_loop_by_the_book(bits, group):
     x = correlated(bits, 200, 24)
     moments = jnp.asarray(x.T @ x, jnp.float32)
     scale = search_weight_scale(kernel, bits, group=group)
-    levels = np.asarray(round_in_turn(kernel, scale, moments, bits=bits))
+    levels = np.asarray(gptq_round(kernel, scale, moments, bits=bits))
     assert levels.dtype == np.int8
     # A weight that float32 brings to the other side of a tie changes what comes after it.
     assert np.mean(levels != by_the_book(kernel, scale, moments, bits)) < 0.02
@@ -52,9 +52,9 @@ def test_blocks_of_inputs_do_not_change_the_levels(monkeypatch):
     found = []
     for block in (130, 16):
         monkeypatch.setattr("ouromamba_jax.ops.weight_rounding.BLOCK", block)
-        round_in_turn.clear_cache()
-        found.append(np.asarray(round_in_turn(kernel, scale, moments, bits=4)))
-    round_in_turn.clear_cache()
+        gptq_round.clear_cache()
+        found.append(np.asarray(gptq_round(kernel, scale, moments, bits=4)))
+    gptq_round.clear_cache()
     assert np.mean(found[0] != found[1]) < 0.02  # where float32 brings a weight to the other side of a tie
 
 
@@ -64,7 +64,7 @@ def test_the_outputs_of_correlated_inputs_lose_less(bits):
     seen, unseen = correlated(1, 400, 48), correlated(1, 800, 48)[400:]
     scale = search_weight_scale(kernel, bits)
     nearest = quantize_with_scale(kernel, scale, bits).values
-    in_turn = round_in_turn(kernel, scale, jnp.asarray(seen.T @ seen, jnp.float32), bits=bits)
+    in_turn = gptq_round(kernel, scale, jnp.asarray(seen.T @ seen, jnp.float32), bits=bits)
 
     def loss(levels):
         return np.sum((unseen @ (np.asarray(kernel) - np.asarray(levels) * np.asarray(scale))) ** 2)
@@ -78,6 +78,6 @@ def test_inputs_that_have_nothing_in_common_are_rounded_to_the_nearest():
     moments = jnp.diag(jnp.asarray(np.random.default_rng(3).uniform(0.1, 9, 20), jnp.float32))
     expected = quantize_with_scale(kernel, scale, 4).values
     for found in (moments, jnp.zeros_like(moments)):
-        np.testing.assert_array_equal(round_in_turn(kernel, scale, found, bits=4), expected)
+        np.testing.assert_array_equal(gptq_round(kernel, scale, found, bits=4), expected)
     with jax.disable_jit():
-        np.testing.assert_array_equal(round_in_turn(kernel, scale, moments, bits=4), expected)
+        np.testing.assert_array_equal(gptq_round(kernel, scale, moments, bits=4), expected)

@@ -14,7 +14,7 @@ from ouromamba_jax import QuantConfig, load, quantize, save
 from ouromamba_jax.data.preprocessing import image_shape
 from ouromamba_jax.evaluation.evaluate import predict
 from ouromamba_jax.ops.qtensor import QTensor, quantize_with_scale
-from ouromamba_jax.ops.weight_rounding import round_in_turn
+from ouromamba_jax.ops.weight_rounding import gptq_round
 from ouromamba_jax.quantize import QuantLinear
 from ouromamba_jax.quantize.gptq import with_levels
 from ouromamba_jax.quantize.run import calibrate_sites
@@ -51,7 +51,7 @@ def test_a_layer_sees_the_moments_of_its_rounded_inputs(model, images):
     rounded = calibrated["mixer.in_proj"]["input"].fake(entered, CONFIG.splitting)
     rows = np.asarray(rounded, np.float64).reshape(-1, entered.shape[-1])
     kernel, scale = block.mixer.in_proj.kernel[...], calibrated["mixer.in_proj"]["weight"]
-    expected = round_in_turn(kernel, scale, jnp.asarray(rows.T @ rows, jnp.float32), bits=4)
+    expected = gptq_round(kernel, scale, jnp.asarray(rows.T @ rows, jnp.float32), bits=4)
     assert np.mean(np.asarray(made["mixer.in_proj"].values != expected)) < 0.01
 
     def loss(weight):

@@ -106,7 +106,7 @@ def test_saved_casts_are_named_with_the_type_they_should_have(tmp_path):
     nnx.update(low, jax.tree.map(floats, nnx.state(low)))
     message = refused(tmp_path, low)  # it computes the same, but would take other files
     assert "blocks.0.mixer.in_proj.act.theta is float32, not bfloat16; " in message
-    assert message.endswith(" more; cast leaves of type nnx.Param alone, of the model as it was saved.")
+    assert message.endswith(" more; quantise or load it again, and cast only its nnx.Param leaves.")
     low = quantised(W4A4)
     low.head.proj.levels.set_value(low.head.proj.levels.get_value().astype(jnp.float32))
     assert ": head.proj.levels is float32, not int8; cast leaves of type nnx.Param alone" in refused(tmp_path, low)

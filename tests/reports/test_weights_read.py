@@ -1,6 +1,5 @@
 """A module that reads a layer's weight instead of calling it: refused with the rule that leaves the layer in float."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ WAYS = {
     "tied": lambda self, x: self.a(x) @ self.a.kernel[...].T,
     "einsum": lambda self, x: jnp.einsum("bli,oi->blo", x, self.a.kernel[...].astype(jnp.float32)),
     "standardised": lambda self, x: x @ (self.a.kernel[...] - self.a.kernel[...].mean(0, keepdims=True)),
-    "scanned": lambda self, x: jax.lax.scan(lambda c, t: (c, t @ self.a.kernel[...]), 0, x)[1],
     "elementwise": lambda self, x: (x[..., None] * self.a.kernel[...][None, None]).sum(-2),
     "bias": lambda self, x: self.a(x) + self.a.bias[...][None, None],
     "width": lambda self, x: self.a(x) / self.a.out_features,
