@@ -160,8 +160,8 @@ def test_gradients_are_those_of_lsq(case):
         ({"act_bits": 6, "outlier_bits": 4}, "outlier_bits"),
         ({"n_refresh": 0}, "n_refresh"),
         ({"sigma": 0.0}, "sigma"),
-        ({"detection": "on"}, "dynamic, static, none"),
-        ({"static_list": "median"}, "mean, max"),
+        ({"detection": "on"}, "'dynamic', 'static' or 'none'"),
+        ({"static_list": "median"}, "'mean' or 'max'"),
     ],
 )
 def test_config_refuses_contradictions(fields, message):
