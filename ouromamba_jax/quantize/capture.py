@@ -64,9 +64,7 @@ def capture(stage: nnx.Module, x: Array, configs: dict[str, QuantConfig], batch_
     return _joined(captured_batches(stage, x, configs, batch_size))
 
 
-def each_batch(
-    function: Callable[[nnx.State, Array], Any], state: nnx.State, x: Array, batch_size: int
-) -> Iterator[Any]:
+def each_batch(function: Callable[[Any, Array], Any], state: Any, x: Array, batch_size: int) -> Iterator[Any]:
     """function(state, x) of one batch of x (N, ...) after the other, each spread over all devices; its arrays on one.
 
     A batch is finished before the next begins, so that no more than one takes memory.

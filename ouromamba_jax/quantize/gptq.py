@@ -31,7 +31,7 @@ def with_levels(
     """
     graphdef, state = nnx.split(stage)
     moments: Moments = {}
-    for of_batch in each_batch(partial(_moments, graphdef, tuple(specs.items()), calibrated), state, x, batch_size):
+    for of_batch in each_batch(partial(_moments, graphdef, tuple(specs.items())), (state, calibrated), x, batch_size):
         moments = {path: new + moments.get(path, 0) for path, new in of_batch.items()}
     kernels, made = {path: layer.kernel[...] for path, layer in _linears(stage)}, dict(calibrated)
     for path, summed in moments.items():
@@ -60,8 +60,9 @@ class _Recorder:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _moments(graphdef: Any, specs: Any, calibrated: StageCalibration, state: nnx.State, x: Array) -> Moments:
+def _moments(graphdef: Any, specs: Any, arrays: tuple[nnx.State, StageCalibration], x: Array) -> Moments:
     """Of one batch, by the paths of the linear layers."""
+    state, calibrated = arrays
     stage, found = nnx.merge(graphdef, state), dict(specs)
     fakes = {path: FakeLinear(layer, found[path], calibrated[path]) for path, layer in _linears(stage) if path in found}
     moments: Moments = {}
