@@ -16,6 +16,7 @@ from flax import nnx
 
 from ouromamba_jax import GenConfig, QuantConfig, create_model, generate_images, quantize
 from ouromamba_jax.evaluation.evaluate import evaluate, predict
+from ouromamba_jax.quantize.activation import Levels
 from ouromamba_jax.quantize.stages import apply_in_batches
 from ouromamba_jax.sharding import data_mesh
 
@@ -80,6 +81,31 @@ def on_eight_devices(path: str) -> None:
     assert data_mesh(7).size == 7
     assert data_mesh(11).size == 1
     np.savez(path, devices=jax.device_count(), **everything())
+
+
+def test_two_devices_quantise_as_one(tmp_path):
+    folder = os.path.dirname(__file__)
+    code = f"import sys; sys.path[:0] = {[folder, folder + '/helpers']}; import conftest, test_sharding as t; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code} t.quantise_over_devices({str(tmp_path / 'two.npz')!r})"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    quantise_over_devices(tmp_path / "one.npz")
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    assert (int(one["devices"]), int(two["devices"])) == (1, 2)
+    # Sums over tokens in another order bring a weight in a hundred, at most, to the other side of a tie.
+    assert np.mean(one["levels"] != two["levels"]) < 0.01
+
+
+def quantise_over_devices(path: str | os.PathLike) -> None:
+    """All integer weights of a model that is quantised with five images, by twos, on every device there is."""
+    model = create_model("vim_micro", rngs=nnx.Rngs(1), **{**TINY, "depth": 1})
+    low, _ = quantize(model, normal(0, (5, 16, 16, 3)), QuantConfig(tune_epochs=0, batch_size=2))
+    levels = [np.ravel(leaf[...]) for _, leaf in nnx.to_flat_state(nnx.state(low, Levels))]
+    np.savez(path, devices=jax.device_count(), levels=np.concatenate(levels))
 
 
 @pytest.mark.slow
